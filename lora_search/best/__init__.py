@@ -1,0 +1,22 @@
+"""The best trial: its adapter exported, tested, merged and described. Never imports Ray."""
+
+from lora_search.best.card import merge_line, write_card
+from lora_search.best.conclude import (
+    Conclusion,
+    export_adapter,
+    merge_trial,
+    require_trial,
+    test_and_merge,
+    write_config,
+)
+
+__all__ = [
+    "Conclusion",
+    "export_adapter",
+    "merge_line",
+    "merge_trial",
+    "require_trial",
+    "test_and_merge",
+    "write_card",
+    "write_config",
+]

@@ -1,0 +1,115 @@
+"""best/README.md: the model card of the best adapter, with the search's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_search.best.conclude import Conclusion
+from lora_search.rundir import RunDirectory
+from lora_search.spec import SweepSpec
+
+SHOWN = 10
+"""Trials in the card's table."""
+
+
+def write_card(
+    spec: SweepSpec,
+    run: RunDirectory,
+    rows: Sequence[Mapping[str, Any]],
+    best: Mapping[str, Any],
+    conclusion: Conclusion,
+) -> None:
+    """Write the model card of a concluded run."""
+    (run.best / "README.md").write_text(model_card(spec, rows, best, conclusion), encoding="utf-8")
+
+
+def model_card(
+    spec: SweepSpec, rows: Sequence[Mapping[str, Any]], best: Mapping[str, Any], conclusion: Conclusion
+) -> str:
+    """The card: what the adapter is, what it reached, how it was found."""
+    states = {state: sum(row["state"] == state for row in rows) for state in ("completed", "stopped", "failed")}
+    quantised = "4-bit NF4 with double quantisation" if spec.base.quantization == "nf4" else "unquantised"
+    sign = 1 if spec.search.mode == "min" else -1
+    ranked = sorted(
+        (row for row in rows if row.get(spec.search.metric) is not None and row["state"] != "failed"),
+        key=lambda row: sign * row[spec.search.metric],
+    )
+    settings = [name for name in spec.search.space if name in best]
+    return "\n".join(
+        [
+            "---",
+            f"base_model: {spec.base.model}",
+            "library_name: peft",
+            "tags: [lora, lora-search]",
+            "---",
+            "",
+            f"# {spec.name}: the best of {len(rows)} trials",
+            "",
+            f"A LoRA adapter for `{spec.base.model}` ({quantised} while training), found by lora-search on "
+            f"`{spec.data.path}`.",
+            "",
+            "| | loss, nats a token | untrained base |",
+            "| --- | --- | --- |",
+            f"| validation | {conclusion.validation_loss:.4f} | {conclusion.untrained_validation_loss:.4f} |",
+            f"| test, touched once | {conclusion.test_loss:.4f} | {conclusion.untrained_test_loss:.4f} |",
+            f"| merged model, validation | {conclusion.merged_loss:.4f} | |",
+            "",
+            merge_line(conclusion),
+            "",
+            "## Configuration",
+            "",
+            "| parameter | value |",
+            "| --- | --- |",
+            *(
+                f"| {name} | {_value(best[name])} |"
+                for name in dict.fromkeys(["rank", "alpha", "dropout", "target_modules", "learning_rate", *settings])
+            ),
+            f"| steps | {best['steps']} |",
+            f"| trainable parameters | {best['trainable_parameters']:,} |",
+            "",
+            "`config.yaml` beside this page is a sweep of this one configuration: `lora-search run config.yaml`.",
+            "",
+            "## Search",
+            "",
+            f"{spec.search.sampler.name} proposed {len(rows)} configurations; {states['completed']} were trained to "
+            f"the end, {states['stopped']} stopped early by {spec.search.scheduler.name}, {states['failed']} failed. "
+            f"The best by {spec.search.metric}:",
+            "",
+            f"| trial | state | steps | {spec.search.metric} | {' | '.join(settings)} |",
+            f"| --- | --- | --- | --- | {' | '.join('---' for _ in settings)} |",
+            *(
+                f"| {row['trial']} | {row['state']} | {row['steps']} | {row[spec.search.metric]:.4f} | "
+                f"{' | '.join(_value(row[name]) for name in settings)} |"
+                for row in ranked[:SHOWN]
+            ),
+            "",
+            "## Use",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("merged")  # or PeftModel.from_pretrained(base, "adapter")',
+            'tokenizer = AutoTokenizer.from_pretrained("merged")',
+            "```",
+            "",
+        ]
+    )
+
+
+def merge_line(conclusion: Conclusion) -> str:
+    """What was merged onto which weights, and what it cost; loud where it cost more than the tolerance."""
+    ways = ", ".join(f"{way} weights {loss:.4f}" for way, loss in conclusion.merge_losses.items())
+    line = (
+        f"Merged onto the {conclusion.merged_onto} weights: validation loss {conclusion.merged_loss:.4f}, "
+        f"{conclusion.merge_drift:+.2%} from the adapter's (measured: {ways})."
+    )
+    if conclusion.merge_within_tolerance:
+        return line
+    return f"WARNING: the merged model differs from the adapter by more than 1 %. {line}"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(value) if isinstance(value, list) else str(value)

@@ -1,0 +1,153 @@
+"""A trial's adapter copied out of its checkpoint, tested, and merged."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from lora_search.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_checkpoint
+from lora_search.errors import InputError
+from lora_search.results import checkpoint_of, read_events
+from lora_search.rundir import RunDirectory
+from lora_search.spec import SweepSpec
+
+if TYPE_CHECKING:
+    from lora_search.data import TokenizedData
+    from lora_search.engine import Evaluation
+    from lora_search.merge import Merged
+    from lora_search.model import FrozenBase
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """What came of the best trial."""
+
+    trial: int
+    validation_loss: float
+    """Nats a token of the saved adapter on the base it was trained on."""
+    untrained_validation_loss: float
+    test_loss: float
+    untrained_test_loss: float
+    merged_onto: str
+    merged_loss: float
+    """Validation loss of the merged model, loaded from disk."""
+    merge_losses: Mapping[str, float]
+    merge_drift: float
+    merge_within_tolerance: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def export_adapter(run: RunDirectory, trial: int, out: Path) -> None:
+    """Copy a trial's adapter, in PEFT's format, out of its last checkpoint.
+
+    Raises:
+        InputError: the trial has no checkpoint.
+        SweepError: its checkpoint is damaged.
+    """
+    path = checkpoint_of(read_events(run.trials), trial)
+    if path is None:
+        raise InputError(f"--trial {trial}: {run.path} has no checkpoint of such a trial")
+    checkpoint = read_checkpoint(run.path / path)
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        (out / name).write_bytes(checkpoint[name])
+
+
+def write_config(spec: SweepSpec, parameters: Mapping[str, Any], file: Path) -> None:
+    """The best configuration as a sweep file of its own: a sweep of one trial, which runs again."""
+    alone = spec.model_dump(mode="json")
+    fixed = {name: value for name, value in parameters.items() if name in spec.search.space}
+    alone["name"] = f"{spec.name}-best"
+    alone["search"] |= {"space": fixed, "enqueue": [], "trials": 1}
+    alone["search"]["scheduler"] |= {"name": "none"}
+    alone["search"]["sampler"] |= {"name": "random"}
+    file.write_text(yaml.safe_dump(alone, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def test_and_merge(
+    spec: SweepSpec, run: RunDirectory, trial: int, gpu: bool, threads: int, data: TokenizedData
+) -> Conclusion:
+    """Test the adapter in `best/adapter` beside the untrained base, and merge it into `best/merged`."""
+    import torch
+
+    from lora_search.merge import merge_adapter
+    from lora_search.model import load_base
+
+    torch.set_num_threads(threads)
+    device = torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu")
+    adapter = run.best / "adapter"
+    losses = adapter_losses(load_base(spec.base, device), adapter, data)
+    merged = merge_adapter(spec.base, adapter, data, losses["validation"].loss, run.best / "merged", device)
+    return _conclusion(trial, losses, merged)
+
+
+def merge_trial(spec: SweepSpec, run: RunDirectory, trial: int, out: Path) -> Merged:
+    """Merge any trial's adapter into a standard model at `out`, on this machine.
+
+    Raises:
+        InputError: the trial has no checkpoint.
+        SweepError: `out` exists, or the checkpoint is damaged.
+    """
+    import torch
+
+    from lora_search.data import tokenize_data
+    from lora_search.merge import merge_adapter
+    from lora_search.model import load_base, load_tokenizer
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = tokenize_data(spec.data, load_tokenizer(spec.base))
+    with tempfile.TemporaryDirectory() as folder:
+        adapter = Path(folder) / "adapter"
+        export_adapter(run, trial, adapter)
+        loss = adapter_losses(load_base(spec.base, device), adapter, data, splits=("validation",))["validation"].loss
+        return merge_adapter(spec.base, adapter, data, loss, out, device)
+
+
+def adapter_losses(
+    base: FrozenBase, adapter: Path, data: TokenizedData, splits: Sequence[str] = ("validation", "test")
+) -> dict[str, Evaluation]:
+    """The saved adapter on each split, under its name, and the untrained base, under `untrained_NAME`."""
+    from peft import PeftModel
+
+    from lora_search.engine import evaluate
+
+    rows = {name: getattr(data, name) for name in splits}
+    losses = {f"untrained_{name}": evaluate(base, split, data.pad_token_id) for name, split in rows.items()}
+    PeftModel.from_pretrained(base.model, str(adapter))  # puts the adapter into base.model
+    return losses | {name: evaluate(base, split, data.pad_token_id) for name, split in rows.items()}
+
+
+def _conclusion(trial: int, losses: Mapping[str, Evaluation], merged: Merged) -> Conclusion:
+    return Conclusion(
+        trial=trial,
+        validation_loss=losses["validation"].loss,
+        untrained_validation_loss=losses["untrained_validation"].loss,
+        test_loss=losses["test"].loss,
+        untrained_test_loss=losses["untrained_test"].loss,
+        merged_onto=merged.onto,
+        merged_loss=merged.loss,
+        merge_losses=dict(merged.losses),
+        merge_drift=merged.drift,
+        merge_within_tolerance=merged.within_tolerance,
+    )
+
+
+def require_trial(rows: list[dict[str, Any]], trial: int) -> dict[str, Any]:
+    """The row of a trial.
+
+    Raises:
+        InputError: there is no such trial.
+    """
+    for row in rows:
+        if row["trial"] == trial:
+            return row
+    raise InputError(f"--trial {trial}: no such trial; the run has {len(rows)}, numbered from 0")

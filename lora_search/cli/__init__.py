@@ -1,0 +1,5 @@
+"""The commands: parse, call, print. Each command's imports wait until it runs."""
+
+from lora_search.cli.main import main
+
+__all__ = ["main"]

@@ -1,0 +1,95 @@
+"""The command line: arguments, and errors into exit statuses."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import lora_search
+from lora_search.errors import InputError, Interrupted, SweepError
+
+DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the process's exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return _dispatch(arguments)
+    except InputError as error:
+        print(f"lora-search: {error}", file=sys.stderr)
+        return WRONG_INPUT
+    except (KeyboardInterrupt, Interrupted) as error:
+        print(f"lora-search: {error or 'interrupted'}", file=sys.stderr)
+        return INTERRUPTED
+    except SweepError as error:
+        print(f"lora-search: {error}", file=sys.stderr)
+        return FAILED
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        sys.stderr.close()
+        return DONE
+
+
+def _dispatch(arguments: argparse.Namespace) -> int:
+    match arguments.command:
+        case "run":
+            from lora_search.cli import run
+
+            run.run(arguments.sweep, arguments.set, name=arguments.name, address=arguments.address)
+        case "status":
+            from lora_search.cli import results
+
+            results.status(arguments.run, as_json=arguments.json)
+        case "results":
+            from lora_search.cli import results
+
+            results.results(arguments.run, arguments.format, arguments.out)
+        case "merge":
+            from lora_search.cli import merge
+
+            merge.merge(arguments.run, arguments.trial, arguments.out)
+        case "targets":
+            from lora_search.cli import targets
+
+            targets.run(arguments.model, as_json=arguments.json)
+    return DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lora-search", description="Search LoRA and QLoRA hyperparameters over a cluster of GPUs."
+    )
+    parser.add_argument("--version", action="version", version=f"lora-search {lora_search.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="run a sweep to the end: search, test, merge")
+    run.add_argument("sweep", metavar="SWEEP.yaml")
+    run.add_argument(
+        "--set", action="append", default=[], metavar="key.path=value", help="lay a value over the sweep file's"
+    )
+    run.add_argument("--name", help="name of the run directory; default: the sweep's, numbered where it is taken")
+    run.add_argument("--address", help="of a Ray cluster; default: start one on this machine")
+
+    status = commands.add_parser("status", help="where a running or finished sweep stands")
+    _add_run(status)
+    status.add_argument("--json", action="store_true", help="one JSON document")
+
+    results = commands.add_parser("results", help="the trials as a table")
+    _add_run(results)
+    results.add_argument("--format", choices=["table", "csv", "json", "parquet"], default="table")
+    results.add_argument("--out", metavar="FILE", help="write there instead of to standard output")
+
+    merge = commands.add_parser("merge", help="merge a trial's adapter into a standard model")
+    _add_run(merge)
+    merge.add_argument("--trial", default="best", metavar="ID|best")
+    merge.add_argument("--out", required=True, metavar="DIR")
+
+    targets = commands.add_parser("targets", help="a model's linear modules and the target sets they make")
+    targets.add_argument("model", metavar="MODEL", help="a hub id, a local folder, or builtin:NAME")
+    targets.add_argument("--json", action="store_true", help="one JSON document")
+    return parser
+
+
+def _add_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument("run", metavar="RUN", help="a run directory, or its name under runs/")

@@ -1,0 +1,43 @@
+"""`lora-search merge`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from lora_search.errors import InputError
+from lora_search.results import best_row, run_rows
+from lora_search.rundir import find_run
+from lora_search.spec import load_spec
+
+
+def merge(run: str, trial: str, out: str) -> None:
+    """Merge a trial's adapter and say what it came to."""
+    directory = find_run(run)
+    spec = load_spec(directory.spec)
+    folder = Path(out)
+    if folder.exists():
+        raise InputError(f"--out {out}: exists already; name a folder that does not")
+    rows = run_rows(directory)
+    if trial == "best":
+        best = best_row(rows, spec.search.metric, spec.search.mode)
+        if best is None:
+            raise InputError(f"--trial best: no trial of {directory.path} has come to a result")
+        number = int(best["trial"])
+    elif trial.isdigit():
+        number = int(trial)
+    else:
+        raise InputError(f"--trial {trial}: must be best or a trial's number")
+    from lora_search.best import merge_trial, require_trial
+
+    require_trial(rows, number)
+    print(f"lora-search: merging trial {number} of {directory.path}", file=sys.stderr)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    merged = merge_trial(spec, directory, number, folder)
+    ways = ", ".join(f"{way} {loss:.4f}" for way, loss in merged.losses.items())
+    print(
+        f"{folder}: trial {number} merged onto the {merged.onto} weights; validation loss {merged.loss:.4f}, "
+        f"{merged.drift:+.2%} from the adapter's {merged.adapter_loss:.4f} (measured: {ways})"
+    )
+    if not merged.within_tolerance:
+        print("lora-search: WARNING: the merged model differs from the adapter by more than 1 %", file=sys.stderr)

@@ -1,0 +1,73 @@
+"""`lora-search run`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_search.rundir import create_run
+from lora_search.spec import load_spec
+
+if TYPE_CHECKING:
+    from lora_search.spec import SweepSpec
+    from lora_search.sweep import Outcome
+
+
+def run(sweep: str, overrides: Sequence[str], *, name: str | None, address: str | None) -> None:
+    """Check the sweep file, then run it, showing its progress on standard error and its result on standard output."""
+    spec = load_spec(sweep, [*overrides, *([f"name={name}"] if name else [])])
+    directory = create_run(Path(spec.output), spec.name, exact=name is not None)
+    print(f"lora-search: {spec.name} -> {directory.path}", file=sys.stderr)
+    # Only now: Ray and Optuna take seconds to import, and a wrong sweep file has been told of by now.
+    from lora_search.search.study import planned_trials
+    from lora_search.sweep import run_sweep
+    from lora_search.tracking.live import LiveView
+    from lora_search.tracking.wandb import WandbRuns
+
+    view = LiveView(spec.name, planned_trials(spec), spec.max_steps, spec.search.metric, spec.search.mode)
+    with view:
+        runs = WandbRuns(spec.tracking.wandb, directory.name, directory.path, spec.model_dump(mode="json"), view.say)
+        outcome = run_sweep(spec, directory, [runs, view], address=address, say=view.say)
+        runs.summarize(outcome.rows, outcome.best, directory.best / "adapter")
+        runs.close()
+    _show(spec, outcome)
+
+
+def _show(spec: SweepSpec, outcome: Outcome) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from lora_search.best import merge_line
+
+    best, conclusion, path = outcome.best, outcome.conclusion, outcome.run.path
+    table = Table(title=f"{spec.name}: trial {best['trial']} is the best of {len(outcome.rows)}", title_justify="left")
+    table.add_column("loss, nats a token")
+    table.add_column("untrained base", justify="right")
+    table.add_column("best adapter", justify="right")
+    table.add_column("merged model", justify="right")
+    table.add_row(
+        "validation",
+        f"{conclusion.untrained_validation_loss:.4f}",
+        f"{conclusion.validation_loss:.4f}",
+        f"{conclusion.merged_loss:.4f}",
+    )
+    table.add_row("test", f"{conclusion.untrained_test_loss:.4f}", f"{conclusion.test_loss:.4f}", "")
+    settings = ", ".join(
+        f"{name} {best[name]:.3g}" if isinstance(best[name], float) else f"{name} {best[name]}"
+        for name in ("rank", "alpha", "dropout", "target_modules", "learning_rate")
+    )
+    console = Console()
+    console.print()
+    console.print(table)
+    console.print(f"Best configuration: {settings}", highlight=False)
+    console.print(merge_line(conclusion), style="" if conclusion.merge_within_tolerance else "bold red")
+    console.print(
+        f"\n  {path / 'best'}/README.md     what was found, and how\n"
+        f"  {path / 'best'}/adapter       the adapter, for PEFT\n"
+        f"  {path / 'best'}/merged        the merged model, for transformers alone\n"
+        f"\n  lora-search results {path}",
+        highlight=False,
+        soft_wrap=True,
+    )

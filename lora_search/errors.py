@@ -1,0 +1,19 @@
+"""The one tree of errors. A message says what is wrong, where, what was found and what is allowed."""
+
+from __future__ import annotations
+
+
+class SweepError(Exception):
+    """The sweep could not be carried out (exit status 1)."""
+
+
+class InputError(SweepError):
+    """The user's input is wrong (exit status 2); the message is complete and needs no traceback."""
+
+
+class TrialFailed(SweepError):
+    """One trial ended for a reason of its own, such as a loss that is not finite; the sweep goes on."""
+
+
+class Interrupted(SweepError):
+    """The sweep was told to stop, by SIGINT or SIGTERM, and has stopped cleanly (exit status 130)."""

@@ -1,0 +1,183 @@
+"""A host: the actor that owns one device, holds the base once and trains its resident trials.
+
+The class knows nothing of Ray; the sweep makes an actor of it. Ray runs the methods on an event loop, and all of the
+training on one thread: between two steps that thread does what seats have asked for (admit, snapshot, release), so
+that trials join and leave a running host.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from lora_search.checkpoint import Checkpoint
+from lora_search.errors import TrialFailed
+from lora_search.space import TrialConfig
+
+T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
+
+
+class TrainsTrials(Protocol):
+    """What a host needs of an engine."""
+
+    def admit(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None = None) -> None: ...
+    def release(self, trial: str) -> None: ...
+    def position(self, trial: str) -> int: ...
+    def snapshot(self, trial: str) -> Checkpoint: ...
+    def step(self, trials: Sequence[str]) -> Mapping[str, Any]: ...
+    def report(self, trial: str) -> Any: ...
+
+
+@dataclass
+class _Goal:
+    """A trial is to be trained up to a step, and then reported."""
+
+    until: int
+    report: Future[dict[str, Any]]
+
+
+class Host:
+    """Trains what seats bring to it, all residents in turn (or together, as the engine does it)."""
+
+    def __init__(self, name: str, capacity: int, build: Callable[[], TrainsTrials]) -> None:
+        """
+        Args:
+            name: shown in results.
+            capacity: trials resident at once.
+            build: makes the engine, once, on the training thread.
+        """
+        self.name = name
+        self._capacity = capacity
+        self._residents: set[str] = set()
+        self._goals: dict[str, _Goal] = {}
+        self._asked: list[Callable[[], None]] = []
+        self._wake = threading.Condition()
+        self._engine: TrainsTrials
+        self._ready: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(build,), name="training", daemon=True)
+        self._thread.start()
+
+    async def ready(self) -> dict[str, Any]:
+        """Wait until the base is loaded; what this host is.
+
+        Raises:
+            InputError: the base cannot be loaded.
+        """
+        await asyncio.wrap_future(self._ready)
+        return {"name": self.name, "pid": os.getpid(), "capacity": self._capacity}
+
+    async def room(self) -> int:
+        """How many more trials fit."""
+        return self._capacity - len(self._residents)
+
+    async def admit(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None = None) -> bool:
+        """Make a trial resident, at its start or where a checkpoint left it; False where there is no room.
+
+        A trial that is resident already (its seat was lost) starts over from the checkpoint.
+        """
+        if trial in self._residents:
+            await self.release(trial)
+        if len(self._residents) >= self._capacity:
+            return False
+        self._residents.add(trial)
+        try:
+            await self._ask(lambda: self._engine.admit(trial, config, checkpoint))
+        except BaseException:
+            self._residents.discard(trial)
+            raise
+        return True
+
+    async def advance(self, trial: str, until: int) -> dict[str, Any]:
+        """Train a resident trial up to a step, evaluate it, and return its report.
+
+        Raises:
+            TrialFailed: the trial cannot go on, for a reason of its own.
+        """
+        goal = _Goal(until, Future())
+        with self._wake:
+            self._goals[trial] = goal
+            self._wake.notify()
+        return await asyncio.wrap_future(goal.report)
+
+    async def snapshot(self, trial: str) -> Checkpoint:
+        """The checkpoint of a resident trial."""
+        return await self._ask(lambda: self._engine.snapshot(trial))
+
+    async def release(self, trial: str) -> None:
+        """Let a trial go; nothing happens where it is not resident."""
+        if trial not in self._residents:
+            return
+        await self._ask(lambda: self._let_go(trial))
+        self._residents.discard(trial)
+
+    def _let_go(self, trial: str) -> None:
+        goal = self._goals.pop(trial, None)
+        if goal is not None:
+            goal.report.cancel()
+        self._engine.release(trial)
+
+    async def _ask(self, work: Callable[[], T]) -> T:
+        """Have the training thread do something between two steps."""
+        answer: Future[T] = Future()
+
+        def answered() -> None:
+            try:
+                answer.set_result(work())
+            except BaseException as error:  # it belongs to whoever asked; the thread goes on
+                answer.set_exception(error)
+
+        with self._wake:
+            self._asked.append(answered)
+            self._wake.notify()
+        return await asyncio.wrap_future(answer)
+
+    def _run(self, build: Callable[[], TrainsTrials]) -> None:
+        try:
+            self._engine = build()
+        except BaseException as error:  # told to whoever waits in ready()
+            self._ready.set_exception(error)
+            return
+        self._ready.set_result(None)
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._asked or self._goals)
+                asked, self._asked = self._asked, []
+                goals = dict(self._goals)
+            for work in asked:
+                work()
+            if not asked:
+                self._train(goals)
+
+    def _train(self, goals: dict[str, _Goal]) -> None:
+        """One step of every trial that has a goal, and the reports of those that are there."""
+        behind = [trial for trial, goal in goals.items() if self._engine.position(trial) < goal.until]
+        try:
+            outcomes = self._engine.step(behind) if behind else {}
+        except Exception as error:  # not one trial's failure but the step's: every trial in it is told
+            logger.exception("host %s: a training step failed", self.name)
+            outcomes = dict.fromkeys(behind, TrialFailed(f"{type(error).__name__}: {error}"))
+        for trial, goal in goals.items():
+            outcome = outcomes.get(trial)
+            if isinstance(outcome, TrialFailed):
+                self._answer(trial, goal, outcome)
+            elif self._engine.position(trial) >= goal.until:
+                self._answer(trial, goal, None)
+
+    def _answer(self, trial: str, goal: _Goal, failure: TrialFailed | None) -> None:
+        with self._wake:
+            self._goals.pop(trial, None)
+        try:
+            if failure is not None:
+                raise failure
+            report = self._engine.report(trial).to_dict()
+            goal.report.set_result(report | {"host": self.name})
+        except Exception as error:  # whatever ended this trial goes to its seat; the others train on
+            goal.report.set_exception(error)

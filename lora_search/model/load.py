@@ -1,0 +1,152 @@
+"""Load the base and its tokenizer: a hub id, a local folder, or builtin:NAME."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
+
+from lora_search.builtin import model_folder
+from lora_search.errors import InputError
+from lora_search.model.precision import compute_dtype
+from lora_search.spec import Base
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class FrozenBase:
+    """A loaded base: no parameter of it is ever trained or changed."""
+
+    model: PreTrainedModel
+    device: torch.device
+    compute_dtype: torch.dtype
+    quantized: bool
+
+    @property
+    def autocast(self) -> torch.autocast:
+        """Products in the compute dtype, sums and norms in float32; does nothing where that is float32."""
+        enabled = self.compute_dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.compute_dtype if enabled else None, enabled=enabled)
+
+
+def model_path(model: str) -> str:
+    """What transformers loads for a sweep file's `base.model`: a folder or a hub id."""
+    if model.startswith("builtin:"):
+        return str(model_folder(model.removeprefix("builtin:")))
+    return model
+
+
+def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with a pad token in every case.
+
+    Padding is masked out of attention and loss, so that any token will do; the end token stands in where there is
+    no other.
+
+    Raises:
+        InputError: there is no tokenizer, or it has no end token.
+    """
+    with _input_errors(base, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_path(base.model), revision=base.revision, trust_remote_code=base.trust_remote_code
+        )
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"base.model: the tokenizer of {base.model} has no end-of-sequence token, which training needs"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(base: Base, device: torch.device | str) -> FrozenBase:
+    """The base on one device, quantised as the sweep file says, ready for adapters.
+
+    What `peft.prepare_model_for_kbit_training` does holds here too: every parameter frozen, what is not quantised in
+    float32, input gradients on where activations are recomputed.
+
+    Raises:
+        InputError: there is no such model, it is no causal language model, or has no safetensors weights.
+    """
+    device = torch.device(device)
+    dtype = compute_dtype(base.compute_dtype, device)
+    model = load_weights(base, dtype="auto" if base.quantization == "nf4" else dtype, device=device, nf4_compute=dtype)
+    if base.quantization == "nf4":
+        _prepare_for_kbit_training(model)
+    else:
+        model.requires_grad_(False)
+    if base.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    model.config.use_cache = False
+    return FrozenBase(model=model, device=device, compute_dtype=dtype, quantized=base.quantization == "nf4")
+
+
+def load_weights(
+    base: Base,
+    *,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    nf4_compute: torch.dtype = torch.float32,
+    quantize: bool | None = None,
+) -> PreTrainedModel:
+    """The model as transformers loads it, in NF4 or in `dtype`; `quantize` overrules the sweep file."""
+    options: dict[str, Any] = {}
+    if (base.quantization == "nf4") if quantize is None else quantize:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=nf4_compute,
+        )
+    with _input_errors(base, "model"), _quiet():
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            model_path(base.model),
+            revision=base.revision,
+            trust_remote_code=base.trust_remote_code,
+            use_safetensors=True,
+            dtype=dtype,
+            device_map={"": device},
+            **options,
+        )
+    return model
+
+
+def _prepare_for_kbit_training(model: PreTrainedModel) -> None:
+    from bitsandbytes.nn import Linear4bit
+    from peft import prepare_model_for_kbit_training
+
+    prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # On a CPU with AVX512-BF16, bitsandbytes repacks the weights at the first evaluation, for good, into a
+            # layout that only inference reads and whose products differ (bitsandbytes 0.50, nn/modules.py, forward).
+            module.support_avx512bf16_for_cpu = False
+
+
+@contextmanager
+def _input_errors(base: Base, what: str) -> Iterator[None]:
+    """Turn what transformers says of a wrong model id, folder or architecture into one message."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"base.model: cannot load the {what} of {base.model!r}: {first}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars from loading: they belong to whoever called us, and hosts have no terminal."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,135 @@
+"""The Optuna study of a sweep: its storage, its sampler, its distributions, what it tries first."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalChoiceType,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from lora_search.space import first_trials, grid_size
+from lora_search.spec import Choice, Domain, Fixed, IntUniform, LogUniform, Search, SweepSpec
+
+JOURNAL = "study.journal"
+
+STARTUP_TRIALS = 10
+"""Random trials before TPE models anything; Optuna's own default."""
+
+
+def create_study(spec: SweepSpec, folder: Path) -> optuna.Study:
+    """A new study in the run directory, with the configurations to try first waiting in it."""
+    study = optuna.create_study(
+        storage=_storage(folder),
+        study_name=spec.name,
+        direction="minimize" if spec.search.mode == "min" else "maximize",
+        sampler=sampler(spec.search),
+    )
+    for configuration in first_trials(spec):
+        study.enqueue_trial(encode(spec.search.space, configuration), skip_if_exists=True)
+    if spec.search.sampler.name == "grid":
+        for configuration in itertools.islice(_grid(spec.search.space), planned_trials(spec)):
+            study.enqueue_trial(encode(spec.search.space, configuration), skip_if_exists=True)
+    return study
+
+
+def open_study(folder: Path) -> optuna.Study:
+    """The study of an existing run directory, to read."""
+    storage = _storage(folder)
+    (name,) = optuna.get_all_study_names(storage)
+    return optuna.load_study(study_name=name, storage=storage)
+
+
+def planned_trials(spec: SweepSpec) -> int:
+    """How many trials a sweep has: as many as the sweep file says, but no more than a grid holds."""
+    if spec.search.sampler.name == "grid":
+        return min(spec.search.trials, grid_size(spec.search.space))
+    return spec.search.trials
+
+
+def sampler(search: Search) -> optuna.samplers.BaseSampler:
+    """The sampler that the sweep file names.
+
+    TPE is multivariate and grouped, since rank, alpha and learning rate act together (Falkner et al., BOHB, 2018),
+    and takes a running trial for a bad one (constant liar), so that trials started together differ.
+    """
+    if search.sampler.name == "tpe":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.samplers.TPESampler(
+                multivariate=True,
+                group=True,
+                constant_liar=True,
+                n_startup_trials=STARTUP_TRIALS,
+                seed=search.sampler.seed,
+            )
+    return optuna.samplers.RandomSampler(seed=search.sampler.seed)  # a grid stands in the queue and samples nothing
+
+
+def distributions(space: Mapping[str, Domain]) -> dict[str, BaseDistribution]:
+    """The searched part of a space in Optuna's terms; fixed values are not searched."""
+    return {name: _distribution(domain) for name, domain in space.items() if not isinstance(domain, Fixed)}
+
+
+def encode(space: Mapping[str, Domain], configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration as Optuna stores it: lists of module names as JSON text, fixed values left out."""
+    return {
+        name: _encoded(value) if isinstance(space[name], Choice) else value
+        for name, value in configuration.items()
+        if not isinstance(space[name], Fixed)
+    }
+
+
+def decode(space: Mapping[str, Domain], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration that Optuna's parameters stand for, fixed values included."""
+    configuration: dict[str, Any] = {}
+    for name, domain in space.items():
+        if isinstance(domain, Fixed):
+            configuration[name] = domain.value
+        elif isinstance(domain, Choice):
+            configuration[name] = next(value for value in domain.values if _encoded(value) == stored[name])
+        else:
+            configuration[name] = stored[name]
+    return configuration
+
+
+def _storage(folder: Path) -> JournalStorage:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+
+
+def _distribution(domain: Domain) -> BaseDistribution:
+    match domain:
+        case Choice(values):
+            return CategoricalDistribution([_encoded(value) for value in values])
+        case IntUniform(low, high):
+            return IntDistribution(low, high)
+        case _:
+            low, high = domain.probes()
+            return FloatDistribution(low, high, log=isinstance(domain, LogUniform))
+
+
+def _encoded(value: Any) -> CategoricalChoiceType:
+    return json.dumps(value) if isinstance(value, list) else value
+
+
+def _grid(space: Mapping[str, Domain]) -> Iterator[dict[str, Any]]:
+    values = [
+        range(domain.low, domain.high + 1) if isinstance(domain, IntUniform) else domain.probes()
+        for domain in space.values()
+    ]
+    for combination in itertools.product(*values):
+        yield dict(zip(space, combination, strict=True))

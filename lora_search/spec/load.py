@@ -1,0 +1,180 @@
+"""From a sweep file to a checked `SweepSpec`, or to one message that says what is wrong with it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from lora_search.errors import InputError
+from lora_search.spec.paths import resolve_paths
+from lora_search.spec.schema import SweepSpec, unknown_key
+
+Lines = dict[tuple[str | int, ...], int]
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a repeated key and reads 1e-4 as the number it is (YAML 1.2; PyYAML follows 1.1)."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:float"]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(\d[\d_]*\.?[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> SweepSpec:
+    """The checked sweep of a file, local paths made absolute.
+
+    Args:
+        path: the sweep file.
+        overrides: `key.path=value`, the value in YAML, laid over the file.
+
+    Raises:
+        InputError: the file cannot be read, or something in it is wrong; the message is complete.
+    """
+    file = Path(path)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such sweep file (looked in {Path.cwd()})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    return parse_spec(text, source=str(path), folder=file.parent, overrides=overrides)
+
+
+def parse_spec(text: str, *, source: str, folder: Path, overrides: Sequence[str] = ()) -> SweepSpec:
+    """As `load_spec`, for a text that came from `source`; relative paths are looked up in `folder` too."""
+    raw, lines = _parse_yaml(text, source)
+    for override in overrides:
+        _lay_over(raw, lines, override)
+    try:
+        spec = SweepSpec.model_validate(raw)
+    except ValidationError as error:
+        raise InputError("\n".join(_explain(e, source, lines) for e in error.errors())) from None
+    try:
+        return resolve_paths(spec, folder)
+    except ValueError as error:
+        raise InputError(_located(str(error), (), source, lines)) from None
+
+
+def dump_spec(spec: SweepSpec) -> str:
+    """The sweep as YAML that `parse_spec` reads back to an equal sweep, every key written out."""
+    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+def _parse_yaml(text: str, source: str) -> tuple[dict[str, Any], Lines]:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        lines: Lines = {}
+        if node is not None:
+            _index(node, (), lines, source)
+        raw = loader.construct_document(node) if node is not None else {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}:{mark.line + 1}" if mark else source
+        raise InputError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    finally:
+        loader.dispose()
+    if not isinstance(raw, dict):
+        raise InputError(f"{source}: a sweep file is a mapping of keys; found {type(raw).__name__}")
+    return raw, lines
+
+
+def _index(node: yaml.Node, path: tuple[str | int, ...], lines: Lines, source: str) -> None:
+    """Note the line of every key below `node`, and refuse a key that stands twice."""
+    lines[path] = min(node.start_mark.line + 1, lines.get(path, 10**9))
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            below = (*path, key.value)
+            if below in lines:
+                line = key.start_mark.line + 1
+                raise InputError(f"{source}:{line}: {_dotted(below)}: stands twice; first in line {lines[below]}")
+            lines[below] = key.start_mark.line + 1
+            _index(value, below, lines, source)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            _index(value, (*path, index), lines, source)
+
+
+def _lay_over(raw: dict[str, Any], lines: Lines, override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    keys = tuple(dotted.strip().split("."))
+    if not equals or not all(keys):
+        raise InputError(f"--set {override}: must be key.path=value, as in --set training.steps=60")
+    try:
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: the value is not valid YAML: {getattr(error, 'problem', error)}") from None
+    place = raw
+    for depth, key in enumerate(keys[:-1], start=1):
+        below = place.setdefault(key, {})
+        if not isinstance(below, dict):
+            raise InputError(f"--set {override}: {_dotted(keys[:depth])} is {below!r}, which has no keys")
+        place = below
+    place[keys[-1]] = value
+    for known in [path for path in lines if path[: len(keys)] == keys]:
+        del lines[known]
+    lines[keys] = 0  # line 0: the command line
+
+
+def _explain(error: ErrorDetails, source: str, lines: Lines) -> str:
+    path = error["loc"]
+    found = error["input"]
+    kind = error["type"]
+    if kind == "extra_forbidden":
+        message = unknown_key(str(path[-1]), _known_keys(path[:-1]))
+    elif kind == "value_error":
+        message = error["msg"].removeprefix("Value error, ")
+    else:
+        message = f"found {_short(found)}; {error['msg'][:1].lower()}{error['msg'][1:]}"
+    return _located(message, path, source, lines)
+
+
+def _located(message: str, path: tuple[str | int, ...], source: str, lines: Lines) -> str:
+    """Put file, line and key before a message; a message may itself begin with the rest of the key."""
+    rest = re.match(r"([A-Za-z_][\w.\[\]]*): ", message)
+    if rest:
+        path = (*path, *(int(part) if part.isdigit() else part for part in re.findall(r"[^.\[\]]+", rest[1])))
+        message = message[rest.end() :]
+    path = tuple(part for part in path if part not in ("float", "str", "int", "list[str]", "literal['auto']"))
+    known = path
+    while known and known not in lines:
+        known = known[:-1]
+    line = lines.get(known)
+    where = source if line is None or not known else "--set" if line == 0 else f"{source}:{line}"
+    return f"{where}: {_dotted(path)}: {message}" if path else f"{where}: {message}"
+
+
+def _known_keys(path: tuple[str | int, ...]) -> Iterable[str]:
+    """The keys that the schema knows at `path`."""
+    section: type[BaseModel] = SweepSpec
+    for key in path:
+        below = section.model_fields[str(key)].annotation
+        if not (isinstance(below, type) and issubclass(below, BaseModel)):
+            return ()
+        section = below
+    return section.model_fields
+
+
+def _dotted(path: Sequence[str | int]) -> str:
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return text.removeprefix(".")
+
+
+def _short(value: Any) -> str:
+    text = f"a mapping of {', '.join(map(str, value))}" if isinstance(value, Mapping) and value else repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."

@@ -1,0 +1,77 @@
+"""Which hosts a cluster gets: a pure function of its nodes and the sweep file's `hosts`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora_search.errors import InputError
+from lora_search.spec import Hosts
+
+CORES_PER_HOST = 4
+"""Cores of a host without GPUs, where the sweep file leaves it open."""
+
+TRIALS_PER_HOST = 4
+"""Trials resident on a host, where the sweep file leaves it open."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of the cluster, and what Ray says it has."""
+
+    id: str
+    cpus: int
+    gpus: int
+
+
+@dataclass(frozen=True)
+class HostPlace:
+    """A host to be: on which node, with what."""
+
+    name: str
+    node: str
+    cpus: int
+    gpus: int
+
+
+def place_hosts(nodes: Sequence[Node], hosts: Hosts) -> tuple[HostPlace, ...]:
+    """One host for each GPU (or `gpus_per_host` of them) of every node; one a group of cores where there are none.
+
+    Raises:
+        InputError: the cluster has no room for the hosts that the sweep file asks for.
+    """
+    with_gpus = hosts.gpus_per_host > 0 and any(node.gpus for node in nodes)
+    places: list[HostPlace] = []
+    for node in nodes:
+        if with_gpus:
+            count = node.gpus // hosts.gpus_per_host
+            cpus = _cores(hosts, node.cpus // count) if count else 0
+        else:
+            cpus = _cores(hosts, _group(node.cpus, hosts, len(nodes)))
+            count = node.cpus // cpus
+        gpus = hosts.gpus_per_host if with_gpus else 0
+        places += [HostPlace(f"host-{len(places) + i}", node.id, cpus, gpus) for i in range(count)]
+    wanted = len(places) if hosts.count == "auto" else hosts.count
+    if not places or wanted > len(places):
+        has = f"{sum(node.cpus for node in nodes)} cores and {sum(node.gpus for node in nodes)} GPUs"
+        raise InputError(
+            f"hosts.count: found {hosts.count}, but the cluster ({has}) has room for {len(places)} hosts "
+            f"with gpus_per_host {hosts.gpus_per_host} and cpus_per_host {hosts.cpus_per_host}"
+        )
+    return tuple(places[:wanted])
+
+
+def trials_per_host(hosts: Hosts) -> int:
+    """Trials resident on a host at once."""
+    return TRIALS_PER_HOST if hosts.trials_per_host == "auto" else hosts.trials_per_host
+
+
+def _cores(hosts: Hosts, available: int) -> int:
+    return max(1, available) if hosts.cpus_per_host == "auto" else hosts.cpus_per_host
+
+
+def _group(cores: int, hosts: Hosts, nodes: int) -> int:
+    """Cores of one host on a node without GPUs."""
+    if hosts.count == "auto":
+        return min(cores, CORES_PER_HOST)
+    return max(1, cores * nodes // hosts.count) if hosts.count > nodes else cores

@@ -1,0 +1,214 @@
+"""Run a sweep from its checked sweep file to its concluded run directory."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import optuna
+import ray
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+
+from lora_search.best import Conclusion, export_adapter, test_and_merge, write_card, write_config
+from lora_search.errors import Interrupted, SweepError
+from lora_search.results import Row, best_row, run_rows
+from lora_search.rundir import RunDirectory
+from lora_search.search import StudySearcher, create_study
+from lora_search.search.study import planned_trials
+from lora_search.seat import Seat
+from lora_search.space import first_rung
+from lora_search.spec import SweepSpec, dump_spec
+from lora_search.sweep.cluster import Hosts, build_engine, cluster, start_hosts, unwrap
+from lora_search.sweep.prepare import DataSummary, prepare
+from lora_search.sweep.provenance import provenance, write_provenance
+from lora_search.tracking import Observer, RunRecord
+from lora_search.tracking.relay import Relay
+
+KEPT_CHECKPOINTS = 2
+"""Of each trial: the newest, and the one before should the newest be damaged."""
+
+SEAT_BYTES = 200 << 20
+"""Memory that Ray sets aside for a seat: a Python process with Ray Tune in it. It needs no core of its own."""
+
+TUNE_ENV = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials.jsonl is the record
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A sweep that has come to its end."""
+
+    run: RunDirectory
+    rows: list[Row]
+    best: Row
+    conclusion: Conclusion
+
+
+def run_sweep(
+    spec: SweepSpec,
+    run: RunDirectory,
+    observers: Sequence[Observer] = (),
+    *,
+    address: str | None = None,
+    say: Say = lambda line: None,
+) -> Outcome:
+    """Search, then test, export and merge the best.
+
+    Args:
+        run: a run directory that is empty yet.
+        observers: told of every trial, besides the run directory's own record.
+        address: of a Ray cluster; None starts one on this machine.
+        say: prints one line to the user.
+
+    Raises:
+        InputError: the base, the data, a target set or the hosts cannot be used.
+        Interrupted: by a signal; what was recorded stays.
+        SweepError: no trial came to a result, or a host was lost.
+    """
+    run.spec.write_text(dump_spec(spec), encoding="utf-8")
+    facts = provenance(spec)
+    write_provenance(run.provenance, facts)
+    with cluster(address):
+        say("preparing the data and the hosts")
+        prepared, data = ray.remote(prepare).options(num_cpus=0, num_returns=2).remote(spec)
+        hosts = start_hosts(spec, data, build_engine)  # they load the base meanwhile
+        try:
+            summary: DataSummary = unwrap(prepared)
+            say(_data_line(summary))
+            ready = hosts.wait_ready()
+            write_provenance(run.provenance, facts | {"data": asdict(summary), "hosts": ready})
+            search(spec, run, hosts, observers)
+        finally:
+            hosts.end()
+        rows = run_rows(run)
+        best = best_row(rows, spec.search.metric, spec.search.mode)
+        if best is None:
+            raise SweepError(_why_nothing(rows))
+        say(f"trial {best['trial']} is best; testing and merging its adapter")
+        conclusion = conclude(spec, run, best, hosts, data)
+    write_card(spec, run, rows, best, conclusion)
+    return Outcome(run, rows, best, conclusion)
+
+
+def search(spec: SweepSpec, run: RunDirectory, hosts: Hosts, observers: Sequence[Observer] = ()) -> None:
+    """Run all trials of a sweep on its hosts.
+
+    Raises:
+        Interrupted: by a signal.
+    """
+    os.environ.update(TUNE_ENV)
+    for name in ("ray.tune", "ray.train", "ray.air"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are told by our observers, once
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    planned = planned_trials(spec)
+    told = [RunRecord(run.trials), _Release(hosts), *observers]
+    try:
+        with _sigterm_as_sigusr1():
+            # tune.run, not Tuner: that one pickles every callback and searcher into the run directory.
+            tune.run(
+                tune.with_resources(tune.with_parameters(Seat, spec=spec, hosts=hosts.actors), {"memory": SEAT_BYTES}),
+                search_alg=StudySearcher(spec, create_study(spec, run.path)),
+                scheduler=_scheduler(spec),
+                num_samples=planned,
+                max_concurrent_trials=hosts.capacity,
+                reuse_actors=True,
+                name=run.tune.name,
+                storage_path=str(run.path.resolve()),
+                callbacks=[Relay(spec, run.path, told)],
+                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, num_to_keep=KEPT_CHECKPOINTS),
+                trial_name_creator=_trial_name,
+                trial_dirname_creator=_trial_name,
+                raise_on_failed_trial=False,
+                verbose=0,
+            )
+    finally:
+        for observer in told:
+            observer.close()
+    ended = sum(row["state"] != "running" for row in run_rows(run))
+    if ended < planned:
+        raise Interrupted(f"interrupted after {ended} of {planned} trials; what they came to is in {run.path}")
+
+
+def conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts, data: Any) -> Conclusion:
+    """Export, test and merge the best trial's adapter, on a device like a host's."""
+    run.best.mkdir(exist_ok=True)
+    write_config(spec, best, run.best / "config.yaml")
+    export_adapter(run, best["trial"], run.best / "adapter")
+    place = hosts.places[0]
+    task = ray.remote(test_and_merge).options(num_cpus=place.cpus, num_gpus=place.gpus)
+    conclusion: Conclusion = unwrap(task.remote(spec, run, best["trial"], place.gpus > 0, place.cpus, data))
+    return conclusion
+
+
+def _scheduler(spec: SweepSpec) -> TrialScheduler:
+    if spec.search.scheduler.name == "none":
+        return FIFOScheduler()
+    return AsyncHyperBandScheduler(
+        time_attr="step",
+        metric=spec.search.metric,
+        mode=spec.search.mode,
+        max_t=spec.max_steps,
+        grace_period=first_rung(spec),
+        reduction_factor=spec.search.scheduler.reduction_factor,
+    )
+
+
+def _trial_name(trial: Trial) -> str:
+    return f"trial-{trial.config['trial']:04d}"
+
+
+class _Release(Observer):
+    """Frees a trial's memory on its host as soon as the trial is over."""
+
+    def __init__(self, hosts: Hosts) -> None:
+        self._hosts = hosts
+
+    def trial_ended(self, trial: int, state: str, reason: str | None) -> None:
+        self._hosts.release(trial)
+
+
+@contextmanager
+def _sigterm_as_sigusr1() -> Iterator[None]:
+    """Let SIGTERM, a spot machine's warning, end Tune's loop as cleanly as SIGINT does.
+
+    Tune catches SIGINT and SIGUSR1 alone; each ends its loop after the current event.
+    """
+
+    def forward(number: int, frame: object) -> None:
+        signal.raise_signal(signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGTERM, forward)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _data_line(summary: DataSummary) -> str:
+    line = (
+        f"data: {summary.train_rows:,} rows ({summary.train_tokens:,} tokens) to train on, "
+        f"{summary.validation_rows:,} to validate, {summary.test_rows:,} to test"
+    )
+    if summary.truncated:
+        line += f"; {summary.truncated:,} cut at max_length"
+    if summary.dropped:
+        line += f"; {summary.dropped:,} dropped, max_length leaves them nothing to train on"
+    return line
+
+
+def _why_nothing(rows: Sequence[Row]) -> str:
+    reasons = {row["reason"] for row in rows if row.get("reason")}
+    return f"no trial of {len(rows)} came to a result: {'; '.join(sorted(reasons)) or 'none reported anything'}"

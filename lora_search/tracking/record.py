@@ -1,0 +1,56 @@
+"""The local record: trials.jsonl, one line an event, appended as it happens."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_search.tracking.events import Observer, State
+
+
+class RunRecord(Observer):
+    """Appends to a run directory's trials.jsonl.
+
+    Events: `start` (parameters), `report` (the report's figures, `history` one list a step), `checkpoint` (step and
+    path), `end` (state, reason). Every line has `event`, `trial` and `time`, in seconds since 1970.
+    """
+
+    essential = True
+
+    def __init__(self, file: Path, clock: Callable[[], float] = time.time) -> None:
+        self._file = file.open("a", encoding="utf-8", buffering=1)  # a line is out as soon as it is whole
+        self._clock = clock
+
+    def trial_started(self, trial: int, parameters: Mapping[str, Any]) -> None:
+        self._append("start", trial, parameters=parameters)
+
+    def trial_reported(self, trial: int, report: Mapping[str, Any]) -> None:
+        self._append("report", trial, **report)
+
+    def trial_saved(self, trial: int, step: int, path: str) -> None:
+        self._append("checkpoint", trial, step=step, path=path)
+
+    def trial_ended(self, trial: int, state: State, reason: str | None) -> None:
+        self._append("end", trial, state=state, reason=reason)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _append(self, event: str, trial: int, **fields: Any) -> None:
+        line = {"event": event, "trial": trial, "time": round(self._clock(), 3), **fields}
+        self._file.write(json.dumps(_finite(line), ensure_ascii=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity are no JSON: null stands for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
