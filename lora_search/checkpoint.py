@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,7 +33,7 @@ def write_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     for name in sorted(checkpoint, key=lambda name: name == TRIAL):
         part = folder / f".{name}.part"
         part.write_bytes(checkpoint[name])
-        os.replace(part, folder / name)
+        part.replace(folder / name)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

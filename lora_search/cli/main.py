@@ -52,7 +52,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         case "targets":
             from lora_search.cli import targets
 
-            targets.run(arguments.model, as_json=arguments.json)
+            targets.targets(arguments.model, as_json=arguments.json)
     return DONE
 
 

@@ -19,7 +19,7 @@ from lora_search.engine.trial import ResidentTrial, lora_config
 from lora_search.errors import TrialFailed
 from lora_search.model import FrozenBase
 from lora_search.space import TrialConfig
-from lora_search.targets import resolve
+from lora_search.targets import module_tree, resolve
 
 
 class Engine:
@@ -32,6 +32,7 @@ class Engine:
     def __init__(self, base: FrozenBase, data: TokenizedData) -> None:
         self.base = base
         self.data = data
+        self._tree = module_tree(base.model)
         self._peft: PeftModel | None = None
         self._trials: dict[str, ResidentTrial] = {}
         self._active: str | None = None
@@ -50,7 +51,7 @@ class Engine:
         if trial in self._trials:
             raise ValueError(f"trial {trial} is resident already")
         name = f"trial_{trial}"
-        adapter = lora_config(config, resolve(self.base.model, config.lora.target_modules))
+        adapter = lora_config(config, resolve(self._tree, config.lora.target_modules))
         random = RandomStream(config.training.seed, self.base.device)
         with random.active():
             if self._peft is None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lora_search.errors import InputError
 from lora_search.spec import SweepSpec
+from lora_search.spec.schema import Lora
 
 if TYPE_CHECKING:
     from lora_search.data import TokenizedData
@@ -35,12 +37,20 @@ def prepare(spec: SweepSpec) -> tuple[DataSummary, TokenizedData]:
     """
     from lora_search.data import tokenize_data
     from lora_search.model import load_tokenizer
-    from lora_search.targets import resolve, skeleton
+    from lora_search.targets import module_tree, resolve, skeleton
 
-    model = skeleton(spec.base.model, trust_remote_code=spec.base.trust_remote_code, revision=spec.base.revision)
+    tree = module_tree(
+        skeleton(spec.base.model, trust_remote_code=spec.base.trust_remote_code, revision=spec.base.revision)
+    )
     domain = spec.search.space.get("target_modules")
-    for target in domain.probes() if domain else ("all-linear",):
-        resolve(model, target)
+    dropout = spec.search.space.get("dropout")
+    for target in domain.probes() if domain else (Lora().target_modules,):
+        found = resolve(tree, target)
+        if found.parameters and max(dropout.probes() if dropout else (Lora().dropout,)) > 0:
+            raise InputError(
+                f"search.space.dropout: target set {target!r} holds fused experts of {tree.architecture}, which PEFT "
+                "adapts without dropout only; set dropout: 0"
+            )
     data = tokenize_data(spec.data, load_tokenizer(spec.base))
     summary = DataSummary(
         len(data.train),

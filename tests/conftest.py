@@ -1,0 +1,144 @@
+"""What many tests stand on: a tiny Llama with its tokenizer, a small data set, and the real material where it is."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+if TYPE_CHECKING:
+    from lora_search.data import TokenizedData
+    from lora_search.model import FrozenBase
+    from lora_search.spec import SweepSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+
+WORDS = "the a red blue small big cat dog bird tree house sees likes near under finds and then it is".split()
+
+
+def shared(name: str) -> Path:
+    """A piece of the real material; skips the test where it is not beside the project."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"needs {name} of the shared data beside the project")
+    return path
+
+
+def write_tiny_model(folder: Path) -> Path:
+    """A random Llama of two layers with a word-level tokenizer, in Hugging Face format."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "<s>", "</s>", ":", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=64
+    )
+    fast.save_pretrained(str(folder))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(str(folder))
+    return folder
+
+
+def write_tiny_data(file: Path, rows: int = 200) -> Path:
+    """Prompts of some words, each answered by the same words in reverse."""
+    import random
+
+    draw = random.Random(0)
+    with file.open("w", encoding="utf-8") as lines:
+        for _ in range(rows):
+            words = [draw.choice(WORDS) for _ in range(draw.randint(2, 9))]
+            lines.write(json.dumps({"prompt": " ".join(words), "completion": " ".join(reversed(words))}) + "\n")
+    return file
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `model/` and `data.jsonl`."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_model(folder / "model")
+    write_tiny_data(folder / "data.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_spec(tiny: Path) -> SweepSpec:
+    """A sweep over the tiny model: 12 steps, float32, the usual parameters."""
+    return make_spec(tiny)
+
+
+def make_spec(tiny: Path, **sections: dict[str, Any]) -> SweepSpec:
+    """The tiny sweep with some of its sections changed."""
+    import yaml
+
+    from lora_search.spec import parse_spec
+
+    raw: dict[str, Any] = {
+        "name": "tiny",
+        "base": {"model": str(tiny / "model"), "compute_dtype": "float32"},
+        "data": {"path": str(tiny / "data.jsonl"), "max_length": 32, "template": "{prompt} :"},
+        "search": {
+            "space": {
+                "rank": {"choice": [2, 4, 8]},
+                "dropout": {"uniform": [0.0, 0.1]},
+                "target_modules": {"choice": ["attention-qv", "all-linear"]},
+                "learning_rate": {"log_uniform": [1.0e-4, 1.0e-2]},
+            },
+            "trials": 8,
+            "scheduler": {"first_rung": 2, "reduction_factor": 2},
+        },
+        "training": {"steps": 8, "batch_size": 4, "eval_every": 2},
+        "tracking": {"wandb": {"mode": "disabled"}},
+        "output": str(tiny / "runs"),
+    }
+    for name, section in sections.items():
+        raw[name] = raw.get(name, {}) | section if isinstance(section, dict) else section
+    return parse_spec(yaml.safe_dump(raw), source="tiny.yaml", folder=tiny)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tiny_spec: SweepSpec) -> TokenizedData:
+    from lora_search.data import tokenize_data
+    from lora_search.model import load_tokenizer
+
+    return tokenize_data(tiny_spec.data, load_tokenizer(tiny_spec.base))
+
+
+@pytest.fixture
+def tiny_base(tiny_spec: SweepSpec) -> FrozenBase:
+    """Fresh for every test: adapters change the module tree."""
+    from lora_search.model import load_base
+
+    return load_base(tiny_spec.base, "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    """Float32 sums depend on the number of threads; every test has the same."""
+    import sys
+
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(2)
+    yield

@@ -1,0 +1,268 @@
+"""The engine: a trial's result is its own."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from safetensors.torch import load as load_tensors
+
+from lora_search.checkpoint import ADAPTER_WEIGHTS, OPTIMIZER, TRIAL, read_checkpoint, write_checkpoint
+from lora_search.engine import Engine, Report, StepMetrics
+from lora_search.errors import InputError, SweepError, TrialFailed
+from lora_search.space import TrialConfig, trial_config
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lora_search.data import TokenizedData
+    from lora_search.model import FrozenBase
+    from lora_search.spec import SweepSpec
+
+
+@pytest.fixture
+def engine(tiny_base: FrozenBase, tiny_data: TokenizedData) -> Engine:
+    return Engine(tiny_base, tiny_data)
+
+
+def config(spec: SweepSpec, **sampled: Any) -> TrialConfig:
+    return trial_config(spec, {"rank": 4, "dropout": 0.1, "learning_rate": 5e-3, **sampled})
+
+
+def train(engine: Engine, trial: str, steps: int) -> list[float]:
+    """The losses of some steps of one trial."""
+    losses = []
+    for _ in range(steps):
+        outcome = engine.step([trial])[trial]
+        assert isinstance(outcome, StepMetrics), outcome
+        losses.append(outcome.loss)
+    return losses
+
+
+def test_training_lowers_the_validation_loss(engine: Engine, tiny_spec: SweepSpec) -> None:
+    untrained = engine.evaluate(None).loss
+    engine.admit("a", config(tiny_spec))
+    train(engine, "a", 8)
+    assert engine.report("a").eval_loss < 0.9 * untrained
+
+
+def test_fresh_adapter_changes_nothing(engine: Engine, tiny_spec: SweepSpec) -> None:
+    untrained = engine.evaluate(None)
+    engine.admit("a", config(tiny_spec))
+    assert engine.evaluate("a") == untrained
+
+
+def test_trial_is_the_same_alone_and_in_company(engine: Engine, tiny_spec: SweepSpec) -> None:
+    mine = config(tiny_spec, target_modules="all-linear")
+    engine.admit("alone", mine)
+    alone = train(engine, "alone", 6)
+    weights = engine.snapshot("alone")[ADAPTER_WEIGHTS]
+    engine.release("alone")
+
+    engine.admit("before", config(tiny_spec, rank=8, seed=7))
+    train(engine, "before", 1)
+    engine.admit("mine", mine)
+    engine.admit("beside", config(tiny_spec, rank=2, target_modules="attention-qv", dropout=0.5))
+    losses = []
+    for step in range(6):
+        outcomes = engine.step(["beside", "mine"] if step < 3 else ["mine"])
+        mine_now = outcomes["mine"]
+        assert isinstance(mine_now, StepMetrics)
+        losses.append(mine_now.loss)
+        engine.report("beside" if step < 3 else "mine")
+        if step == 3:
+            engine.release("before")
+    assert losses == alone
+    assert engine.snapshot("mine")[ADAPTER_WEIGHTS] == weights
+
+
+def test_training_leaves_the_global_random_state_alone(engine: Engine, tiny_spec: SweepSpec) -> None:
+    before = torch.get_rng_state()
+    engine.admit("a", config(tiny_spec))
+    train(engine, "a", 2)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_seed_decides_initialisation_dropout_and_order(engine: Engine, tiny_spec: SweepSpec) -> None:
+    for name, seed in (("zero", 0), ("again", 0), ("one", 1)):
+        engine.admit(name, config(tiny_spec, seed=seed))
+    zero, again, one = (train(engine, name, 3) for name in ("zero", "again", "one"))
+    assert zero == again
+    assert all(a != b for a, b in zip(zero, one, strict=True))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant_with_warmup", "inverse_sqrt"])
+def test_restored_trial_goes_on_to_the_bit(
+    engine: Engine, tiny_spec: SweepSpec, tiny_base: FrozenBase, tiny_data: TokenizedData, tmp_path: Path, schedule: str
+) -> None:
+    mine = config(tiny_spec, lr_schedule=schedule, gradient_accumulation_steps=2, weight_decay=0.01, warmup_ratio=0.3)
+    engine.admit("whole", mine)
+    whole = train(engine, "whole", 8)
+    whole_report = engine.report("whole")
+    end = engine.snapshot("whole")
+    engine.release("whole")
+
+    engine.admit("part", mine)
+    first = train(engine, "part", 4)
+    engine.report("part")
+    write_checkpoint(engine.snapshot("part"), tmp_path / "checkpoint")
+    engine.release("part")
+
+    engine.admit("other", config(tiny_spec, rank=2))  # somebody else has the host in between
+    train(engine, "other", 1)
+    engine.admit("part", mine, read_checkpoint(tmp_path / "checkpoint"))
+    assert engine.position("part") == 4
+    assert first + train(engine, "part", 4) == whole
+    report = engine.report("part")
+    assert (report.eval_loss, report.tokens, report.lr) == (whole_report.eval_loss, whole_report.tokens, whole_report.lr)
+    snapshot = engine.snapshot("part")
+    assert snapshot[ADAPTER_WEIGHTS] == end[ADAPTER_WEIGHTS]
+    ours, theirs = load_tensors(snapshot[OPTIMIZER]), load_tensors(end[OPTIMIZER])
+    assert all(torch.equal(ours[key], theirs[key.replace("part", "whole")]) for key in ours)
+
+
+def test_checkpoint_holds_no_pickle_and_peft_loads_its_adapter(
+    engine: Engine, tiny_spec: SweepSpec, tiny_data: TokenizedData, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    from lora_search.engine import evaluate
+    from lora_search.model import load_base
+
+    engine.admit("a", config(tiny_spec))
+    train(engine, "a", 3)
+    loss = engine.report("a").eval_loss
+    write_checkpoint(engine.snapshot("a"), tmp_path)
+    assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".safetensors"}
+    base = load_base(tiny_spec.base, "cpu")
+    PeftModel.from_pretrained(base.model, str(tmp_path))
+    assert evaluate(base, tiny_data.validation, tiny_data.pad_token_id).loss == pytest.approx(loss, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", [ADAPTER_WEIGHTS, OPTIMIZER])
+def test_damaged_checkpoint_is_noticed(engine: Engine, tiny_spec: SweepSpec, tmp_path: Path, name: str) -> None:
+    engine.admit("a", config(tiny_spec))
+    write_checkpoint(engine.snapshot("a"), tmp_path)
+    content = bytearray((tmp_path / name).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / name).write_bytes(bytes(content))
+    with pytest.raises(SweepError, match=f"{name} is damaged"):
+        read_checkpoint(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(SweepError, match="incomplete"):
+        read_checkpoint(tmp_path)
+
+
+def test_position_in_the_data_is_in_the_checkpoint(engine: Engine, tiny_spec: SweepSpec) -> None:
+    engine.admit("a", config(tiny_spec, gradient_accumulation_steps=3))
+    train(engine, "a", 2)
+    state = json.loads(engine.snapshot("a")[TRIAL])
+    assert (state["step"], state["rows_read"]) == (2, 2 * 3 * 4)
+
+
+def test_accumulation_is_one_larger_batch(engine: Engine, tiny_spec: SweepSpec) -> None:
+    engine.admit("large", config(tiny_spec, dropout=0.0, batch_size=8))
+    engine.admit("small", config(tiny_spec, dropout=0.0, batch_size=2, gradient_accumulation_steps=4))
+    assert train(engine, "small", 6) == pytest.approx(train(engine, "large", 6), rel=1e-5)
+
+
+def test_infinite_loss_fails_its_trial_and_no_other(engine: Engine, tiny_spec: SweepSpec) -> None:
+    engine.admit("alone", config(tiny_spec))
+    alone = train(engine, "alone", 4)
+    engine.release("alone")
+    engine.admit("good", config(tiny_spec))
+    engine.admit("bad", config(tiny_spec, learning_rate=1e30, max_grad_norm=0.0, warmup_ratio=0.0, alpha=1e30))
+    losses, failure = [], None
+    for _ in range(4):
+        outcomes = engine.step(["bad", "good"] if failure is None else ["good"])
+        if isinstance(outcomes.get("bad"), TrialFailed):
+            failure = outcomes["bad"]
+            engine.release("bad")
+        good = outcomes["good"]
+        assert isinstance(good, StepMetrics)
+        losses.append(good.loss)
+    assert failure is not None
+    assert "step" in str(failure)
+    assert any(word in str(failure) for word in ("nan", "inf"))
+    assert losses == alone
+
+
+def test_clipping_bounds_the_update_and_reports_the_norm_before(engine: Engine, tiny_spec: SweepSpec) -> None:
+    engine.admit("free", config(tiny_spec, max_grad_norm=0.0))
+    engine.admit("clipped", config(tiny_spec, max_grad_norm=1e-3))
+    outcomes = engine.step(["free", "clipped"])
+    free, clipped = outcomes["free"], outcomes["clipped"]
+    assert isinstance(free, StepMetrics)
+    assert isinstance(clipped, StepMetrics)
+    assert free.grad_norm == pytest.approx(clipped.grad_norm)
+    assert free.grad_norm > 1e-3
+
+
+def test_warm_up_and_schedule_are_those_of_transformers(engine: Engine, tiny_spec: SweepSpec) -> None:
+    engine.admit("a", config(tiny_spec, steps=8, warmup_ratio=0.25, learning_rate=1e-3))
+    rates = [engine.step(["a"])["a"].lr for _ in range(8)]  # type: ignore[union-attr]
+    assert rates[:3] == pytest.approx([0.0, 5e-4, 1e-3])
+    assert rates[3:] == pytest.approx([5e-4 * (1 + math.cos(math.pi * k / 6)) for k in range(1, 6)])
+
+
+def test_rslora_scales_by_the_root_of_the_rank(engine: Engine, tiny_spec: SweepSpec) -> None:
+    plain = config(tiny_spec, rank=4, alpha=8.0, use_rslora=True, dropout=0.0)
+    same = config(tiny_spec, rank=4, alpha=16.0, dropout=0.0)  # 8 / sqrt(4) = 16 / 4
+    assert plain.scaling == same.scaling == 4.0
+    engine.admit("rslora", plain)
+    engine.admit("lora", same)
+    assert train(engine, "rslora", 4) == train(engine, "lora", 4)
+
+
+def test_report_has_every_figure(engine: Engine, tiny_spec: SweepSpec, tiny_data: TokenizedData) -> None:
+    engine.admit("a", config(tiny_spec, target_modules="attention-qv", rank=4))
+    losses = train(engine, "a", 3)
+    report = engine.report("a")
+    assert isinstance(report, Report)
+    assert (report.step, report.steps_total) == (3, 8)
+    assert report.train_loss == pytest.approx(sum(losses) / 3)
+    assert report.perplexity == pytest.approx(math.exp(report.eval_loss))
+    assert 0 <= report.token_accuracy <= 1
+    assert report.trainable_parameters == 2 * (4 * (64 + 64) + 4 * (64 + 32))  # 2 layers; q is 64x64, v 64x32
+    assert report.tokens == sum(step.tokens for step in report.history)
+    assert report.tokens_per_second > 0
+    assert report.peak_memory_bytes > 50 << 20
+    assert [step.step for step in report.history] == [1, 2, 3]
+    train(engine, "a", 1)
+    assert [step.step for step in engine.report("a").history] == [4]
+
+
+def test_released_trial_leaves_nothing_behind(engine: Engine, tiny_spec: SweepSpec, tiny_base: FrozenBase) -> None:
+    for round_ in range(3):
+        engine.admit("a", config(tiny_spec, seed=round_))
+        train(engine, "a", 1)
+        engine.release("a")
+    assert not [name for name, _ in tiny_base.model.named_parameters() if "lora_" in name]
+    assert not [p for p in tiny_base.model.parameters() if p.requires_grad or p.grad is not None]
+
+
+def test_refused_trial_leaves_nothing_behind(engine: Engine, tiny_spec: SweepSpec, tiny_base: FrozenBase) -> None:
+    with pytest.raises(InputError, match="nothing_like_it"):
+        engine.admit("a", config(tiny_spec, target_modules=["nothing_like_it"]))
+    engine.admit("b", config(tiny_spec))
+    damaged = dict(engine.snapshot("b"))
+    damaged[ADAPTER_WEIGHTS] = damaged[ADAPTER_WEIGHTS][:-1] + b"\x00"
+    engine.release("b")
+    with pytest.raises(SweepError):
+        engine.admit("b", config(tiny_spec), damaged)
+    assert engine.residents == ()
+    assert not [name for name, _ in tiny_base.model.named_parameters() if "lora_" in name]
+
+
+def test_frozen_base_is_never_changed(engine: Engine, tiny_spec: SweepSpec, tiny_base: FrozenBase) -> None:
+    before = {name: parameter.clone() for name, parameter in tiny_base.model.named_parameters()}
+    engine.admit("a", config(tiny_spec, learning_rate=1e-1))
+    train(engine, "a", 3)
+    engine.report("a")
+    engine.release("a")
+    after = {name.replace(".base_layer", ""): parameter for name, parameter in tiny_base.model.named_parameters()}
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
