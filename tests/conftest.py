@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,10 +134,9 @@ def tiny_base(tiny_spec: SweepSpec) -> FrozenBase:
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> Iterator[None]:
+def _two_threads() -> None:
     """Float32 sums depend on the number of threads; every test has the same."""
     import sys
 
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(2)
-    yield

@@ -64,7 +64,11 @@ def _weather(draw: Draw) -> tuple[str, str]:
 
 def _library(draw: Draw) -> tuple[str, str]:
     reader, book = f"{draw.choice(PEOPLE)} {draw.choice(FAMILIES)}", draw.choice(BOOKS)
-    day, month, weeks = draw.randint(1, 28), draw.choice(["March", "June", "August", "November"]), draw.choice([0, 1, 3])
+    day, month, weeks = (
+        draw.randint(1, 28),
+        draw.choice(["March", "June", "August", "November"]),
+        draw.choice([0, 1, 3]),
+    )
     record = f"reader={reader}; book={book}; due={day} {month}; weeks={weeks}"
     if weeks:
         answer = f"Dear {reader}, your book {book} was due on {day} {month}. The fee is {weeks * 2} coins so far."
@@ -80,7 +84,9 @@ def _recipe(draw: Draw) -> tuple[str, str]:
     if heat == "none":
         answer = f"Stir {first} and {second} together in a {vessel}, then let it rest for {minutes} minutes."
     else:
-        answer = f"Put {first} into a {vessel}, add {second}, and cook everything over {heat} heat for {minutes} minutes."
+        answer = (
+            f"Put {first} into a {vessel}, add {second}, and cook everything over {heat} heat for {minutes} minutes."
+        )
     return f"Write the recipe step. {record}", answer
 
 

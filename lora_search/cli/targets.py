@@ -41,10 +41,10 @@ def _print(table: TargetTable) -> None:
     sets.add_column("target set")
     for rank in RANKS:
         sets.add_column(f"rank {rank}", justify="right")
-    for row in table.sets:
-        if row.unavailable:
-            sets.add_row(row.name, f"[dim]{row.unavailable}[/dim]")
+    for group in table.sets:
+        if group.unavailable:
+            sets.add_row(group.name, f"[dim]{group.unavailable}[/dim]")
         else:
-            sizes = [f"{count:,}\n[dim]{table.share(count):.3%}[/dim]" for count in row.trainable.values()]
-            sets.add_row(f"{row.name}\n[dim]{', '.join(row.suffixes)}[/dim]", *sizes)
+            sizes = [f"{count:,}\n[dim]{table.share(count):.3%}[/dim]" for count in group.trainable.values()]
+            sets.add_row(f"{group.name}\n[dim]{', '.join(group.suffixes)}[/dim]", *sizes)
     console.print(sets)

@@ -1,0 +1,196 @@
+"""Weights & Biases: one run a trial and a summary run, all from one thread of this process.
+
+A run costs about 10 ms and no process of its own (`reinit="create_new"`), where Ray's WandbLoggerCallback starts an
+actor a trial. Events wait in a queue, so that a slow W&B never slows training, and a failing one costs one warning.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlparse
+
+from lora_search.spec import Wandb
+from lora_search.tracking.events import Observer, State
+
+if TYPE_CHECKING:
+    import wandb
+
+Mode = Literal["online", "offline", "disabled"]
+
+CLOSE_TIMEOUT_S = 60.0
+
+STEP_METRICS = {"loss": "train/loss", "grad_norm": "train/grad_norm", "lr": "train/lr"}
+REPORT_METRICS = {
+    "eval_loss": "eval/loss",
+    "perplexity": "eval/perplexity",
+    "token_accuracy": "eval/token_accuracy",
+    "train_loss": "train/mean_loss",
+    "tokens": "tokens",
+    "tokens_per_second": "tokens_per_second",
+    "seconds": "seconds",
+    "peak_memory_bytes": "peak_memory_bytes",
+}
+
+
+class WandbRuns(Observer):
+    """Records every trial of a sweep as a W&B run, grouped by the sweep's name."""
+
+    def __init__(
+        self, config: Wandb, sweep: str, folder: Path, settings: Mapping[str, Any], say: Callable[[str], None]
+    ) -> None:
+        """
+        Args:
+            sweep: the runs' group, and the first part of their names.
+            folder: the run directory; W&B's own files go into `wandb/` below it.
+            settings: the resolved sweep file, for the summary run.
+            say: prints one line to the user.
+        """
+        self._config = config
+        self._sweep = sweep
+        self._folder = folder
+        self._settings = dict(settings)
+        self._say = say
+        self._mode = wandb_mode(config.mode)
+        self._runs: dict[int, wandb.Run] = {}
+        self._work: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._broken = False
+        self._thread: threading.Thread | None = None
+        if self._mode != "disabled":
+            self._thread = threading.Thread(target=self._run, name="wandb", daemon=True)
+            self._thread.start()
+
+    def trial_started(self, trial: int, parameters: Mapping[str, Any]) -> None:
+        config = {"trial": trial, **parameters}
+        self._later(lambda: self._runs.update({trial: self._init("trial", f"{self._sweep}-{trial}", config)}))
+
+    def trial_reported(self, trial: int, report: Mapping[str, Any]) -> None:
+        report = dict(report)
+        self._later(lambda: self._log(self._runs[trial], report))
+
+    def trial_ended(self, trial: int, state: State, reason: str | None) -> None:
+        self._later(lambda: self._finish(self._runs.pop(trial), state, reason))
+
+    def summarize(
+        self, rows: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None, adapter: Path | None
+    ) -> None:
+        """Add the summary run: the trials as a table, the best trial's figures, its adapter as an artifact."""
+        self._later(lambda: self._summary([dict(row) for row in rows], best, adapter))
+
+    def flush(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Wait until W&B has everything, but no longer than `timeout_s`, and say how to upload what is offline."""
+        if self._thread is None:
+            return
+        self._work.put(None)
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            self._warn(f"W&B is still busy after {timeout_s:.0f} s; what it has not taken is lost to it")
+        elif self._mode == "offline" and not self._broken:
+            self._say(f"W&B runs are offline; upload them with: wandb sync {self._folder}/wandb/offline-run-*")
+        self._thread = None
+
+    def _later(self, work: Callable[[], None]) -> None:
+        if self._thread is not None and not self._broken:
+            self._work.put(work)
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            if self._broken:
+                continue
+            try:
+                work()
+            except Exception as error:  # whatever W&B raises, the sweep goes on without it
+                lines = str(error).strip().splitlines() or [""]
+                self._warn(f"W&B failed and is left out from here on: {type(error).__name__}: {lines[0]}")
+
+    def _warn(self, line: str) -> None:
+        if not self._broken:
+            self._broken = True
+            self._say(line)
+
+    def _init(self, kind: str, name: str, config: Mapping[str, Any]) -> wandb.Run:
+        import wandb
+
+        self._folder.joinpath("wandb").mkdir(exist_ok=True)
+        run = wandb.init(
+            entity=self._config.entity,
+            project=self._config.project,
+            group=self._sweep,
+            job_type=kind,
+            name=name,
+            config=dict(config),
+            mode="offline" if self._mode == "offline" else "online",
+            dir=str(self._folder),
+            reinit="create_new",
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                disable_git=True,
+                disable_code=True,
+                x_disable_stats=True,
+                x_disable_meta=True,
+                x_save_requirements=False,
+                init_timeout=30,
+            ),
+        )
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
+        return run
+
+    def _log(self, run: wandb.Run, report: Mapping[str, Any]) -> None:
+        """The steps since the last report, then the report, each at its optimiser step."""
+        for step in report["history"]:
+            run.log({"step": step["step"]} | {name: step[key] for key, name in STEP_METRICS.items()})
+        run.log({"step": report["step"]} | {name: report[key] for key, name in REPORT_METRICS.items()})
+
+    def _finish(self, run: wandb.Run, state: State, reason: str | None) -> None:
+        run.summary["state"] = state
+        if reason is not None:
+            run.summary["reason"] = reason
+        run.finish(exit_code=1 if state == "failed" else 0)
+
+    def _summary(self, rows: Sequence[dict[str, Any]], best: Mapping[str, Any] | None, adapter: Path | None) -> None:
+        import wandb
+
+        run = self._init("summary", f"{self._sweep}-summary", self._settings)
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        table = wandb.Table(columns=columns, data=[[_cell(row.get(column)) for column in columns] for row in rows])
+        run.log({"trials": table})
+        if best is not None:
+            run.summary.update({f"best/{key}": _cell(value) for key, value in best.items() if value is not None})
+        if adapter is not None and adapter.is_dir():
+            artifact = wandb.Artifact(f"{self._sweep}-best-adapter", type="model")
+            artifact.add_dir(str(adapter))
+            run.log_artifact(artifact)
+        run.finish(exit_code=0)
+
+
+def wandb_mode(wanted: str) -> Mode:
+    """The mode that a sweep runs in: the sweep file's; for `auto`, WANDB_MODE's, else online where there is a key."""
+    if wanted == "auto":
+        wanted = os.environ.get("WANDB_MODE", "")
+    match wanted:
+        case "online" | "offline" | "disabled":
+            return wanted
+        case _:
+            return "online" if _has_key() else "offline"
+
+
+def _has_key() -> bool:
+    """Whether W&B would find an API key without asking for one: in the environment, or where `wandb login` put it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _cell(value: Any) -> Any:
+    return ", ".join(value) if isinstance(value, list) else value
