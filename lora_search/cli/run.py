@@ -30,8 +30,6 @@ def run(sweep: str, overrides: Sequence[str], *, name: str | None, address: str 
     with view:
         runs = WandbRuns(spec.tracking.wandb, directory.name, directory.path, spec.model_dump(mode="json"), view.say)
         outcome = run_sweep(spec, directory, [runs, view], address=address, say=view.say)
-        runs.summarize(outcome.rows, outcome.best, directory.best / "adapter")
-        runs.close()
     _show(spec, outcome)
 
 

@@ -78,6 +78,14 @@ def run_sweep(
         Interrupted: by a signal; what was recorded stays.
         SweepError: no trial came to a result, or a host was lost.
     """
+    try:
+        return _run(spec, run, observers, address, say)
+    finally:
+        for observer in observers:
+            observer.close()
+
+
+def _run(spec: SweepSpec, run: RunDirectory, observers: Sequence[Observer], address: str | None, say: Say) -> Outcome:
     run.spec.write_text(dump_spec(spec), encoding="utf-8")
     facts = provenance(spec)
     write_provenance(run.provenance, facts)
@@ -100,6 +108,8 @@ def run_sweep(
         say(f"trial {best['trial']} is best; testing and merging its adapter")
         conclusion = conclude(spec, run, best, hosts, data)
     write_card(spec, run, rows, best, conclusion)
+    for observer in observers:
+        observer.concluded(rows, best, run.best / "adapter")
     return Outcome(run, rows, best, conclusion)
 
 
@@ -114,7 +124,8 @@ def search(spec: SweepSpec, run: RunDirectory, hosts: Hosts, observers: Sequence
         logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are told by our observers, once
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     planned = planned_trials(spec)
-    told = [RunRecord(run.trials), _Release(hosts), *observers]
+    record = RunRecord(run.trials)
+    told = [record, _Release(hosts), *observers]
     try:
         with _sigterm_as_sigusr1():
             # tune.run, not Tuner: that one pickles every callback and searcher into the run directory.
@@ -135,8 +146,7 @@ def search(spec: SweepSpec, run: RunDirectory, hosts: Hosts, observers: Sequence
                 verbose=0,
             )
     finally:
-        for observer in told:
-            observer.close()
+        record.close()
     ended = sum(row["state"] != "running" for row in run_rows(run))
     if ended < planned:
         raise Interrupted(f"interrupted after {ended} of {planned} trials; what they came to is in {run.path}")

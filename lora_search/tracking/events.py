@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 State = Literal["running", "completed", "stopped", "failed"]
@@ -34,5 +35,8 @@ class Observer:
     def tick(self) -> None:
         """Called many times a second while the sweep runs."""
 
+    def concluded(self, rows: Sequence[Mapping[str, Any]], best: Mapping[str, Any], adapter: Path) -> None:
+        """The sweep has its result: all trials' rows, the best one, and the folder of its adapter."""
+
     def close(self) -> None:
-        """No trial will be heard of again."""
+        """Nothing more will be heard, whether the sweep came to its end or not."""

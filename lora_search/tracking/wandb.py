@@ -76,23 +76,21 @@ class WandbRuns(Observer):
     def trial_ended(self, trial: int, state: State, reason: str | None) -> None:
         self._later(lambda: self._finish(self._runs.pop(trial), state, reason))
 
-    def summarize(
-        self, rows: Sequence[Mapping[str, Any]], best: Mapping[str, Any] | None, adapter: Path | None
-    ) -> None:
+    def concluded(self, rows: Sequence[Mapping[str, Any]], best: Mapping[str, Any], adapter: Path) -> None:
         """Add the summary run: the trials as a table, the best trial's figures, its adapter as an artifact."""
         self._later(lambda: self._summary([dict(row) for row in rows], best, adapter))
 
-    def flush(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        """Wait until W&B has everything, but no longer than `timeout_s`, and say how to upload what is offline."""
+    def close(self) -> None:
+        """Wait until W&B has everything, but not for ever, and say how to upload what is offline."""
         if self._thread is None:
             return
+        thread, self._thread = self._thread, None
         self._work.put(None)
-        self._thread.join(timeout_s)
-        if self._thread.is_alive():
-            self._warn(f"W&B is still busy after {timeout_s:.0f} s; what it has not taken is lost to it")
+        thread.join(CLOSE_TIMEOUT_S)
+        if thread.is_alive():
+            self._warn(f"W&B is still busy after {CLOSE_TIMEOUT_S:.0f} s; what it has not taken is lost to it")
         elif self._mode == "offline" and not self._broken:
             self._say(f"W&B runs are offline; upload them with: wandb sync {self._folder}/wandb/offline-run-*")
-        self._thread = None
 
     def _later(self, work: Callable[[], None]) -> None:
         if self._thread is not None and not self._broken:
@@ -154,19 +152,18 @@ class WandbRuns(Observer):
             run.summary["reason"] = reason
         run.finish(exit_code=1 if state == "failed" else 0)
 
-    def _summary(self, rows: Sequence[dict[str, Any]], best: Mapping[str, Any] | None, adapter: Path | None) -> None:
+    def _summary(self, rows: Sequence[dict[str, Any]], best: Mapping[str, Any], adapter: Path) -> None:
         import wandb
 
         run = self._init("summary", f"{self._sweep}-summary", self._settings)
         columns = list(dict.fromkeys(key for row in rows for key in row))
         table = wandb.Table(columns=columns, data=[[_cell(row.get(column)) for column in columns] for row in rows])
         run.log({"trials": table})
-        if best is not None:
-            run.summary.update({f"best/{key}": _cell(value) for key, value in best.items() if value is not None})
-        if adapter is not None and adapter.is_dir():
-            artifact = wandb.Artifact(f"{self._sweep}-best-adapter", type="model")
-            artifact.add_dir(str(adapter))
-            run.log_artifact(artifact)
+        run.summary.update({f"best/{key}": _cell(value) for key, value in best.items() if value is not None})
+        artifact = wandb.Artifact(f"{self._sweep}-best-adapter", type="model")
+        for file in sorted(adapter.iterdir()):  # add_dir prints to the terminal
+            artifact.add_file(str(file))
+        run.log_artifact(artifact)
         run.finish(exit_code=0)
 
 

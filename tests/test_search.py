@@ -1,0 +1,156 @@
+"""The searcher: one Optuna trial for each Tune trial, told the truth about how it ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from conftest import make_spec
+from optuna.trial import TrialState
+
+from lora_search.search import StudySearcher, create_study, open_study
+from lora_search.search.study import planned_trials
+from lora_search.spec import SweepSpec
+
+
+def searcher(spec: SweepSpec, folder: Path) -> StudySearcher:
+    return StudySearcher(spec, create_study(spec, folder))
+
+
+def result(step: int, loss: float, total: int = 8) -> dict[str, Any]:
+    return {"step": step, "steps_total": total, "eval_loss": loss}
+
+
+def test_stopped_trial_is_told_pruned(tiny_spec: SweepSpec, tmp_path: Path) -> None:
+    search = searcher(tiny_spec, tmp_path)
+    search.suggest("a")
+    search.on_trial_result("a", result(2, 3.0))
+    search.on_trial_complete("a", result(4, 2.5))  # the scheduler's decision comes with the last result
+    (trial,) = open_study(tmp_path).trials
+    assert trial.state == TrialState.PRUNED
+    assert trial.intermediate_values == {2: 3.0, 4: 2.5}
+
+
+def test_finished_trial_is_told_complete_with_its_last_value(tiny_spec: SweepSpec, tmp_path: Path) -> None:
+    search = searcher(tiny_spec, tmp_path)
+    search.suggest("a")
+    search.on_trial_result("a", result(4, 2.0))
+    search.on_trial_complete("a", result(8, 2.2))
+    (trial,) = open_study(tmp_path).trials
+    assert (trial.state, trial.value) == (TrialState.COMPLETE, 2.2)
+
+
+def test_failed_trial_is_told_fail(tiny_spec: SweepSpec, tmp_path: Path) -> None:
+    search = searcher(tiny_spec, tmp_path)
+    search.suggest("a")
+    search.on_trial_result("a", result(2, 3.0))
+    search.on_trial_complete("a", error=True)
+    assert open_study(tmp_path).trials[0].state == TrialState.FAIL
+
+
+def test_trial_that_ends_twice_is_told_once(tiny_spec: SweepSpec, tmp_path: Path) -> None:
+    search = searcher(tiny_spec, tmp_path)
+    search.suggest("a")
+    search.on_trial_complete("a", result(8, 1.0))
+    search.on_trial_complete("a", error=True)
+    assert [trial.state for trial in open_study(tmp_path).trials] == [TrialState.COMPLETE]
+
+
+def test_common_first_guess_comes_first(tmp_path: Path, tiny: Path) -> None:
+    spec = make_spec(
+        tiny,
+        search={
+            "space": {
+                "rank": {"choice": [4, 16]},
+                "alpha": {"uniform": [8, 64]},
+                "dropout": {"uniform": [0, 0.1]},
+                "target_modules": "all-linear",
+            }
+        },
+    )
+    params = searcher(spec, tmp_path).suggest("a")["params"]
+    assert params == {"rank": 16, "alpha": 32.0, "dropout": 0.05, "target_modules": "all-linear"}
+
+
+def test_first_guess_keeps_to_the_space(tmp_path: Path, tiny: Path) -> None:
+    spec = make_spec(tiny, search={"space": {"rank": {"choice": [2, 4]}, "dropout": {"uniform": [0.1, 0.2]}}})
+    params = searcher(spec, tmp_path).suggest("a")["params"]
+    assert params["rank"] in (2, 4)
+    assert 0.1 <= params["dropout"] <= 0.2
+
+
+def test_enqueued_configurations_come_first_and_in_order(tmp_path: Path, tiny: Path) -> None:
+    first = [{"rank": 8, "learning_rate": 2e-3}, {"rank": 2, "learning_rate": 5e-4}]
+    spec = make_spec(tiny, search={"enqueue": first})
+    search = searcher(spec, tmp_path)
+    proposed = [search.suggest(name)["params"] for name in "ab"]
+    assert [{key: p[key] for key in ("rank", "learning_rate")} for p in proposed] == first
+
+
+def test_grid_is_every_combination_once(tmp_path: Path, tiny: Path) -> None:
+    space = {
+        "rank": {"choice": [2, 4]},
+        "target_modules": {"choice": ["mlp", ["q_proj", "v_proj"]]},
+        "batch_size": {"int_uniform": [1, 3]},
+        "dropout": 0.0,
+    }
+    spec = make_spec(tiny, search={"space": space, "sampler": {"name": "grid"}, "trials": 100, "enqueue": []})
+    assert planned_trials(spec) == 12
+    search = searcher(spec, tmp_path)
+    proposed = []
+    for index in range(12):
+        proposed.append(search.suggest(str(index))["params"])
+        search.on_trial_complete(str(index), result(8, 1.0))
+    keys = {(p["rank"], str(p["target_modules"]), p["batch_size"]) for p in proposed}
+    assert len(keys) == 12
+    assert all(p["dropout"] == 0.0 for p in proposed)
+    assert ["q_proj", "v_proj"] in [p["target_modules"] for p in proposed]
+    assert all(trial.state.is_finished() for trial in open_study(tmp_path).trials)
+
+
+def test_same_seed_proposes_the_same(tmp_path: Path, tiny_spec: SweepSpec) -> None:
+    proposals = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        search = searcher(tiny_spec, tmp_path / name)
+        row = []
+        for index in range(14):  # past the random start, into TPE's model
+            row.append(search.suggest(str(index))["params"])
+            search.on_trial_complete(str(index), result(8, row[-1]["rank"] + row[-1]["dropout"]))
+        proposals.append(row)
+    assert proposals[0] == proposals[1]
+
+
+def test_tpe_finds_what_is_good(tmp_path: Path, tiny: Path) -> None:
+    """Against random search with the same seed and budget, on a function whose best is known."""
+    import math
+
+    def best_of(name: str) -> float:
+        folder = tmp_path / name
+        folder.mkdir()
+        spec = make_spec(tiny, search={"sampler": {"name": name}, "trials": 60})
+        search = searcher(spec, folder)
+        losses = []
+        for index in range(60):
+            params = search.suggest(str(index))["params"]
+            losses.append(
+                abs(math.log10(params["learning_rate"]) + 2.5) + 5 * params["dropout"] + 0.3 * (params["rank"] != 8)
+            )
+            search.on_trial_complete(str(index), result(8, losses[-1]))
+        return sum(sorted(losses)[:10])
+
+    assert best_of("tpe") < best_of("random")
+
+
+def test_sampler_is_the_one_that_the_sweep_file_names(tmp_path: Path, tiny: Path) -> None:
+    study = create_study(make_spec(tiny), tmp_path)
+    assert isinstance(study.sampler, optuna.samplers.TPESampler)
+    assert study.direction == optuna.study.StudyDirection.MINIMIZE
+
+
+@pytest.mark.parametrize("metric", ["token_accuracy"])
+def test_accuracy_is_maximised(tmp_path: Path, tiny: Path, metric: str) -> None:
+    study = create_study(make_spec(tiny, search={"metric": metric}), tmp_path)
+    assert study.direction == optuna.study.StudyDirection.MAXIMIZE

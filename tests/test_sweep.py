@@ -1,0 +1,236 @@
+"""A whole sweep, with a real Ray, a real Optuna storage and real NF4 trials."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+from conftest import make_spec
+from optuna.trial import TrialState
+
+from lora_search.errors import InputError, SweepError
+from lora_search.results import read_events, run_rows
+from lora_search.rundir import RunDirectory, create_run
+from lora_search.search import open_study
+from lora_search.spec import load_spec
+from lora_search.sweep import Outcome, run_sweep
+from lora_search.tracking import Observer
+
+if TYPE_CHECKING:
+    from lora_search.spec import SweepSpec
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    """One Ray for the sweeps of this file: starting it anew costs seconds each time."""
+    import ray
+
+    from lora_search.sweep.cluster import cluster
+
+    with cluster(None):
+        yield ray
+
+
+class Witness(Observer):
+    """Looks at the seats' processes while the sweep runs, and counts what it is told."""
+
+    def __init__(self) -> None:
+        self.seats: dict[int, str] = {}
+        self.ended: list[tuple[int, str]] = []
+        self.concluded_with: tuple[int, int] | None = None
+
+    def trial_reported(self, trial: int, report: Mapping[str, Any]) -> None:
+        for process in Path("/proc").iterdir():
+            if process.name.isdigit():
+                try:
+                    title = (process / "cmdline").read_text().split("\0")[0]
+                    if "Seat" in title and int(process.name) not in self.seats:
+                        self.seats[int(process.name)] = (process / "maps").read_text()
+                except OSError:
+                    continue
+
+    def trial_ended(self, trial: int, state: str, reason: str | None) -> None:
+        self.ended.append((trial, state))
+
+    def concluded(self, rows: Any, best: Mapping[str, Any], adapter: Path) -> None:
+        self.concluded_with = (len(rows), best["trial"])
+
+
+@pytest.fixture(scope="module")
+def finished(ray: Any, tiny: Path) -> tuple[SweepSpec, Outcome, Witness]:
+    """A sweep of eight trials that has come to its end."""
+    spec = make_spec(tiny, hosts={"trials_per_host": 3}, name="finished")
+    witness = Witness()
+    return spec, run_sweep(spec, create_run(Path(spec.output), spec.name, exact=False), [witness]), witness
+
+
+def test_every_trial_is_in_the_study_the_record_and_the_results_once(
+    finished: tuple[SweepSpec, Outcome, Witness],
+) -> None:
+    spec, outcome, witness = finished
+    study = open_study(outcome.run.path)
+    rows = run_rows(outcome.run)
+    numbers = list(range(spec.search.trials))
+    assert [trial.number for trial in study.trials] == numbers
+    assert [row["trial"] for row in rows] == numbers
+    assert sorted(trial for trial, _ in witness.ended) == numbers
+    states = {"completed": TrialState.COMPLETE, "stopped": TrialState.PRUNED}
+    assert [states[row["state"]] for row in rows] == [trial.state for trial in study.trials]
+
+
+def test_study_and_record_agree_on_every_report(finished: tuple[SweepSpec, Outcome, Witness]) -> None:
+    _, outcome, _ = finished
+    study = open_study(outcome.run.path)
+    reports: dict[int, dict[int, float]] = {}
+    for event in read_events(outcome.run.trials):
+        if event["event"] == "report":
+            reports.setdefault(event["trial"], {})[event["step"]] = event["eval_loss"]
+    assert reports == {trial.number: trial.intermediate_values for trial in study.trials}
+
+
+def test_weak_trials_are_stopped_early(finished: tuple[SweepSpec, Outcome, Witness]) -> None:
+    spec, outcome, _ = finished
+    steps = {row["trial"]: row["steps"] for row in outcome.rows}
+    stopped = [row for row in outcome.rows if row["state"] == "stopped"]
+    assert stopped
+    assert all(steps[row["trial"]] < spec.training.steps for row in stopped)
+    assert all(row["steps"] == spec.training.steps for row in outcome.rows if row["state"] == "completed")
+
+
+def test_seats_never_import_torch(finished: tuple[SweepSpec, Outcome, Witness]) -> None:
+    _, _, witness = finished
+    assert witness.seats
+    assert not [pid for pid, maps in witness.seats.items() if "libtorch" in maps]
+
+
+def test_seats_are_reused(finished: tuple[SweepSpec, Outcome, Witness]) -> None:
+    _, outcome, witness = finished
+    assert len(witness.seats) <= 4 < len(outcome.rows)
+
+
+def test_best_is_the_lowest_and_everything_of_it_is_there(finished: tuple[SweepSpec, Outcome, Witness]) -> None:
+    spec, outcome, witness = finished
+    assert outcome.best["eval_loss"] == min(row["eval_loss"] for row in outcome.rows)
+    assert witness.concluded_with == (spec.search.trials, outcome.best["trial"])
+    best = outcome.run.best
+    assert (best / "adapter" / "adapter_model.safetensors").is_file()
+    assert (best / "merged" / "config.json").is_file()
+    assert "quantization_config" not in json.loads((best / "merged" / "config.json").read_text())
+    assert f"| {outcome.best['trial']} | completed" in (best / "README.md").read_text()
+    # the adapter that was saved is the one that was reported
+    assert outcome.conclusion.validation_loss == pytest.approx(outcome.best["eval_loss"], rel=1e-6)
+    assert outcome.conclusion.test_loss > 0
+
+
+def test_best_config_is_a_sweep_of_one_that_comes_to_the_same_result(
+    finished: tuple[SweepSpec, Outcome, Witness],
+) -> None:
+    _, outcome, _ = finished
+    spec = load_spec(outcome.run.best / "config.yaml")
+    again = run_sweep(spec, create_run(Path(spec.output), spec.name, exact=False))
+    assert len(again.rows) == 1
+    assert again.best["eval_loss"] == outcome.best["eval_loss"]  # to the bit, whatever ran beside it then
+
+
+def test_resolved_sweep_file_reads_back(finished: tuple[SweepSpec, Outcome, Witness]) -> None:
+    spec, outcome, _ = finished
+    assert load_spec(outcome.run.spec) == spec
+
+
+def test_provenance_says_what_made_the_result(finished: tuple[SweepSpec, Outcome, Witness]) -> None:
+    _, outcome, _ = finished
+    facts = json.loads(outcome.run.provenance.read_text())
+    assert facts["packages"]["torch"]
+    assert facts["seeds"] == {"sampler": 0, "training": 0}
+    assert len(facts["data"]["fingerprint"]) == 64
+    assert facts["hosts"][0]["capacity"] == 3
+
+
+def test_failed_trial_says_why_and_harms_no_other(ray: Any, tiny: Path) -> None:
+    grid = {"sampler": {"name": "grid"}, "scheduler": {"name": "none"}, "enqueue": []}
+    space = {"rank": {"choice": [2, 4, 8]}, "alpha": 8.0, "dropout": 0.1, "learning_rate": {"choice": [1e-3, 1e30]}}
+    training = {"max_grad_norm": 0.0, "warmup_ratio": 0.0}
+    spec = make_spec(tiny, name="failing", search={"space": space, **grid}, training=training)
+    outcome = run_sweep(spec, create_run(Path(spec.output), spec.name, exact=False))
+    failed = [row for row in outcome.rows if row["state"] == "failed"]
+    assert sorted((row["rank"], row["learning_rate"]) for row in failed) == [(2, 1e30), (4, 1e30), (8, 1e30)]
+    assert all("at step" in row["reason"] and "Error" not in row["reason"] for row in failed)
+    study = open_study(outcome.run.path)
+    assert [trial.number for trial in study.trials if trial.state == TrialState.FAIL] == [r["trial"] for r in failed]
+    assert not [trial for trial in study.trials if not trial.state.is_finished()]
+
+    alone = make_spec(
+        tiny, name="unharmed", search={"space": space | {"learning_rate": 1e-3}, **grid}, training=training
+    )
+    unharmed = run_sweep(alone, create_run(Path(alone.output), alone.name, exact=False))
+    beside = {row["rank"]: row["eval_loss"] for row in outcome.rows if row["learning_rate"] == 1e-3}
+    assert {row["rank"]: row["eval_loss"] for row in unharmed.rows} == beside
+
+
+def test_sweep_of_failures_only_says_so(ray: Any, tiny: Path) -> None:
+    spec = make_spec(
+        tiny,
+        name="hopeless",
+        search={"space": {"learning_rate": 1e30, "alpha": 1e30}, "trials": 2, "enqueue": []},
+        training={"max_grad_norm": 0.0, "warmup_ratio": 0.0},
+    )
+    with pytest.raises(SweepError, match="no trial of 2 came to a result"):
+        run_sweep(spec, create_run(Path(spec.output), spec.name, exact=False))
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"search": {"space": {"target_modules": {"choice": ["q_prooj"]}}}}, "q_proj"),
+        ({"data": {"columns": {"prompt": "question"}}}, "question"),
+        ({"hosts": {"count": 99}}, "hosts.count"),
+    ],
+)
+def test_what_no_trial_could_do_ends_the_sweep_before_any_trial(
+    ray: Any, tiny: Path, sections: dict[str, Any], message: str
+) -> None:
+    spec = make_spec(tiny, name="impossible", **sections)
+    run = create_run(Path(spec.output), spec.name, exact=False)
+    with pytest.raises(InputError, match=message):
+        run_sweep(spec, run)
+    assert not run.trials.exists()
+
+
+def test_two_hosts_share_the_trials(ray: Any, tiny: Path) -> None:
+    spec = make_spec(tiny, name="two-hosts", hosts={"count": 2, "cpus_per_host": 1, "trials_per_host": 2})
+    outcome = run_sweep(spec, create_run(Path(spec.output), spec.name, exact=False))
+    assert {row["host"] for row in outcome.rows} == {"host-0", "host-1"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_the_sweep_cleanly(tiny: Path, tmp_path: Path, number: signal.Signals) -> None:
+    spec = make_spec(tiny, name="interrupted", training={"steps": 100_000}, output=str(tmp_path))
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lora_search", "run", str(file)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    trials = tmp_path / "interrupted" / "trials.jsonl"
+    deadline = time.monotonic() + 120
+    while not (trials.exists() and '"report"' in trials.read_text()):
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "interrupted after 0 of 8 trials" in said
+    assert "Traceback" not in said
+    assert {row["state"] for row in run_rows(RunDirectory(tmp_path / "interrupted"))} == {"running"}
