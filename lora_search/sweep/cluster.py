@@ -141,7 +141,7 @@ def build_engine(spec: SweepSpec, place: HostPlace, data: Sequence[Any]) -> Trai
     from lora_search.engine import Engine
     from lora_search.model import load_base
 
-    torch.set_num_threads(place.cpus)
+    torch.set_num_threads(place.threads)
     device = "cuda" if place.gpus and torch.cuda.is_available() else "cpu"
     base = load_base(spec.base, device)
     tokens: TokenizedData = ray.get(data[0])

@@ -31,7 +31,12 @@ class HostPlace:
     name: str
     node: str
     cpus: int
+    """Cores that Ray sets aside for it; none where a node has fewer cores than GPUs."""
     gpus: int
+
+    @property
+    def threads(self) -> int:
+        return max(1, self.cpus)
 
 
 def place_hosts(nodes: Sequence[Node], hosts: Hosts) -> tuple[HostPlace, ...]:
@@ -45,10 +50,13 @@ def place_hosts(nodes: Sequence[Node], hosts: Hosts) -> tuple[HostPlace, ...]:
     for node in nodes:
         if with_gpus:
             count = node.gpus // hosts.gpus_per_host
-            cpus = _cores(hosts, node.cpus // count) if count else 0
+            cpus = node.cpus // max(1, count)
         else:
-            cpus = _cores(hosts, _group(node.cpus, hosts, len(nodes)))
+            cpus = _group(node.cpus, hosts, len(nodes))
             count = node.cpus // cpus
+        if hosts.cpus_per_host != "auto":
+            cpus = hosts.cpus_per_host
+            count = min(count, node.cpus // cpus) if with_gpus else node.cpus // cpus
         gpus = hosts.gpus_per_host if with_gpus else 0
         places += [HostPlace(f"host-{len(places) + i}", node.id, cpus, gpus) for i in range(count)]
     wanted = len(places) if hosts.count == "auto" else hosts.count
@@ -66,12 +74,7 @@ def trials_per_host(hosts: Hosts) -> int:
     return TRIALS_PER_HOST if hosts.trials_per_host == "auto" else hosts.trials_per_host
 
 
-def _cores(hosts: Hosts, available: int) -> int:
-    return max(1, available) if hosts.cpus_per_host == "auto" else hosts.cpus_per_host
-
-
 def _group(cores: int, hosts: Hosts, nodes: int) -> int:
     """Cores of one host on a node without GPUs."""
-    if hosts.count == "auto":
-        return min(cores, CORES_PER_HOST)
-    return max(1, cores * nodes // hosts.count) if hosts.count > nodes else cores
+    share = CORES_PER_HOST if hosts.count == "auto" else cores * nodes // hosts.count
+    return max(1, min(cores, share))

@@ -159,7 +159,7 @@ def conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts, data: 
     export_adapter(run, best["trial"], run.best / "adapter")
     place = hosts.places[0]
     task = ray.remote(test_and_merge).options(num_cpus=place.cpus, num_gpus=place.gpus)
-    conclusion: Conclusion = unwrap(task.remote(spec, run, best["trial"], place.gpus > 0, place.cpus, data))
+    conclusion: Conclusion = unwrap(task.remote(spec, run, best["trial"], place.gpus > 0, place.threads, data))
     return conclusion
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
+from lora_search.errors import TrialFailed
 from lora_search.space import trial_config
 from lora_search.spec import SweepSpec
 from lora_search.tracking.events import Observer, State
@@ -90,11 +91,13 @@ class Relay(Callback):  # type: ignore[misc]  # Ray's base class is untyped
 
 
 def failure_reason(trial: Trial) -> str:
-    """The message of what ended a trial, without Ray's wrapping and traceback."""
-    error = trial.get_pickled_error()  # written by this very process
-    cause = getattr(error, "cause", None) or error
-    if cause is None:
-        return "unknown"
-    lines = str(cause).strip().splitlines() or [""]
-    name = type(cause).__name__
-    return lines[-1] if name == "TrialFailed" else f"{name}: {lines[-1]}"
+    """The message of what ended a trial, without Ray's wrapping and traceback.
+
+    From the text that Tune keeps beside the pickled error: its last line is `module.Class: message`.
+    """
+    try:
+        lines = Path(trial.error_file).read_text(encoding="utf-8").strip().splitlines()
+    except (OSError, TypeError):
+        return "unknown: Ray Tune kept no error of it"
+    cause, _, message = lines[-1].partition(": ") if lines else ("", "", "")
+    return message if cause.endswith(TrialFailed.__name__) else f"{cause.rpartition('.')[2]}: {message}"

@@ -1,0 +1,176 @@
+"""A host: trials join and leave between steps, and one trial's trouble stays its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from lora_search.checkpoint import Checkpoint
+from lora_search.errors import InputError, TrialFailed
+from lora_search.host import Host
+from lora_search.space import TrialConfig
+from lora_search.spec.schema import Lora, Training
+
+CONFIG = TrialConfig(Lora(), Training())
+
+
+@dataclass
+class CountedReport:
+    step: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+
+class CountingEngine:
+    """An engine that counts steps and keeps the order of everything it is asked to do."""
+
+    def __init__(self, failing: Mapping[str, int] | None = None, broken_step: bool = False) -> None:
+        self.steps: dict[str, int] = {}
+        self.log: list[tuple[str, ...]] = []
+        self._failing = failing or {}
+        self._broken = broken_step
+
+    def admit(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None = None) -> None:
+        if config.lora.rank == 1:
+            raise InputError("rank 1 is not to be had here")
+        self.steps[trial] = 0 if checkpoint is None else int(checkpoint["step"])
+
+    def release(self, trial: str) -> None:
+        del self.steps[trial]
+
+    def position(self, trial: str) -> int:
+        return self.steps[trial]
+
+    def snapshot(self, trial: str) -> Checkpoint:
+        return {"step": str(self.steps[trial]).encode()}
+
+    def step(self, trials: Sequence[str]) -> dict[str, Any]:
+        if self._broken:
+            raise RuntimeError("the device has fallen off the bus")
+        self.log.append(tuple(trials))
+        outcomes: dict[str, Any] = {}
+        for trial in trials:
+            if self._failing.get(trial) == self.steps[trial]:
+                outcomes[trial] = TrialFailed("loss is nan")
+            else:
+                self.steps[trial] += 1
+        return outcomes
+
+    def report(self, trial: str) -> CountedReport:
+        return CountedReport(self.steps[trial])
+
+
+def make_host(engine: CountingEngine, capacity: int = 4) -> Host:
+    return Host("host-0", capacity, lambda: engine)
+
+
+def test_residents_are_trained_in_the_same_steps() -> None:
+    engine = CountingEngine()
+
+    async def story() -> list[dict[str, Any]]:
+        host = make_host(engine)
+        await host.ready()
+        for trial in "abc":
+            assert await host.admit(trial, CONFIG)
+        return await asyncio.gather(*(host.advance(trial, 2000) for trial in "abc"))
+
+    assert [report["step"] for report in asyncio.run(story())] == [2000] * 3
+    assert sum(len(trials) == 3 for trials in engine.log) > 1000
+
+
+def test_trial_joins_while_others_train() -> None:
+    engine = CountingEngine()
+
+    async def story() -> tuple[dict[str, Any], dict[str, Any]]:
+        host = make_host(engine)
+        await host.admit("long", CONFIG)
+        long = asyncio.ensure_future(host.advance("long", 50_000))
+        await asyncio.sleep(0.01)
+        await host.admit("late", CONFIG)
+        late = await host.advance("late", 5)
+        assert not long.done()
+        return await long, late
+
+    long, late = asyncio.run(story())
+    assert (long["step"], late["step"], late["host"]) == (50_000, 5, "host-0")
+
+
+def test_full_host_admits_nobody_until_one_leaves() -> None:
+    async def story() -> list[Any]:
+        host = make_host(CountingEngine(), capacity=2)
+        said: list[Any] = [await host.admit(trial, CONFIG) for trial in "abc"]
+        said.append(await host.room())
+        await host.release("a")
+        said += [await host.room(), await host.admit("c", CONFIG)]
+        await host.release("nobody")
+        return said
+
+    assert asyncio.run(story()) == [True, True, False, 0, 1, True]
+
+
+def test_one_trials_failure_reaches_its_seat_alone() -> None:
+    engine = CountingEngine(failing={"bad": 3})
+
+    async def story() -> list[Any]:
+        host = make_host(engine)
+        await host.admit("bad", CONFIG)
+        await host.admit("good", CONFIG)
+        return await asyncio.gather(host.advance("bad", 10), host.advance("good", 10), return_exceptions=True)
+
+    bad, good = asyncio.run(story())
+    assert isinstance(bad, TrialFailed)
+    assert good["step"] == 10
+
+
+def test_refused_trial_takes_no_room() -> None:
+    async def story() -> int:
+        host = make_host(CountingEngine(), capacity=1)
+        with pytest.raises(InputError, match="rank 1"):
+            await host.admit("a", TrialConfig(Lora(rank=1), Training()))
+        return await host.room()
+
+    assert asyncio.run(story()) == 1
+
+
+def test_host_outlives_a_step_that_breaks() -> None:
+    engine = CountingEngine(broken_step=True)
+
+    async def story() -> dict[str, Any]:
+        host = make_host(engine)
+        await host.admit("a", CONFIG)
+        with pytest.raises(TrialFailed, match="fallen off the bus"):
+            await host.advance("a", 1)
+        engine._broken = False
+        return await host.advance("a", 1)
+
+    assert asyncio.run(story())["step"] == 1
+
+
+def test_trial_whose_seat_was_lost_starts_over_from_its_checkpoint() -> None:
+    async def story() -> tuple[int, Checkpoint]:
+        engine = CountingEngine()
+        host = make_host(engine, capacity=1)
+        await host.admit("a", CONFIG)
+        await host.advance("a", 4)
+        checkpoint = await host.snapshot("a")
+        await host.advance("a", 6)
+        assert await host.admit("a", CONFIG, checkpoint)
+        return engine.position("a"), checkpoint
+
+    assert asyncio.run(story()) == (4, {"step": b"4"})
+
+
+def test_base_that_cannot_be_loaded_is_said_to_who_waits() -> None:
+    def build() -> CountingEngine:
+        raise InputError("no such model")
+
+    async def story() -> None:
+        await Host("host-0", 1, build).ready()
+
+    with pytest.raises(InputError, match="no such model"):
+        asyncio.run(story())

@@ -1,0 +1,73 @@
+"""Where hosts go: one a GPU over every GPU of the cluster, one a group of cores where there is none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import make_spec
+
+from lora_search.errors import InputError
+from lora_search.rundir import create_run
+from lora_search.spec import Hosts
+from lora_search.sweep import run_sweep
+from lora_search.sweep.placement import Node, place_hosts
+
+CASES: list[tuple[str, list[Node], dict[str, Any], list[tuple[str, int, int]]]] = [
+    ("laptop", [Node("a", 2, 0)], {}, [("a", 2, 0)]),
+    ("eight cores", [Node("a", 8, 0)], {}, [("a", 4, 0), ("a", 4, 0)]),
+    ("cores as told", [Node("a", 2, 0)], {"count": 2}, [("a", 1, 0), ("a", 1, 0)]),
+    ("cores of a host as told", [Node("a", 6, 0)], {"cpus_per_host": 3}, [("a", 3, 0), ("a", 3, 0)]),
+    ("one GPU", [Node("a", 16, 1)], {}, [("a", 16, 1)]),
+    ("two GPU machines", [Node("a", 8, 2), Node("b", 4, 1)], {}, [("a", 4, 1), ("a", 4, 1), ("b", 4, 1)]),
+    ("head without GPU", [Node("head", 8, 0), Node("b", 8, 2)], {}, [("b", 4, 1), ("b", 4, 1)]),
+    ("two GPUs a host", [Node("a", 8, 4)], {"gpus_per_host": 2}, [("a", 4, 2), ("a", 4, 2)]),
+    ("fewer than there are", [Node("a", 8, 4)], {"count": 1}, [("a", 2, 1)]),
+    ("fewer cores than GPUs", [Node("a", 1, 2)], {}, [("a", 0, 1), ("a", 0, 1)]),
+    ("GPUs left alone", [Node("a", 2, 1)], {"gpus_per_host": 0}, [("a", 2, 0)]),
+]
+
+
+@pytest.mark.parametrize(("nodes", "hosts", "places"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_hosts_are_placed(nodes: list[Node], hosts: dict[str, Any], places: list[tuple[str, int, int]]) -> None:
+    placed = place_hosts(nodes, Hosts(**hosts))
+    assert [(place.node, place.cpus, place.gpus) for place in placed] == places
+    assert [place.name for place in placed] == [f"host-{index}" for index in range(len(places))]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "hosts"),
+    [
+        ([Node("a", 2, 0)], {"count": 3}),
+        ([Node("a", 8, 1)], {"gpus_per_host": 2}),
+        ([Node("a", 8, 2)], {"count": 3}),
+        ([Node("a", 4, 2)], {"count": 2, "cpus_per_host": 3}),
+        ([], {}),
+    ],
+)
+def test_too_small_a_cluster_is_said(nodes: list[Node], hosts: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"hosts.count: .* has room for"):
+        place_hosts(nodes, Hosts(**hosts))
+
+
+def test_one_host_for_each_of_rays_gpus(tiny: Path) -> None:
+    """A sweep on a cluster of two nodes with three logical GPUs: three hosts, and each of them trains."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    if ray.is_initialized():
+        ray.shutdown()
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 2, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=1, num_gpus=1)
+        spec = make_spec(tiny, name="logical-gpus", hosts={"trials_per_host": 1}, search={"trials": 6})
+        run = create_run(Path(spec.output), spec.name, exact=False)
+        outcome = run_sweep(spec, run, address=cluster.address)
+        hosts = json.loads(run.provenance.read_text())["hosts"]
+        assert [host["name"] for host in hosts] == ["host-0", "host-1", "host-2"]
+        assert {row["host"] for row in outcome.rows} == {"host-0", "host-1", "host-2"}
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
