@@ -13,9 +13,16 @@ from pydantic_core import ErrorDetails
 
 from lora_search.errors import InputError
 from lora_search.spec.paths import resolve_paths
-from lora_search.spec.schema import SweepSpec, unknown_key
+from lora_search.spec.schema import SweepSpec, plain_reason, unknown_key
 
-Lines = dict[tuple[str | int, ...], int]
+Path_ = tuple[str | int, ...]
+"""The keys that lead to a value."""
+
+Lines = dict[Path_, int]
+"""The line of each key; 0 for one from the command line."""
+
+UNION_MEMBERS = ("float", "str", "int", "list[str]", "literal['auto']")
+"""What pydantic adds to a key's path to say which member of a union it means."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -63,7 +70,7 @@ def parse_spec(text: str, *, source: str, folder: Path, overrides: Sequence[str]
     try:
         spec = SweepSpec.model_validate(raw)
     except ValidationError as error:
-        raise InputError("\n".join(_explain(e, source, lines) for e in error.errors())) from None
+        raise InputError("\n".join(_explain(error, source, lines))) from None
     try:
         return resolve_paths(spec, folder)
     except ValueError as error:
@@ -76,30 +83,34 @@ def dump_spec(spec: SweepSpec) -> str:
 
 
 def _parse_yaml(text: str, source: str) -> tuple[dict[str, Any], Lines]:
-    loader = _Loader(text)
+    lines: Lines = {}
     try:
-        node = loader.get_single_node()
-        lines: Lines = {}
-        if node is not None:
-            _index(node, (), lines, source)
-        raw = loader.construct_document(node) if node is not None else {}
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is not None:
+                _index(node, (), lines, source)
+            raw = loader.construct_document(node) if node is not None else {}
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
-        raise InputError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    finally:
-        loader.dispose()
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"{where}: not valid YAML: {reason}") from None
+    except (ValueError, OverflowError, RecursionError) as error:  # a date that is none, a number too long, a loop
+        raise InputError(f"{source}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise InputError(f"{source}: a sweep file is a mapping of keys; found {type(raw).__name__}")
     return raw, lines
 
 
-def _index(node: yaml.Node, path: tuple[str | int, ...], lines: Lines, source: str) -> None:
+def _index(node: yaml.Node, path: Path_, lines: Lines, source: str) -> None:
     """Note the line of every key below `node`, and refuse a key that stands twice."""
     lines[path] = min(node.start_mark.line + 1, lines.get(path, 10**9))
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            below = (*path, key.value)
+            below = (*path, str(key.value))
             if below in lines:
                 line = key.start_mark.line + 1
                 raise InputError(f"{source}:{line}: {_dotted(below)}: stands twice; first in line {lines[below]}")
@@ -131,26 +142,31 @@ def _lay_over(raw: dict[str, Any], lines: Lines, override: str) -> None:
     lines[keys] = 0  # line 0: the command line
 
 
-def _explain(error: ErrorDetails, source: str, lines: Lines) -> str:
-    path = error["loc"]
-    found = error["input"]
-    kind = error["type"]
-    if kind == "extra_forbidden":
-        message = unknown_key(str(path[-1]), _known_keys(path[:-1]))
-    elif kind == "value_error":
-        message = error["msg"].removeprefix("Value error, ")
-    else:
-        message = f"found {_short(found)}; {error['msg'][:1].lower()}{error['msg'][1:]}"
-    return _located(message, path, source, lines)
+def _explain(error: ValidationError, source: str, lines: Lines) -> list[str]:
+    """A line for each mistake; pydantic says one for each member of a union, which is one mistake all the same."""
+    mistakes: dict[Path_, list[ErrorDetails]] = {}
+    for detail in error.errors():
+        path = tuple(part for part in detail["loc"] if part not in UNION_MEMBERS)
+        mistakes.setdefault(path, []).append(detail)
+    return [_located(_message(path, details), path, source, lines) for path, details in mistakes.items()]
 
 
-def _located(message: str, path: tuple[str | int, ...], source: str, lines: Lines) -> str:
+def _message(path: Path_, details: Sequence[ErrorDetails]) -> str:
+    first = details[0]
+    if first["type"] == "extra_forbidden":
+        return unknown_key(str(path[-1]), _known_keys(path[:-1]))
+    if first["type"] == "value_error":
+        return first["msg"].removeprefix("Value error, ")
+    reasons = dict.fromkeys(plain_reason(detail["msg"]) for detail in details)
+    return f"found {_short(first['input'])}; {', or '.join(reasons)}"
+
+
+def _located(message: str, path: Path_, source: str, lines: Lines) -> str:
     """Put file, line and key before a message; a message may itself begin with the rest of the key."""
     rest = re.match(r"([A-Za-z_][\w.\[\]]*): ", message)
     if rest:
         path = (*path, *(int(part) if part.isdigit() else part for part in re.findall(r"[^.\[\]]+", rest[1])))
         message = message[rest.end() :]
-    path = tuple(part for part in path if part not in ("float", "str", "int", "list[str]", "literal['auto']"))
     known = path
     while known and known not in lines:
         known = known[:-1]

@@ -82,7 +82,7 @@ class Data(Section):
         for key in ("validation", "test"):
             share = getattr(self, key)
             if isinstance(share, float) and not 0 < share < 1:
-                raise ValueError(f"{key} is a share above 0 and below 1, or a path; found {share}")
+                raise ValueError(f"{key}: found {share}; should be a share above 0 and below 1, or a path")
         shares = [share for share in (self.validation, self.test) if isinstance(share, float)]
         if sum(shares) >= 1:
             raise ValueError(f"validation and test leave no rows to train on: their shares add up to {sum(shares)}")
@@ -264,7 +264,7 @@ def _check_value(name: str, value: Any, discrete: bool) -> None:
         section.model_validate({name: value})
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(f"search.space.{name}: found {value!r}; {_lower(first['msg'])}") from None
+        raise ValueError(f"search.space.{name}: found {value!r}; {plain_reason(first['msg'])}") from None
     if name == "target_modules" and isinstance(value, str) and value not in TARGET_SETS:
         try:
             re.compile(value.removeprefix("re:"))
@@ -279,9 +279,11 @@ def unknown_key(found: str, known: Iterable[str]) -> str:
     """What is said of a key that does not exist: the nearest known one, and all of them."""
     known = list(known)
     nearest = difflib.get_close_matches(found, known, n=1, cutoff=0.5)
-    hint = f"; did you mean '{nearest[0]}'?" if nearest else ";"
-    return f"unknown key '{found}'{hint} allowed: {', '.join(known)}"
+    hint = f", did you mean '{nearest[0]}'?" if nearest else ""
+    return f"unknown key '{found}'{hint}; allowed: {', '.join(known)}"
 
 
-def _lower(message: str) -> str:
-    return message[:1].lower() + message[1:]
+def plain_reason(message: str) -> str:
+    """Pydantic's reason as part of a sentence of ours."""
+    message = message.removeprefix("Input ").removesuffix(" after validation, not 0")
+    return message[:1].lower() + message[1:].replace("Dictionary", "a mapping")

@@ -1,0 +1,187 @@
+"""The command line: what a wrong input gets, how soon, and what the commands print."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import ROOT, make_spec, shared
+
+from lora_search.cli import main
+from lora_search.rundir import RunDirectory, create_run
+from lora_search.spec import dump_spec
+from lora_search.tracking import RunRecord
+
+
+def lora_search(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lora_search", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("training: {stepz: 3}\n", ["wrong.yaml:1: training.stepz", "'steps'", "allowed:"]),
+        ("data: {path: nowhere.jsonl}\n", ["wrong.yaml:1: data.path", "nowhere.jsonl"]),
+        ("search: {space: {rank: {choice: []}}}\n", ["wrong.yaml:1: search.space.rank", "empty"]),
+    ],
+)
+def test_wrong_sweep_file_exits_2_before_anything_heavy_is_imported(tmp_path: Path, text: str, said: list[str]) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text(text)
+    code = (
+        "import sys; from lora_search.cli import main; status = main(['run', sys.argv[1]]);"
+        "heavy = ('torch', 'ray', 'transformers', 'optuna', 'pandas', 'wandb');"
+        "print([name for name in heavy if name in sys.modules]);"
+        "sys.exit(status)"
+    )
+    start = time.monotonic()
+    answer = subprocess.run(
+        [sys.executable, "-c", code, str(file)], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert answer.returncode == 2
+    assert answer.stdout == "[]\n"
+    assert "Traceback" not in answer.stderr
+    assert all(part in answer.stderr for part in said), answer.stderr
+    assert time.monotonic() - start < 10  # 0.4 s on an idle machine; the promise is 2
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "nowhere.yaml"],
+        ["run"],
+        ["status", "nowhere"],
+        ["results", "nowhere"],
+        ["results", "nowhere", "--format", "xml"],
+        ["merge", "nowhere", "--out", "x"],
+        ["targets", "./nowhere/at/all"],
+        ["fly"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_arguments_exit_2_without_a_traceback(arguments: list[str], tmp_path: Path) -> None:
+    answer = lora_search(*arguments, cwd=tmp_path)
+    assert answer.returncode == 2
+    assert "Traceback" not in answer.stderr
+    assert answer.stderr.strip()
+    assert answer.stdout == ""
+
+
+@pytest.fixture
+def recorded(tiny: Path, tmp_path: Path) -> RunDirectory:
+    """A run directory as a sweep leaves it half way: one trial completed, one failed, one running."""
+    run = create_run(tmp_path, "recorded", exact=True)
+    run.spec.write_text(dump_spec(make_spec(tiny, name="recorded")))
+    record = RunRecord(run.trials, clock=lambda: 1000.0)
+    figures = {"perplexity": 7.4, "token_accuracy": 0.5, "train_loss": 2.1, "grad_norm": 1.0, "lr": 1e-3, "host": "h"}
+    figures |= {"tokens": 640, "tokens_per_second": 99.0, "seconds": 6.5, "peak_memory_bytes": 10, "history": []}
+    for trial, rank in enumerate((4, 8, 2)):
+        parameters = {"rank": rank, "alpha": 2.0 * rank, "dropout": 0.0, "learning_rate": 1e-3}
+        record.trial_started(trial, parameters | {"target_modules": ["q_proj", "v_proj"]})
+        report = figures | {"step": 8 - trial, "steps_total": 8, "eval_loss": 2.0 + trial, "trainable_parameters": 512}
+        record.trial_reported(trial, report)
+    record.trial_ended(0, "completed", None)
+    record.trial_ended(1, "failed", "loss is nan at step 8")
+    record.close()
+    return run
+
+
+def test_results_as_json_is_one_document_of_rows(recorded: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["results", str(recorded.path), "--format", "json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["state"] for row in rows] == ["completed", "failed", "running"]
+    needed = {"trial", "state", "steps", "rank", "alpha", "dropout", "target_modules", "learning_rate", "eval_loss"}
+    needed |= {"train_loss", "trainable_parameters", "tokens", "seconds", "host"}
+    assert all(needed <= row.keys() for row in rows)
+    assert rows[1]["reason"] == "loss is nan at step 8"
+    assert (rows[0]["steps"], rows[0]["eval_loss"], rows[0]["target_modules"]) == (8, 2.0, ["q_proj", "v_proj"])
+
+
+def test_results_as_csv_and_parquet_hold_the_same(
+    recorded: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["results", str(recorded.path), "--format", "csv", "--out", str(tmp_path / "rows.csv")]) == 0
+    assert main(["results", str(recorded.path), "--format", "parquet", "--out", str(tmp_path / "rows.parquet")]) == 0
+    assert capsys.readouterr().out == ""
+    csv, parquet = pd.read_csv(tmp_path / "rows.csv"), pd.read_parquet(tmp_path / "rows.parquet")
+    for name in ("trial", "state", "steps", "eval_loss", "rank"):
+        assert csv[name].tolist() == parquet[name].tolist()
+
+
+def test_results_table_shows_the_best_first(recorded: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["results", str(recorded.path)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert "completed" in lines[0]
+    assert len(lines) == 3
+
+
+def test_parquet_needs_a_file(recorded: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["results", str(recorded.path), "--format", "parquet"]) == 2
+    assert "--out" in capsys.readouterr().err
+
+
+def test_run_is_found_by_its_name(
+    recorded: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = recorded.path.parent.parent / "elsewhere"
+    (folder / "runs").mkdir(parents=True)
+    recorded.path.rename(folder / "runs" / "recorded")
+    monkeypatch.chdir(folder)
+    assert main(["status", "recorded", "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert status["trials"] == {"running": 1, "completed": 1, "stopped": 0, "failed": 1}
+    assert status["best"]["trial"] == 0
+    assert main(["status", "recordet"]) == 2
+    assert "runs has recorded" in capsys.readouterr().err
+
+
+def test_last_line_cut_off_is_left_out(recorded: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
+    text = recorded.trials.read_text()
+    recorded.trials.write_text(text[:-20])
+    assert main(["status", str(recorded.path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["trials"]["running"] == 2
+
+
+def test_taken_name_is_refused_and_a_default_one_numbered(tmp_path: Path) -> None:
+    from lora_search.errors import InputError
+
+    names = [create_run(tmp_path, "demo", exact=False).name for _ in range(3)]
+    assert names == ["demo", "demo-2", "demo-3"]
+    with pytest.raises(InputError, match="exists already"):
+        create_run(tmp_path, "demo", exact=True)
+
+
+def test_merge_refuses_what_it_cannot_do(
+    recorded: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for trial, said in (("7", "no such trial"), ("first", "must be best or a trial's number"), ("2", "no checkpoint")):
+        assert main(["merge", str(recorded.path), "--trial", trial, "--out", str(tmp_path / "out")]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["merge", str(recorded.path), "--out", str(tmp_path)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_targets_prints_modules_and_sets(capsys: pytest.CaptureFixture[str]) -> None:
+    config = shared("configs/llama-3-8b")
+    assert main(["targets", str(config)]) == 0
+    shown = capsys.readouterr().out
+    assert "13,631,488" in shown  # q k v o at rank 16
+    assert max(map(len, shown.splitlines())) <= 100
+    assert main(["targets", str(config), "--json"]) == 0
+    sets = {row["name"]: row["trainable"] for row in json.loads(capsys.readouterr().out)["sets"]}
+    assert sets["attention"]["16"] == 13_631_488
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for argument in ("--version", "--help"):
+        with pytest.raises(SystemExit) as ended:
+            main([argument])
+        assert ended.value.code == 0
+    assert "targets" in capsys.readouterr().out
