@@ -3,6 +3,7 @@
 from lora_search.best.card import merge_line, write_card
 from lora_search.best.conclude import (
     Conclusion,
+    adapter_losses,
     export_adapter,
     merge_trial,
     require_trial,
@@ -12,6 +13,7 @@ from lora_search.best.conclude import (
 
 __all__ = [
     "Conclusion",
+    "adapter_losses",
     "export_adapter",
     "merge_line",
     "merge_trial",

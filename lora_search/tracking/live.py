@@ -165,11 +165,10 @@ class LiveView(Observer):
         )
         counts = ", ".join(f"{count} {state}" for state, count in self._counts().items())
         speed = f"{progress.tokens_per_second(now):,.0f} tokens/s"
-        lines: list[RenderableType] = [head, Text(f"{counts}; {speed}", style="dim")]
+        lines: list[RenderableType] = [head, _one_line(f"{counts}; {speed}", "dim")]
         if progress.best is not None:
             value, trial, parameters = progress.best
-            best = Text(f"best: {self._metric} {value:.4f}, trial {trial} ({_short(parameters)})", style="green")
-            lines.append(best)
+            lines.append(_one_line(f"best: {self._metric} {value:.4f}, trial {trial} ({_short(parameters)})", "green"))
         rows = max(0, self._console.height - 8)
         if progress.running and rows and width >= 50:
             lines.append(self._running_table(rows))
@@ -205,6 +204,11 @@ class LiveView(Observer):
             f"{progress.tokens_per_second(now):,.0f} tokens/s; {_duration(elapsed)} passed, "
             f"{_duration(progress.seconds_left(elapsed))} left"
         )
+
+
+def _one_line(text: str, style: str) -> Text:
+    """Cut where the terminal ends, never wrapped: the display keeps its height."""
+    return Text(text, style=style, no_wrap=True, overflow="ellipsis")
 
 
 def _short(parameters: Mapping[str, Any]) -> str:

@@ -1,0 +1,136 @@
+"""The merged model: standard, and as good as the adapter that went into it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from conftest import make_spec
+
+from lora_search.best import adapter_losses
+from lora_search.checkpoint import write_checkpoint
+from lora_search.data import tokenize_data
+from lora_search.engine import Engine
+from lora_search.errors import SweepError
+from lora_search.merge import Merged, merge_adapter
+from lora_search.model import load_base, load_tokenizer
+from lora_search.space import trial_config
+
+if TYPE_CHECKING:
+    from lora_search.data import TokenizedData
+    from lora_search.spec import SweepSpec
+
+CPU = torch.device("cpu")
+
+LOADER = """
+import sys
+sys.modules["peft"] = sys.modules["bitsandbytes"] = None  # importing either raises ImportError
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+assert sys.modules["peft"] is sys.modules["bitsandbytes"] is None
+print(type(model).__name__, getattr(model.config, "quantization_config", None), tokenizer.eos_token)
+"""
+
+
+def trained_adapter(spec: SweepSpec, folder: Path, **sampled: Any) -> tuple[TokenizedData, float]:
+    """An adapter of some steps, saved in PEFT's format, with its validation loss."""
+    data = tokenize_data(spec.data, load_tokenizer(spec.base))
+    engine = Engine(load_base(spec.base, CPU), data)
+    engine.admit("a", trial_config(spec, {"rank": 8, "learning_rate": 3e-2, "dropout": 0.0, "steps": 20, **sampled}))
+    for _ in range(20):
+        engine.step(["a"])
+    loss = engine.report("a").eval_loss
+    write_checkpoint(engine.snapshot("a"), folder)
+    return data, loss
+
+
+@pytest.fixture(scope="module")
+def merged(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[SweepSpec, Path, Merged]:
+    spec, folder = make_spec(tiny), tmp_path_factory.mktemp("merge")
+    data, loss = trained_adapter(spec, folder / "adapter")
+    return spec, folder, merge_adapter(spec.base, folder / "adapter", data, loss, folder / "merged", CPU)
+
+
+def test_merged_model_is_as_good_as_its_adapter(merged: tuple[SweepSpec, Path, Merged]) -> None:
+    _, _, result = merged
+    assert set(result.losses) == {"original", "dequantized"}
+    assert result.loss == min(result.losses.values())
+    assert result.losses["dequantized"] == pytest.approx(result.adapter_loss, rel=1e-5)
+    assert result.within_tolerance
+
+
+def test_merged_model_loads_with_transformers_alone(merged: tuple[SweepSpec, Path, Merged]) -> None:
+    _, folder, _ = merged
+    answer = subprocess.run(
+        [sys.executable, "-c", LOADER, str(folder / "merged")], capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.split() == ["LlamaForCausalLM", "None", "</s>"]
+    assert "quantization_config" not in json.loads((folder / "merged" / "config.json").read_text())
+    assert sorted(path.name for path in folder.iterdir()) == ["adapter", "merged"]  # nothing half done beside it
+
+
+def test_saved_adapter_has_the_loss_that_was_reported(merged: tuple[SweepSpec, Path, Merged]) -> None:
+    spec, folder, result = merged
+    data = tokenize_data(spec.data, load_tokenizer(spec.base))
+    losses = adapter_losses(load_base(spec.base, CPU), folder / "adapter", data)
+    assert losses["validation"].loss == pytest.approx(result.adapter_loss, rel=1e-6)
+    assert losses["validation"].loss < losses["untrained_validation"].loss
+    assert losses["test"].loss < losses["untrained_test"].loss
+
+
+def test_existing_folder_is_left_alone(merged: tuple[SweepSpec, Path, Merged], tmp_path: Path) -> None:
+    spec, folder, result = merged
+    data = tokenize_data(spec.data, load_tokenizer(spec.base))
+    with pytest.raises(SweepError, match="exists already"):
+        merge_adapter(spec.base, folder / "adapter", data, result.adapter_loss, tmp_path, CPU)
+    assert not list(tmp_path.iterdir())
+
+
+def test_failed_merge_leaves_nothing_half_done(merged: tuple[SweepSpec, Path, Merged], tmp_path: Path) -> None:
+    spec, folder, _ = merged
+    data = tokenize_data(spec.data, load_tokenizer(spec.base))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_bytes(
+        (folder / "adapter" / "adapter_config.json").read_bytes()
+    )
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"not an adapter")
+    with pytest.raises(Exception, match=r"."):
+        merge_adapter(spec.base, tmp_path / "adapter", data, 1.0, tmp_path / "merged", CPU)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_unquantised_base_merges_one_way(tiny: Path, tmp_path: Path) -> None:
+    spec = make_spec(tiny, base={"quantization": "none"})
+    data, loss = trained_adapter(spec, tmp_path / "adapter", use_rslora=True, target_modules="mlp")
+    result = merge_adapter(spec.base, tmp_path / "adapter", data, loss, tmp_path / "merged", CPU)
+    assert result.losses.keys() == {"original"}
+    assert result.loss == pytest.approx(loss, rel=1e-5)
+
+
+def test_gpt2_with_its_transposed_weights_merges(tiny: Path, tmp_path: Path) -> None:
+    """Conv1D stands transposed: quantised the other way round than it is merged."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(str(tiny / "model"))
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    GPT2LMHeadModel(config).save_pretrained(str(tmp_path / "gpt2"))
+    tokenizer.save_pretrained(str(tmp_path / "gpt2"))
+    spec = make_spec(tiny, base={"model": str(tmp_path / "gpt2")})
+    data, loss = trained_adapter(spec, tmp_path / "adapter", target_modules=["c_attn", "c_proj"])
+    result = merge_adapter(spec.base, tmp_path / "adapter", data, loss, tmp_path / "merged", CPU)
+    assert result.losses["dequantized"] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("merged_loss", "within"), [(1.0, True), (1.009, True), (1.02, False), (0.995, True), (0.97, False)]
+)
+def test_drift_beyond_one_percent_is_said(merged_loss: float, within: bool) -> None:
+    assert Merged("original", {"original": merged_loss}, 1.0).within_tolerance == within

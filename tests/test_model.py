@@ -1,0 +1,164 @@
+"""The base: loaded once, quantised as the sweep file says, never changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from conftest import ROOT, make_spec
+from transformers import AutoModelForCausalLM
+
+from lora_search.errors import InputError
+from lora_search.model import compute_dtype, load_base, load_tokenizer, round_trip_nf4
+from lora_search.model.precision import quantised_linears
+from lora_search.spec import Base
+
+CPU = torch.device("cpu")
+
+
+def test_base_is_nf4_with_double_quantisation(tiny: Path) -> None:
+    base = load_base(make_spec(tiny).base, CPU)
+    linears = [module for module in base.model.modules() if isinstance(module, Linear4bit)]
+    assert len(linears) == 2 * 7
+    for module in linears:
+        assert module.weight.quant_state.quant_type == "nf4"
+        assert module.weight.quant_state.nested
+        assert module.compute_dtype == torch.float32
+    assert "lm_head" not in quantised_linears(base.model)
+
+
+def test_base_is_prepared_as_peft_would(tiny: Path) -> None:
+    """Every parameter frozen, what is not in 4 bits in float32."""
+    base = load_base(Base(model=str(tiny / "model"), compute_dtype="bfloat16"), CPU)
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+    others = [p for p in base.model.parameters() if type(p).__name__ != "Params4bit"]
+    assert others
+    assert {parameter.dtype for parameter in others} == {torch.float32}
+
+
+def test_unquantised_base_is_in_the_compute_dtype(tiny: Path) -> None:
+    base = load_base(Base(model=str(tiny / "model"), quantization="none", compute_dtype="bfloat16"), CPU)
+    assert not quantised_linears(base.model)
+    assert {parameter.dtype for parameter in base.model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx2": True}, torch.float32),
+        ({"avx2": True, "avx512_f": True}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+    ],
+)
+def test_auto_takes_bfloat16_where_the_cpu_computes_it(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, Any], expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert compute_dtype("auto", CPU) == expected
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_auto_takes_bfloat16_where_the_gpu_computes_it(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert compute_dtype("auto", torch.device("cuda")) == expected
+
+
+def test_named_dtype_is_taken_as_it_is() -> None:
+    assert compute_dtype("float16", CPU) == torch.float16
+
+
+def test_evaluation_does_not_repack_the_weights(tiny: Path) -> None:
+    """bitsandbytes repacks them on a CPU with AVX512-BF16, for good, and training then reads nonsense."""
+    base = load_base(make_spec(tiny).base, CPU)
+    ids = torch.arange(4, 12)[None]
+    with torch.no_grad():
+        trained = base.model.train()(input_ids=ids).logits
+        evaluated = base.model.eval()(input_ids=ids).logits
+        again = base.model.train()(input_ids=ids).logits
+    assert torch.equal(trained, evaluated)
+    assert torch.equal(trained, again)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradient_checkpointing_changes_memory_not_results(tiny: Path, dtype: str) -> None:
+    from lora_search.data import tokenize_data
+    from lora_search.engine import Engine, StepMetrics
+    from lora_search.space import trial_config
+
+    losses: list[list[float]] = []
+    for checkpointing in (False, True):
+        spec = make_spec(tiny, base={"gradient_checkpointing": checkpointing, "compute_dtype": dtype})
+        base = load_base(spec.base, CPU)
+        assert base.model.is_gradient_checkpointing == checkpointing
+        engine = Engine(base, tokenize_data(spec.data, load_tokenizer(spec.base)))
+        engine.admit("a", trial_config(spec, {"rank": 4, "dropout": 0.1, "learning_rate": 1e-2}))
+        steps = [engine.step(["a"])["a"] for _ in range(4)]
+        assert all(isinstance(step, StepMetrics) for step in steps)
+        losses.append([step.loss for step in steps])  # type: ignore[union-attr]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_tokenizer_without_a_pad_token_is_given_one(tiny: Path) -> None:
+    tokenizer = load_tokenizer(make_spec(tiny).base)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+
+
+def test_pickled_weights_are_refused(tiny: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(str(tiny / "model"))
+    model.config.save_pretrained(str(tmp_path))
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"base\.model: cannot load the model"):
+        load_base(Base(model=str(tmp_path)), CPU)
+
+
+def test_code_of_a_model_is_not_run_unasked(tiny: Path, tmp_path: Path) -> None:
+    config = (tiny / "model" / "config.json").read_text()
+    (tmp_path / "config.json").write_text(
+        config.replace('"model_type": "llama"', '"model_type": "evil", "auto_map": {"AutoConfig": "evil.EvilConfig"}')
+    )
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')")
+    with pytest.raises(InputError, match="custom code"):
+        load_base(Base(model=str(tmp_path)), CPU)
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_model_that_is_not_there_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError) as caught:
+        load_base(Base(model=str(tmp_path)), CPU)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_nf4_round_trip_is_what_the_quantised_base_computes_with(tiny: Path) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(str(tiny / "model"), dtype=torch.float32)
+    base = load_base(make_spec(tiny).base, CPU)
+    for name in quantised_linears(base.model):
+        module = plain.get_submodule(name)
+        module.weight.data = round_trip_nf4(module.weight.data)
+    ids = torch.arange(4, 12)[None]
+    with torch.no_grad():
+        assert torch.allclose(plain(input_ids=ids).logits, base.model(input_ids=ids).logits, atol=1e-6)
+
+
+def test_builtin_demo_is_small_and_pretrained() -> None:
+    from lora_search.builtin import data_file, model_folder
+
+    folder = model_folder("demo").parent
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 6_000_000
+    assert (model_folder("demo") / "model.safetensors").is_file()
+    assert len(data_file("demo").read_text().splitlines()) > 1500
+    tokenizer = load_tokenizer(Base())
+    model = AutoModelForCausalLM.from_pretrained(str(model_folder("demo")), dtype=torch.float32)
+    text = (ROOT / "lora_search" / "rundir.py").read_text().splitlines()[0].strip(
+        '"'
+    ) + "\nReturn the name of the file."
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        loss = float(model(input_ids=ids, labels=ids).loss)
+    assert loss < 5.5  # ln(2048) = 7.6 before it has read anything
