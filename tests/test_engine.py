@@ -55,6 +55,18 @@ def test_fresh_adapter_changes_nothing(engine: Engine, tiny_spec: SweepSpec) -> 
     assert engine.evaluate("a") == untrained
 
 
+def test_untrained_base_can_be_measured_at_any_time(engine: Engine, tiny_spec: SweepSpec) -> None:
+    untrained = engine.evaluate(None)
+    engine.admit("a", config(tiny_spec, learning_rate=1e-1))
+    first = train(engine, "a", 2)
+    assert engine.evaluate(None) == untrained
+    second = train(engine, "a", 2)
+    engine.release("a")
+    assert engine.evaluate(None) == untrained
+    engine.admit("a", config(tiny_spec, learning_rate=1e-1))
+    assert train(engine, "a", 4) == first + second
+
+
 def test_trial_is_the_same_alone_and_in_company(engine: Engine, tiny_spec: SweepSpec) -> None:
     mine = config(tiny_spec, target_modules="all-linear")
     engine.admit("alone", mine)

@@ -169,12 +169,14 @@ class Engine:
         if trial is not None:
             self._activate(self._trials[trial])
             return evaluate(self.base, rows, self.data.pad_token_id)
-        if self._peft is None:
+        if self._peft is None or not self._trials:
             return evaluate(self.base, rows, self.data.pad_token_id)
-        with self._peft.disable_adapter():
-            evaluation = evaluate(self.base, rows, self.data.pad_token_id)
-        self._active = None
-        return evaluation
+        self._peft.base_model.disable_adapter_layers()
+        try:
+            return evaluate(self.base, rows, self.data.pad_token_id)
+        finally:
+            self._peft.base_model.enable_adapter_layers()
+            self._active = None
 
     def _activate(self, trial: ResidentTrial) -> None:
         if self._active != trial.name:
