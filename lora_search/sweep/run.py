@@ -25,7 +25,7 @@ from lora_search.search.study import planned_trials
 from lora_search.seat import Seat
 from lora_search.space import first_rung
 from lora_search.spec import SweepSpec, dump_spec
-from lora_search.sweep.cluster import Hosts, build_engine, cluster, start_hosts, unwrap
+from lora_search.sweep.cluster import Hosts, build_engine, cluster, seat_resources, start_hosts, unwrap
 from lora_search.sweep.prepare import DataSummary, prepare
 from lora_search.sweep.provenance import provenance, write_provenance
 from lora_search.tracking import Observer, RunRecord
@@ -33,9 +33,6 @@ from lora_search.tracking.relay import Relay
 
 KEPT_CHECKPOINTS = 2
 """Of each trial: the newest, and the one before should the newest be damaged."""
-
-SEAT_BYTES = 200 << 20
-"""Memory that Ray sets aside for a seat: a Python process with Ray Tune in it. It needs no core of its own."""
 
 TUNE_ENV = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials.jsonl is the record
@@ -130,7 +127,9 @@ def search(spec: SweepSpec, run: RunDirectory, hosts: Hosts, observers: Sequence
         with _sigterm_as_sigusr1():
             # tune.run, not Tuner: that one pickles every callback and searcher into the run directory.
             tune.run(
-                tune.with_resources(tune.with_parameters(Seat, spec=spec, hosts=hosts.actors), {"memory": SEAT_BYTES}),
+                tune.with_resources(
+                    tune.with_parameters(Seat, spec=spec, hosts=hosts.actors), seat_resources(hosts.capacity)
+                ),
                 search_alg=StudySearcher(spec, create_study(spec, run.path)),
                 scheduler=_scheduler(spec),
                 num_samples=planned,
