@@ -50,6 +50,7 @@ def test_losses_equal_those_of_the_trainer(
     config = trial_config(tiny_spec, {"dropout": 0.0, "steps": STEPS, "seed": 3, **sampled})
     ours = engine_losses(tiny_spec, tiny_data, config)
     theirs = trainer_losses(tiny_spec, tiny_data, config, tmp_path)
+    print(f"largest relative difference: {max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True)):.1e}")
     assert ours == pytest.approx(theirs, rel=1e-4)
     assert max(theirs) - min(theirs) > 0.02  # something was learned, or there is nothing to compare
 
