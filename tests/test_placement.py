@@ -16,8 +16,9 @@ from lora_search.sweep import run_sweep
 from lora_search.sweep.placement import Node, place_hosts
 
 CASES: list[tuple[str, list[Node], dict[str, Any], list[tuple[str, int, int]]]] = [
-    ("laptop", [Node("a", 2, 0)], {}, [("a", 2, 0)]),
-    ("eight cores", [Node("a", 8, 0)], {}, [("a", 4, 0), ("a", 4, 0)]),
+    ("laptop", [Node("a", 2, 0)], {}, [("a", 1, 0), ("a", 1, 0)]),
+    ("eight cores", [Node("a", 8, 0)], {}, [("a", 2, 0)] * 4),
+    ("one host of all cores", [Node("a", 8, 0)], {"count": 1}, [("a", 8, 0)]),
     ("cores as told", [Node("a", 2, 0)], {"count": 2}, [("a", 1, 0), ("a", 1, 0)]),
     ("cores of a host as told", [Node("a", 6, 0)], {"cpus_per_host": 3}, [("a", 3, 0), ("a", 3, 0)]),
     ("one GPU", [Node("a", 16, 1)], {}, [("a", 16, 1)]),
@@ -26,7 +27,7 @@ CASES: list[tuple[str, list[Node], dict[str, Any], list[tuple[str, int, int]]]] 
     ("two GPUs a host", [Node("a", 8, 4)], {"gpus_per_host": 2}, [("a", 4, 2), ("a", 4, 2)]),
     ("fewer than there are", [Node("a", 8, 4)], {"count": 1}, [("a", 2, 1)]),
     ("fewer cores than GPUs", [Node("a", 1, 2)], {}, [("a", 0, 1), ("a", 0, 1)]),
-    ("GPUs left alone", [Node("a", 2, 1)], {"gpus_per_host": 0}, [("a", 2, 0)]),
+    ("GPUs left alone", [Node("a", 2, 1)], {"gpus_per_host": 0}, [("a", 1, 0), ("a", 1, 0)]),
 ]
 
 
@@ -62,7 +63,9 @@ def test_one_host_for_each_of_rays_gpus(tiny: Path) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 2, "include_dashboard": False})
     try:
         cluster.add_node(num_cpus=1, num_gpus=1)
-        spec = make_spec(tiny, name="logical-gpus", hosts={"trials_per_host": 1}, search={"trials": 6})
+        search = {"trials": 6, "scheduler": {"name": "none"}}
+        training = {"steps": 300, "eval_every": 100}  # long enough that no host does it all before the last has begun
+        spec = make_spec(tiny, name="logical-gpus", hosts={"trials_per_host": 1}, search=search, training=training)
         run = create_run(Path(spec.output), spec.name, exact=False)
         outcome = run_sweep(spec, run, address=cluster.address)
         hosts = json.loads(run.provenance.read_text())["hosts"]

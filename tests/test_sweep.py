@@ -68,7 +68,7 @@ class Witness(Observer):
 @pytest.fixture(scope="module")
 def finished(ray: Any, tiny: Path) -> tuple[SweepSpec, Outcome, Witness]:
     """A sweep of eight trials that has come to its end."""
-    spec = make_spec(tiny, hosts={"trials_per_host": 3}, name="finished")
+    spec = make_spec(tiny, hosts={"count": 1, "trials_per_host": 3}, name="finished")
     witness = Witness()
     return spec, run_sweep(spec, create_run(Path(spec.output), spec.name, exact=False), [witness]), witness
 
@@ -206,14 +206,16 @@ def test_what_no_trial_could_do_ends_the_sweep_before_any_trial(
 
 
 def test_two_hosts_share_the_trials(ray: Any, tiny: Path) -> None:
-    spec = make_spec(tiny, name="two-hosts", hosts={"count": 2, "cpus_per_host": 1, "trials_per_host": 2})
+    hosts = {"count": 2, "cpus_per_host": 1, "trials_per_host": 1}
+    spec = make_spec(tiny, name="two-hosts", hosts=hosts, training={"steps": 200, "eval_every": 50})
     outcome = run_sweep(spec, create_run(Path(spec.output), spec.name, exact=False))
     assert {row["host"] for row in outcome.rows} == {"host-0", "host-1"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_ends_the_sweep_cleanly(tiny: Path, tmp_path: Path, number: signal.Signals) -> None:
-    spec = make_spec(tiny, name="interrupted", training={"steps": 100_000}, output=str(tmp_path))
+    endless = {"training": {"steps": 100_000}, "search": {"scheduler": {"name": "none"}}}
+    spec = make_spec(tiny, name="interrupted", output=str(tmp_path), **endless)
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
     process = subprocess.Popen(

@@ -62,8 +62,16 @@ def item_key(item: Any) -> str:
     return item.key or ".".join(item.nested_key)
 
 
-def read_runs(folder: Path) -> dict[str, dict[str, Any]]:
-    """What W&B would upload of each run, by the run's name."""
+def read_runs(folder: Path, count: int) -> dict[str, dict[str, Any]]:
+    """What W&B would upload of each run, by the run's name; waits until its service has written `count` whole runs."""
+    deadline = time.monotonic() + 30
+    while len(runs := read_written(folder)) < count and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return runs
+
+
+def read_written(folder: Path) -> dict[str, dict[str, Any]]:
+    """The runs that are on disk to their end."""
     runs = {}
     for file in folder.glob("wandb/offline-run-*/*.wandb"):
         run: dict[str, Any] = {"history": [], "summary": {}, "artifacts": []}
@@ -82,7 +90,8 @@ def read_runs(folder: Path) -> dict[str, dict[str, Any]]:
                 run["artifacts"].append(record.request.log_artifact.artifact)
             elif record.HasField("artifact"):
                 run["artifacts"].append(record.artifact)
-        runs[run["name"]] = run
+        if "exit" in run:
+            runs[run["name"]] = run
     return runs
 
 
@@ -106,7 +115,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], 
     rows = [{"trial": t, "state": "completed", "rank": 4, "target_modules": ["q_proj"], "reason": None} for t in (0, 2)]
     runs.concluded(rows, {"trial": 2, "eval_loss": 0.6}, adapter)
     runs.close()
-    return folder, said, read_runs(folder)
+    return folder, said, read_runs(folder, 4)
 
 
 def test_every_trial_is_a_run_of_the_sweeps_group(written: Any) -> None:

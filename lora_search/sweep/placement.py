@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from lora_search.errors import InputError
 from lora_search.spec import Hosts
 
-CORES_PER_HOST = 4
-"""Cores of a host without GPUs, where the sweep file leaves it open."""
+HOSTS_PER_NODE = 4
+"""Hosts on a node without GPUs, at most, where the sweep file leaves it open. Rather many hosts of few threads than one
+of many: OpenMP's threads wait for each other at every product, and where another program takes one of their cores for
+a moment all of them stand still (analysis/benchmarks/NOTES.md)."""
 
-TRIALS_PER_HOST = 4
-"""Trials resident on a host, where the sweep file leaves it open."""
+TRIALS_PER_HOST = 2
+"""Trials resident on a host, where the sweep file leaves it open: one trains while the other is reported."""
 
 
 @dataclass(frozen=True)
@@ -76,5 +78,5 @@ def trials_per_host(hosts: Hosts) -> int:
 
 def _group(cores: int, hosts: Hosts, nodes: int) -> int:
     """Cores of one host on a node without GPUs."""
-    share = CORES_PER_HOST if hosts.count == "auto" else cores * nodes // hosts.count
+    share = cores // HOSTS_PER_NODE if hosts.count == "auto" else cores * nodes // hosts.count
     return max(1, min(cores, share))

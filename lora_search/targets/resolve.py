@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from lora_search.errors import InputError
 from lora_search.spec import TARGET_SETS
+from lora_search.targets.messages import offer, unavailable, unmatched
+from lora_search.targets.sets import in_set
 from lora_search.targets.tree import LinearModule, ModuleTree
-
-_QUERY_OR_VALUE = re.compile(
-    r"^(q|v|w[qv]|query|value|[qv]_(proj|lin|attn)|to_[qv]|q_b_proj|kv_b_proj"  # apart; _b_: MLA's second factors
-    r"|c_attn|w_?qkv|qkv|qkv_(proj|lin)|query_key_value|in_proj|w_pack|att_proj)$",  # fused
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
@@ -36,7 +32,8 @@ def resolve(tree: ModuleTree, target: str | Sequence[str]) -> Targets:
             regular expression that matches full names, with `re:` before it or without.
 
     Raises:
-        InputError: the target is no set of this architecture, names something that is not there, or the output head.
+        InputError: the target is no set of this architecture, or names something that is not there, the output head,
+            a router, or what PEFT does not adapt in this architecture.
     """
     if not isinstance(target, str):
         return _split(_by_names(tree, target))
@@ -51,53 +48,36 @@ def trainable_parameters(tree: ModuleTree, targets: Targets, rank: int) -> int:
     return sum(module.lora_parameters(rank) for module in tree.modules if module.name in chosen)
 
 
-def available_sets(tree: ModuleTree) -> tuple[str, ...]:
-    """The target sets that this architecture can give."""
-    return tuple(name for name in TARGET_SETS if any(map(_members(name), tree.modules)))
-
-
-def _members(name: str) -> Callable[[LinearModule], bool]:
-    return {
-        "attention-qv": lambda m: m.role == "attention" and bool(_QUERY_OR_VALUE.match(m.suffix)),
-        "attention": lambda m: m.role == "attention",
-        "mlp": lambda m: m.role == "mlp",
-        "all-linear": lambda m: True,
-    }[name]
-
-
 def _by_set(tree: ModuleTree, name: str) -> list[LinearModule]:
-    chosen = list(filter(_members(name), tree.modules))
+    chosen = [module for module in tree.modules if in_set(name, module)]
     if not chosen:
-        raise InputError(f"target_modules: {tree.architecture} has no modules for {name!r}; {_offer(tree)}")
+        raise InputError(unavailable(tree, name))
     return chosen
 
 
 def _by_names(tree: ModuleTree, names: Sequence[str]) -> list[LinearModule]:
+    if not names:
+        raise InputError(f"target_modules: found an empty list; {offer(tree)}")
     chosen: set[str] = set()
     for name in names:
-        if tree.head and _names(name, tree.head):
-            raise InputError(
-                f"target_modules: {name!r} is the output head of {tree.architecture}, which is never adapted: a merge "
-                "would change the embedding that it may share"
-            )
-        found = {module.name for module in tree.modules if _names(name, module.name)}
-        if not found:
-            raise InputError(f"target_modules: {tree.architecture} has no module {name!r}{_near(tree, name)}")
+        matches = partial(_names, name)
+        found = {module.name for module in tree.modules if matches(module.name)}
+        if not found or (tree.head and matches(tree.head)):
+            raise InputError(unmatched(tree, name, matches))
         chosen |= found
     return [module for module in tree.modules if module.name in chosen]
 
 
 def _by_pattern(tree: ModuleTree, target: str) -> list[LinearModule]:
+    source = target.removeprefix("re:")
     try:
-        pattern = re.compile(target.removeprefix("re:"))
+        pattern = re.compile(source)
     except re.error as error:
-        raise InputError(f"target_modules: {target!r} is no valid regular expression: {error}") from None
+        raise InputError(f"target_modules: {target!r} is no valid regular expression: {error}; {offer(tree)}") from None
     chosen = [module for module in tree.modules if pattern.fullmatch(module.name)]
-    if not chosen:
-        raise InputError(
-            f"target_modules: {target!r} is no target set, and as a regular expression it matches no module of "
-            f"{tree.architecture}{_near(tree, target)}"
-        )
+    # `.*` means everything that can be adapted; a pattern that spells the head out means the head.
+    if not chosen or (tree.head and pattern.fullmatch(tree.head) and tree.head.rpartition(".")[2] in source):
+        raise InputError(unmatched(tree, target, lambda full: pattern.fullmatch(full) is not None))
     return chosen
 
 
@@ -112,17 +92,3 @@ def _split(chosen: Iterable[LinearModule]) -> Targets:
         tuple(module.name for module in chosen if module.kind != "experts"),
         tuple(module.name for module in chosen if module.kind == "experts"),
     )
-
-
-def _near(tree: ModuleTree, found: str) -> str:
-    known = [*available_sets(tree), *dict.fromkeys(module.suffix for module in tree.modules)]
-    nearest = difflib.get_close_matches(found, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ";"
-    return f"{hint} {_offer(tree)}"
-
-
-def _offer(tree: ModuleTree) -> str:
-    """What the architecture has, for an error message."""
-    shapes = {module.suffix: f"{module.out_features}x{module.in_features}" for module in tree.modules}
-    suffixes = ", ".join(f"{suffix} ({shape})" for suffix, shape in shapes.items())
-    return f"it has the sets {', '.join(available_sets(tree))} and the modules {suffixes}"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora_search.errors import InputError
 from lora_search.spec import TARGET_SETS
 from lora_search.targets.resolve import resolve, trainable_parameters
+from lora_search.targets.sets import available_sets, why_unavailable
 from lora_search.targets.tree import ModuleTree
 
 RANKS = (4, 8, 16, 32, 64)
@@ -33,6 +33,8 @@ class SetRow:
     modules: int
     trainable: dict[int, int]
     """Trainable parameters by rank."""
+    share: dict[int, float]
+    """The same, of the base's parameters."""
     unavailable: str | None
 
 
@@ -45,36 +47,39 @@ class TargetTable:
     total_parameters: int
     head: str | None
     routers: int
+    refused: tuple[str, ...]
+    """Names that PEFT does not adapt in this architecture."""
     modules: tuple[SuffixRow, ...]
     sets: tuple[SetRow, ...]
-
-    def share(self, trainable: int) -> float:
-        """Of the base's parameters."""
-        return trainable / self.total_parameters
 
 
 def target_table(model: str, tree: ModuleTree) -> TargetTable:
     """Group a tree's modules by name, and size each target set."""
     groups: dict[tuple[str, str, str], list[str]] = {}
     for module in tree.modules:
-        experts = f"{module.experts}x" if module.kind == "experts" else ""
-        shape = f"{experts}{module.out_features}x{module.in_features}"
-        groups.setdefault((module.suffix, module.kind, module.role), []).append(shape)
+        groups.setdefault((module.suffix, module.kind, module.role), []).append(module.shape)
     rows = tuple(
         SuffixRow(suffix, kind, role, tuple(dict.fromkeys(shapes)), len(shapes))
         for (suffix, kind, role), shapes in groups.items()
     )
-    sets = tuple(_set_row(tree, name) for name in TARGET_SETS)
-    return TargetTable(model, tree.architecture, tree.total_parameters, tree.head, len(tree.routers), rows, sets)
+    return TargetTable(
+        model=model,
+        architecture=tree.architecture,
+        total_parameters=tree.total_parameters,
+        head=tree.head,
+        routers=len(tree.routers),
+        refused=tuple(dict.fromkeys(module.suffix for module in tree.refused)),
+        modules=rows,
+        sets=tuple(_set_row(tree, name) for name in TARGET_SETS),
+    )
 
 
 def _set_row(tree: ModuleTree, name: str) -> SetRow:
-    try:
-        targets = resolve(tree, name)
-    except InputError:
-        reason = f"{tree.architecture} has no such modules"
-        return SetRow(name, (), 0, {}, reason)
+    if name not in available_sets(tree):
+        return SetRow(name, (), 0, {}, {}, why_unavailable(tree, name))
+    targets = resolve(tree, name)
     chosen = {*targets.modules, *targets.parameters}
     suffixes = tuple(dict.fromkeys(module.suffix for module in tree.modules if module.name in chosen))
     sizes = {rank: trainable_parameters(tree, targets, rank) for rank in RANKS}
-    return SetRow(name, suffixes, len(chosen), sizes, None)
+    shares = {rank: size / tree.total_parameters for rank, size in sizes.items()}
+    return SetRow(name, suffixes, len(chosen), sizes, shares, None)

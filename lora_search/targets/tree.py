@@ -1,31 +1,21 @@
-"""A model's module tree, as far as LoRA can adapt it, read off the model itself rather than off a table of names.
-
-What a module is for follows from where it stands: below an attention block, below a feed-forward block, or elsewhere.
-"""
+"""A model's module tree, as far as LoRA can adapt it, read off the model itself."""
 
 from __future__ import annotations
 
-import re
+from collections import defaultdict
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lora_search.builtin import model_folder
-from lora_search.errors import InputError
+from lora_search.targets.peft_limits import refused_names
+from lora_search.targets.role import Role, is_router, role_of
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
 Kind = Literal["linear", "conv1d", "experts"]
-Role = Literal["attention", "mlp", "other"]
-
-_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-_MLP = re.compile(r"^(mlp|ffn?|feed_?forward|block_sparse_moe|moe|experts?|shared_(mlp|experts?))", re.IGNORECASE)
-_MLP_LEAVES = re.compile(r"^(fc_?\d|fc_in|fc_out|linear_fc\d|w[123])$")
-"""Feed-forward projections that stand in the decoder layer itself, as OPT's fc1 and fc2."""
-_ROUTER = re.compile(r"^(gate|router|shared_expert_gate|router_gate|gate_network)$")
-"""A router picks experts; it is trained with the base, and adapting it changes which experts see a token."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +31,18 @@ class LinearModule:
     experts: int = 1
 
     @property
+    def last(self) -> str:
+        return self.name.rpartition(".")[2]
+
+    @property
     def suffix(self) -> str:
-        return self.name.rsplit(".", 1)[-1]
+        """The end of the name that says what it is."""
+        return ".".join(self.name.split(".")[-2:]) if self.last in ("weight", "linear") else self.last
+
+    @property
+    def shape(self) -> str:
+        """Out x in, or experts x out x in."""
+        return f"{self.experts}x" * (self.kind == "experts") + f"{self.out_features}x{self.in_features}"
 
     def lora_parameters(self, rank: int) -> int:
         """Numbers in an adapter of this rank: A is (rank, in), B is (out, rank), for each expert."""
@@ -59,95 +59,77 @@ class ModuleTree:
     head: str | None
     """Name of the output head, which is never adapted."""
     routers: tuple[str, ...]
+    refused: tuple[LinearModule, ...]
+    """Linear modules that PEFT does not adapt in this architecture."""
     total_parameters: int
-
-
-def skeleton(model: str, *, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedModel:
-    """The causal language model on the meta device: its modules and shapes, built from the config alone.
-
-    Args:
-        model: a hub id, a folder or a config.json, or builtin:NAME.
-
-    Raises:
-        InputError: there is no such model, or it is no causal language model.
-    """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if model.startswith("builtin:"):
-        try:
-            source = str(model_folder(model.removeprefix("builtin:")))
-        except KeyError as error:
-            raise InputError(f"MODEL: found {model!r}; {error.args[0]}") from None
-    else:
-        source = model
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise InputError(f"MODEL: {model} is a folder without a config.json")
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"MODEL: cannot read a configuration from {model!r}: {_first_line(error)}") from error
-    try:
-        with torch.device("meta"):
-            built: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, ImportError) as error:
-        kind = getattr(config, "model_type", type(config).__name__)
-        raise InputError(f"MODEL: {model!r} ({kind}) is no causal language model: {_first_line(error)}") from error
-    return built
 
 
 def module_tree(model: PreTrainedModel) -> ModuleTree:
     """Read the tree off a model, on whatever device, quantised or not, before adapters are put on it."""
+    children = _children(model)
+    head = model.get_output_embeddings()
+    head_name: str | None = None
+    router: str | None = None
+    routers: list[str] = []
+    found: list[LinearModule] = []
+    for name, module in model.named_modules():
+        siblings = children[name.rpartition(".")[0]]
+        if head is not None and module is head:
+            head_name = name
+        elif router is not None and name.startswith(f"{router}."):
+            continue
+        elif is_router(name, siblings):
+            router = name
+            routers.append(name)
+        else:
+            found += _weights(name, module, siblings)
+    refused = refused_names(model, {module.last for module in found if module.kind != "experts"})
+    return ModuleTree(
+        architecture=type(model).__name__,
+        modules=tuple(module for module in found if module.kind == "experts" or module.last not in refused),
+        head=head_name,
+        routers=tuple(routers),
+        refused=tuple(module for module in found if module.kind != "experts" and module.last in refused),
+        total_parameters=sum(_numel(parameter) for parameter in model.parameters()),
+    )
+
+
+def _children(model: nn.Module) -> Mapping[str, AbstractSet[str]]:
+    """By the full name of each module, the last names of those directly in it."""
+    children: defaultdict[str, set[str]] = defaultdict(set)
+    for name, _ in model.named_modules():
+        block, _, last = name.rpartition(".")
+        children[block].add(last)
+    return children
+
+
+def _weights(name: str, module: nn.Module, siblings: AbstractSet[str]) -> list[LinearModule]:
+    """What LoRA adapts in this module, not below it."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    head = model.get_output_embeddings()
-    head_name: str | None = None
-    modules: list[LinearModule] = []
-    routers: list[str] = []
-    for name, module in model.named_modules():
-        leaf = name.rsplit(".", 1)[-1]
-        if head is not None and module is head:
-            head_name = name
-        elif isinstance(module, nn.Linear | Conv1D):
-            if _ROUTER.match(leaf):
-                routers.append(name)
-                continue
-            if isinstance(module, Conv1D):
-                in_features, out_features = int(module.nx), int(module.nf)
-            else:
-                in_features, out_features = module.in_features, module.out_features
-            kind: Kind = "conv1d" if isinstance(module, Conv1D) else "linear"
-            modules.append(LinearModule(name, in_features, out_features, kind, _role(name)))
-        else:
-            modules += _experts(name, module)
-    total = sum(_numel(parameter) for parameter in model.parameters())
-    return ModuleTree(type(model).__name__, tuple(modules), head_name, tuple(routers), total)
+    if isinstance(module, nn.Linear):
+        return [LinearModule(name, module.in_features, module.out_features, "linear", role_of(name, siblings))]
+    if isinstance(module, Conv1D):
+        return [LinearModule(name, int(module.nx), int(module.nf), "conv1d", role_of(name, siblings))]
+    return _experts(name, module)
 
 
 def _experts(name: str, module: nn.Module) -> list[LinearModule]:
-    """The fused weights of a layer's experts: parameters of (experts, ., .), as transformers 5 keeps them."""
-    if "expert" not in name.lower():
+    """The fused weights of a layer's experts: parameters of three dimensions, as transformers 5 keeps them."""
+    if "expert" not in name.lower() and "expert" not in type(module).__name__.lower():
         return []
     fused = []
     for key, parameter in module.named_parameters(recurse=False):
         if parameter.ndim != 3 or "bias" in key:
             continue
         experts, first, second = parameter.shape
-        # (experts, out, in), or (experts, in, out) where the module says that it is transposed; the count is the same
+        # (experts, out, in), or (experts, in, out) where the module says so. Llama 4 has the latter and does not say
+        # so: PEFT then takes one for the other, and so do we; the sum of the two is the same.
         out_features, in_features = (second, first) if getattr(module, "is_transposed", False) else (first, second)
-        fused.append(LinearModule(f"{name}.{key}", in_features, out_features, "experts", "mlp", experts))
+        full = f"{name}.{key}"
+        fused.append(LinearModule(full, in_features, out_features, "experts", role_of(full, frozenset()), experts))
     return fused
-
-
-def _role(name: str) -> Role:
-    parents = name.split(".")[:-1]
-    for part in reversed(parents):  # the nearest block decides
-        if _MLP.match(part):
-            return "mlp"
-        if _ATTENTION.search(part):
-            return "attention"
-    return "mlp" if _MLP_LEAVES.match(name.rsplit(".", 1)[-1]) else "other"
 
 
 def _numel(parameter: nn.Parameter) -> int:
@@ -159,7 +141,3 @@ def _numel(parameter: nn.Parameter) -> int:
     for size in state.shape:
         count *= int(size)
     return count
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
