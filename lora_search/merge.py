@@ -20,7 +20,7 @@ from lora_search.data import TokenizedData
 from lora_search.engine import evaluate
 from lora_search.errors import SweepError
 from lora_search.model import FrozenBase, load_tokenizer
-from lora_search.model.load import load_weights, model_path
+from lora_search.model.load import load_weights, model_path, quiet
 from lora_search.model.precision import quantised_linears, round_trip_nf4
 from lora_search.spec import Base
 
@@ -115,7 +115,8 @@ def _save_merged(base: Base, adapter: Path, quantised: Sequence[str], out: Path,
     shutil.rmtree(out, ignore_errors=True)
     merged.to(_dtype_on_disk(base))
     merged.config.use_cache = True
-    merged.save_pretrained(str(out))
+    with quiet():
+        merged.save_pretrained(str(out))
     load_tokenizer(base).save_pretrained(str(out))
 
 

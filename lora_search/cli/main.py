@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 
 import lora_search
@@ -15,6 +17,8 @@ DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit status."""
     arguments = _parser().parse_args(argv)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # tells of kernels for inference, which nothing here uses
+    warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other
     try:
         return _dispatch(arguments)
     except InputError as error:

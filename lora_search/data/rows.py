@@ -73,7 +73,7 @@ def _place(row: Row) -> float:
 
 def _rendered(data: Data, path: str, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
     dataset = _read(data, path)
-    if data.limit is not None:
+    if data.limit is not None and path == data.path:
         dataset = dataset.select(range(min(data.limit, len(dataset))))
     columns = {
         "text": [data.columns.text],

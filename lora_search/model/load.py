@@ -105,7 +105,7 @@ def load_weights(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=nf4_compute,
         )
-    with _input_errors(base, "model"), _quiet():
+    with _input_errors(base, "model"), quiet():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model_path(base.model),
             revision=base.revision,
@@ -141,8 +141,8 @@ def _input_errors(base: Base, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars from loading: they belong to whoever called us, and hosts have no terminal."""
+def quiet() -> Iterator[None]:
+    """No progress bars from loading and saving: they belong to whoever called us, and hosts have no terminal."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -66,7 +66,7 @@ class Data(Section):
     columns: Columns = Columns()
     template: str = Field("{prompt}\n", description="how a prompt stands before its completion")
     max_length: int = Field(256, ge=2, description="tokens; a longer row is cut at its end")
-    limit: int | None = Field(None, ge=1, description="read only the first so many rows")
+    limit: int | None = Field(None, ge=1, description="read only the first so many rows of path")
     validation: float | str = Field(0.1, description="share of the rows, or a path")
     test: float | str = Field(0.1, description="share of the rows, or a path; touched once, at the end")
 
@@ -279,7 +279,7 @@ def unknown_key(found: str, known: Iterable[str]) -> str:
     """What is said of a key that does not exist: the nearest known one, and all of them."""
     known = list(known)
     nearest = difflib.get_close_matches(found, known, n=1, cutoff=0.5)
-    hint = f", did you mean '{nearest[0]}'?" if nearest else ""
+    hint = f" (did you mean '{nearest[0]}'?)" if nearest else ""
     return f"unknown key '{found}'{hint}; allowed: {', '.join(known)}"
 
 
