@@ -15,7 +15,7 @@ from lora_search.tracking.events import Observer, State
 class RunRecord(Observer):
     """Appends to a run directory's trials.jsonl.
 
-    Events: `start` (parameters), `report` (the report's figures, `history` one list a step), `checkpoint` (step and
+    Events: `start` (parameters), `report` (the report's figures, `history` an entry a step), `checkpoint` (step and
     path), `end` (state, reason). Every line has `event`, `trial` and `time`, in seconds since 1970.
     """
 
