@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 
+OUT_OF_MEMORY = "out of memory"
+"""How the reason begins of a trial that failed because it is too large for its device."""
+
+
 class SweepError(Exception):
     """The sweep could not be carried out (exit status 1)."""
 

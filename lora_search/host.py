@@ -28,12 +28,15 @@ logger = logging.getLogger(__name__)
 class TrainsTrials(Protocol):
     """What a host needs of an engine."""
 
+    pack_limit: int | None
+    """Most trials that it can train together, once it has found that out the hard way."""
+
     def admit(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None = None) -> None: ...
     def release(self, trial: str) -> None: ...
     def position(self, trial: str) -> int: ...
     def snapshot(self, trial: str) -> Checkpoint: ...
     def step(self, trials: Sequence[str]) -> Mapping[str, Any]: ...
-    def report(self, trial: str) -> Any: ...
+    def report(self, trials: Sequence[str]) -> Mapping[str, Any]: ...
 
 
 @dataclass
@@ -164,20 +167,25 @@ class Host:
         except Exception as error:  # not one trial's failure but the step's: every trial in it is told
             logger.exception("host %s: a training step failed", self.name)
             outcomes = dict.fromkeys(behind, TrialFailed(f"{type(error).__name__}: {error}"))
-        for trial, goal in goals.items():
-            outcome = outcomes.get(trial)
+        self._capacity = min(self._capacity, self._engine.pack_limit or self._capacity)
+        for trial, outcome in outcomes.items():
             if isinstance(outcome, TrialFailed):
-                self._answer(trial, goal, outcome)
-            elif self._engine.position(trial) >= goal.until:
-                self._answer(trial, goal, None)
-
-    def _answer(self, trial: str, goal: _Goal, failure: TrialFailed | None) -> None:
-        with self._wake:
-            self._goals.pop(trial, None)
+                self._answer(trial, outcome)
+        there = [t for t in goals if t in self._goals and self._engine.position(t) >= goals[t].until]
+        if not there:
+            return
         try:
-            if failure is not None:
-                raise failure
-            report = self._engine.report(trial).to_dict()
-            goal.report.set_result(report | {"host": self.name})
-        except Exception as error:  # whatever ended this trial goes to its seat; the others train on
-            goal.report.set_exception(error)
+            reports = self._engine.report(there)
+        except Exception as error:  # not one trial's failure but the evaluation's: every trial in it is told
+            logger.exception("host %s: an evaluation failed", self.name)
+            reports = dict.fromkeys(there, TrialFailed(f"{type(error).__name__}: {error}"))
+        for trial, report in reports.items():
+            self._answer(trial, report)
+
+    def _answer(self, trial: str, outcome: Any) -> None:
+        with self._wake:
+            goal = self._goals.pop(trial)
+        if isinstance(outcome, TrialFailed):
+            goal.report.set_exception(outcome)
+        else:
+            goal.report.set_result(outcome.to_dict() | {"host": self.name})

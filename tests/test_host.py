@@ -29,6 +29,8 @@ class CountedReport:
 class CountingEngine:
     """An engine that counts steps and keeps the order of everything it is asked to do."""
 
+    pack_limit: int | None = None
+
     def __init__(self, failing: Mapping[str, int] | None = None, broken_step: bool = False) -> None:
         self.steps: dict[str, int] = {}
         self.log: list[tuple[str, ...]] = []
@@ -61,8 +63,8 @@ class CountingEngine:
                 self.steps[trial] += 1
         return outcomes
 
-    def report(self, trial: str) -> CountedReport:
-        return CountedReport(self.steps[trial])
+    def report(self, trials: Sequence[str]) -> dict[str, CountedReport]:
+        return {trial: CountedReport(self.steps[trial]) for trial in trials}
 
 
 def make_host(engine: CountingEngine, capacity: int = 4) -> Host:

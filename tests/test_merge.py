@@ -46,7 +46,7 @@ def trained_adapter(spec: SweepSpec, folder: Path, **sampled: Any) -> tuple[Toke
     engine.admit("a", trial_config(spec, {"rank": 8, "learning_rate": 3e-2, "dropout": 0.0, "steps": 20, **sampled}))
     for _ in range(20):
         engine.step(["a"])
-    loss = engine.report("a").eval_loss
+    loss = engine.evaluate(["a"])["a"].loss
     write_checkpoint(engine.snapshot("a"), folder)
     return data, loss
 

@@ -46,6 +46,8 @@ training: {steps: 90, eval_every: 10}
 class IdleEngine:
     """Steps without computing anything; its reports have every figure."""
 
+    pack_limit = None
+
     def __init__(self) -> None:
         self._steps: dict[str, int] = {}
         self._weights = os.urandom(CHECKPOINT_BYTES)
@@ -67,8 +69,8 @@ class IdleEngine:
             self._steps[trial] += 1
         return {}
 
-    def report(self, trial: str) -> IdleReport:
-        return IdleReport(self._steps[trial])
+    def report(self, trials: Sequence[str]) -> dict[str, IdleReport]:
+        return {trial: IdleReport(self._steps[trial]) for trial in trials}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Batches: which rows a trial's step reads, and how rows stand in one tensor.
 
-Legend: B sequences, T positions of the longest.
+Legend: B sequences, T positions of the longest; N tokens of all rows, M of them targets.
 """
 
 from __future__ import annotations
@@ -76,6 +76,48 @@ def collate(split: TokenSplit, rows: Sequence[int], pad_token_id: int) -> Batch:
         tokens=int(attention_BT.sum()),
         targets=int(trained_BT.sum()),
     )
+
+
+@dataclass(frozen=True)
+class FlatRows:
+    """Rows end to end, without padding."""
+
+    tokens_N: npt.NDArray[np.int64]
+    positions_N: npt.NDArray[np.int64]
+    """Each token's place in its own row."""
+    lengths: tuple[int, ...]
+    """Of the rows, in order."""
+    predictors_M: npt.NDArray[np.int64]
+    """Where, among the N, the token before each target stands."""
+    targets_M: npt.NDArray[np.int64]
+
+
+def flatten(split: TokenSplit, rows: Sequence[int]) -> FlatRows:
+    """The named rows end to end."""
+    pieces = [split.row(row) for row in rows]
+    lengths = tuple(len(tokens) for tokens, _ in pieces)
+    tokens_N = np.concatenate([tokens for tokens, _ in pieces]).astype(np.int64)
+    trained_N = np.concatenate([trained for _, trained in pieces])
+    starts = np.cumsum((0, *lengths[:-1]))
+    trained_N[starts] = False  # predicted from nothing
+    chosen_M = np.flatnonzero(trained_N)
+    positions_N = np.arange(len(tokens_N)) - np.repeat(starts, lengths)
+    return FlatRows(tokens_N, positions_N, lengths, chosen_M - 1, tokens_N[chosen_M])
+
+
+def rows_by_length(split: TokenSplit, max_tokens: int) -> Iterator[list[int]]:
+    """All rows of a split once, in groups of like length and at most `max_tokens` tokens (but at least one row)."""
+    lengths = split.lengths_N
+    picked: list[int] = []
+    tokens = 0
+    for row in np.argsort(lengths, kind="stable").tolist():
+        if picked and tokens + int(lengths[row]) > max_tokens:
+            yield picked
+            picked, tokens = [], 0
+        picked.append(row)
+        tokens += int(lengths[row])
+    if picked:
+        yield picked
 
 
 def evaluation_batches(split: TokenSplit, pad_token_id: int, max_tokens: int) -> Iterator[Batch]:

@@ -1,29 +1,40 @@
-"""The engine of a host: one frozen base, its resident trials, one step at a time."""
+"""The engine of a host: one frozen base, its resident trials, and steps that train all of them together."""
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from peft import PeftModel, get_peft_model
-from torch.nn import functional as F
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from torch import nn
 
 from lora_search.checkpoint import Checkpoint
-from lora_search.data import TokenizedData, collate, training_rows
-from lora_search.engine.evaluate import Evaluation, evaluate, target_logits
+from lora_search.data import TokenizedData, flatten, rows_by_length
+from lora_search.engine.adapter import FlatAdapter
+from lora_search.engine.evaluate import Evaluation
+from lora_search.engine.forward import PackedBase
+from lora_search.engine.layers import AdapterPassage, DropoutSite, LinearSite
 from lora_search.engine.metrics import Report, StepMetrics, peak_memory_bytes
-from lora_search.engine.random import RandomStream
+from lora_search.engine.pack import Share
+from lora_search.engine.random import seeded
 from lora_search.engine.trial import ResidentTrial, lora_config
-from lora_search.errors import TrialFailed
+from lora_search.errors import OUT_OF_MEMORY, TrialFailed
 from lora_search.model import FrozenBase
 from lora_search.space import TrialConfig
 from lora_search.targets import module_tree, resolve
 
+logger = logging.getLogger(__name__)
+
+EVALUATION_TOKENS = 8192
+"""Tokens of a pass without gradients, over all trials in it."""
+
 
 class Engine:
-    """Trains any number of trials on one base and one data set.
+    """Trains any number of trials on one base and one data set, in one forward and one backward pass.
 
     A trial's result depends on its configuration alone: not on the trials beside it, on what ran before it, or on
     whether it was taken out and brought back in between.
@@ -35,7 +46,11 @@ class Engine:
         self._tree = module_tree(base.model)
         self._peft: PeftModel | None = None
         self._trials: dict[str, ResidentTrial] = {}
-        self._active: str | None = None
+        self._untrained: dict[str, Evaluation] = {}
+        self.pack_limit: int | None = None
+        """Most trials that go into one pass; None until memory has run out for the first time."""
+        self._places = self._attach_sites()
+        self._packed = PackedBase(base, data.pad_token_id)
 
     @property
     def residents(self) -> tuple[str, ...]:
@@ -51,30 +66,35 @@ class Engine:
         if trial in self._trials:
             raise ValueError(f"trial {trial} is resident already")
         name = f"trial_{trial}"
-        adapter = lora_config(config, resolve(self._tree, config.lora.target_modules))
-        random = RandomStream(config.training.seed, self.base.device)
-        with random.active():
+        targets = resolve(self._tree, config.lora.target_modules)
+        adapter = lora_config(config, targets)
+        with seeded(config.training.seed, self.base.device):
             if self._peft is None:
                 self._peft = get_peft_model(self.base.model, adapter, adapter_name=name)
             else:
                 self._peft.add_adapter(name, adapter)
-        resident = ResidentTrial(name, config, self._peft, random)
-        if checkpoint is not None:
-            try:
+        try:
+            for module in self._peft.modules():
+                if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
+                    AdapterPassage.attach(module)
+            flat = FlatAdapter(self._peft, name, self._places, config.scaling, self.base.compute_dtype)
+            experts = any(".experts" in weight for weight in (*targets.modules, *targets.parameters))
+            resident = ResidentTrial(name, config, self._peft, flat, adapts_experts=experts)
+            if checkpoint is not None:
                 resident.restore(checkpoint)
-            except BaseException:
-                self._peft.delete_adapter(name)
-                raise
+        except BaseException:
+            self._delete(name)
+            raise
         self._trials[trial] = resident
-        self._active = None
 
     def release(self, trial: str) -> None:
         """Take a trial out; its memory is free afterwards."""
-        resident = self._trials.pop(trial)
+        self._delete(self._trials.pop(trial).name)
+
+    def _delete(self, name: str) -> None:
         assert self._peft is not None
         self._peft.base_model.set_adapter([])  # deleting an active adapter makes PEFT warn and choose another
-        self._peft.delete_adapter(resident.name)
-        self._active = None
+        self._peft.delete_adapter(name)
 
     def position(self, trial: str) -> int:
         """Optimiser steps that a resident trial has done."""
@@ -85,106 +105,175 @@ class Engine:
         return self._trials[trial].snapshot()
 
     def step(self, trials: Sequence[str]) -> dict[str, StepMetrics | TrialFailed]:
-        """One optimiser step of each named trial; one trial's failure is its own value here, never an exception."""
-        return {trial: self._attempt_step(self._trials[trial]) for trial in trials}
+        """One optimiser step of each named trial, all in one pass where memory allows it.
 
-    def _attempt_step(self, trial: ResidentTrial) -> StepMetrics | TrialFailed:
+        One trial's failure is its own value here, never an exception.
+        """
+        outcomes: dict[str, StepMetrics | TrialFailed] = {}
+        self.base.model.train()
+        for names in self._groups(trials):
+            outcomes |= self._step_group(names)
+        return outcomes
+
+    def _groups(self, trials: Sequence[str]) -> Iterator[list[str]]:
+        """The trials that can share a pass."""
+        together = [trial for trial in trials if self._shares_passes(trial)]
+        size = self.pack_limit or max(1, len(together))
+        yield from (together[start : start + size] for start in range(0, len(together), size))
+        yield from ([trial] for trial in trials if trial not in together)
+
+    def _shares_passes(self, trial: str) -> bool:
+        """Whether every weight that the trial adapts sees every token of a pack.
+
+        The weights of experts do not: each sees the tokens that its router sends it.
+        """
+        return self._packed.flat and not self._trials[trial].adapts_experts
+
+    def _step_group(self, names: list[str]) -> dict[str, StepMetrics | TrialFailed]:
+        group = {name: self._trials[name] for name in names}
+        shares = {name: trial.next_shares(self.data.train) for name, trial in group.items()}
         start = time.perf_counter()
         try:
-            metrics = self._train_step(trial)
-        except torch.OutOfMemoryError as error:
-            return TrialFailed(f"out of memory at step {trial.step + 1}: {str(error).splitlines()[0]}")
-        except TrialFailed as failure:
-            return failure
+            losses = self._accumulate(shares)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            message = str(error).splitlines()[0]
+        else:
+            return self._finish(group, shares, losses, time.perf_counter() - start)
         finally:
-            trial.optimizer.zero_grad(set_to_none=True)
-            trial.window_seconds += time.perf_counter() - start
-        trial.window.append(metrics)
-        trial.tokens += metrics.tokens
-        return metrics
+            for trial in group.values():
+                trial.adapter.gradient_P.zero_()
+        # Outside of the handler: the exception holds the frames, and with them the tensors, of the failed pass.
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(names) == 1:
+            step = group[names[0]].step + 1
+            return {names[0]: TrialFailed(f"{OUT_OF_MEMORY} at step {step}, with no other trial in the pass: {message}")}
+        half = (len(names) + 1) // 2
+        self.pack_limit = min(half, self.pack_limit or half)
+        logger.warning("out of memory with %d trials in one pass; from now on at most %d", len(names), self.pack_limit)
+        return self._step_group(names[:half]) | self._step_group(names[half:])
 
-    def _train_step(self, trial: ResidentTrial) -> StepMetrics:
-        training = trial.config.training
-        rows = training_rows(len(self.data.train), training.seed, trial.rows_read, trial.rows_per_step)
-        batches = [
-            collate(self.data.train, rows[start : start + training.batch_size], self.data.pad_token_id)
-            for start in range(0, len(rows), training.batch_size)
-        ]
-        # The mean is over the target tokens of the whole effective batch, not a mean of the batches' means
-        # (huggingface/transformers#34191).
-        targets = sum(batch.targets for batch in batches)
-        self._activate(trial)
-        self.base.model.train()
-        loss = 0.0
-        with trial.random.active():
-            for batch in batches:
-                logits_MV, targets_M = target_logits(self.base, batch.to(self.base.device))
-                share = F.cross_entropy(logits_MV, targets_M, reduction="sum") / targets
-                torch.autograd.backward(share)
-                loss += share.item()
-        _require_finite("loss", loss, trial.step + 1)
-        limit = training.max_grad_norm or math.inf
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(list(trial.parameters.values()), limit))
-        _require_finite("gradient norm", grad_norm, trial.step + 1)
-        lr = float(trial.schedule.get_last_lr()[0])
-        trial.optimizer.step()
-        trial.schedule.step()
-        trial.step += 1
-        return StepMetrics(trial.step, loss, grad_norm, lr, sum(batch.tokens for batch in batches))
+    def _accumulate(self, shares: dict[str, list[Share]]) -> dict[str, float]:
+        """All forward and backward passes of a step; the trials' losses."""
+        self._activate(list(shares))
+        losses = dict.fromkeys(shares, 0.0)
+        for part in range(max(map(len, shares.values()))):
+            now = {name: of_trial[part] for name, of_trial in shares.items() if part < len(of_trial)}
+            pack = self._packed.pack(list(now.values()))
+            for name, loss in zip(now, self._packed.train(pack), strict=True):
+                losses[name] += loss
+        return losses
 
-    def report(self, trial: str) -> Report:
-        """Evaluate a resident trial on the validation split, and close the window since its last report.
-
-        Raises:
-            TrialFailed: the validation loss is not finite.
-        """
-        resident = self._trials[trial]
+    def _finish(
+        self, group: dict[str, ResidentTrial], shares: dict[str, list[Share]], losses: dict[str, float], seconds: float
+    ) -> dict[str, StepMetrics | TrialFailed]:
+        """Check each trial's loss and gradient, and step its optimiser."""
         start = time.perf_counter()
-        evaluation = self.evaluate(trial)
-        _require_finite("validation loss", evaluation.loss, resident.step)
-        window, training_seconds = resident.window, resident.window_seconds
-        resident.seconds += training_seconds + time.perf_counter() - start
-        resident.window, resident.window_seconds = [], 0.0
-        steps = max(1, len(window))
+        norms = torch.stack([trial.adapter.gradient_P.norm() for trial in group.values()]).tolist()
+        tokens = {name: sum(len(share.rows.tokens_N) for share in of_trial) for name, of_trial in shares.items()}
+        outcomes: dict[str, StepMetrics | TrialFailed] = {}
+        for (name, trial), norm in zip(group.items(), norms, strict=True):
+            try:
+                _require_finite("loss", losses[name], trial.step + 1)
+                _require_finite("gradient norm", norm, trial.step + 1)
+                outcomes[name] = trial.update(losses[name], norm, tokens[name])
+            except TrialFailed as failure:
+                outcomes[name] = failure
+        seconds += time.perf_counter() - start
+        for name, trial in group.items():
+            trial.window_seconds += seconds * tokens[name] / sum(tokens.values())
+        return outcomes
+
+    def report(self, trials: Sequence[str]) -> dict[str, Report | TrialFailed]:
+        """Evaluate resident trials on the validation split, together, and close their windows since the last report."""
+        start = time.perf_counter()
+        evaluations = self.evaluate(trials)
+        seconds = (time.perf_counter() - start) / max(1, len(trials))
+        reports: dict[str, Report | TrialFailed] = {}
+        for name, evaluation in evaluations.items():
+            resident = self._trials[name]
+            resident.seconds += resident.window_seconds + seconds
+            try:
+                _require_finite("validation loss", evaluation.loss, resident.step)
+                reports[name] = self._report(resident, evaluation)
+            except TrialFailed as failure:
+                reports[name] = failure
+            resident.window, resident.window_seconds = [], 0.0
+        return reports
+
+    def _report(self, trial: ResidentTrial, evaluation: Evaluation) -> Report:
+        window, steps = trial.window, max(1, len(trial.window))
         return Report(
-            step=resident.step,
-            steps_total=resident.config.training.steps,
+            step=trial.step,
+            steps_total=trial.config.training.steps,
             eval_loss=evaluation.loss,
             perplexity=evaluation.perplexity,
             token_accuracy=evaluation.token_accuracy,
             train_loss=sum(metrics.loss for metrics in window) / steps,
             grad_norm=sum(metrics.grad_norm for metrics in window) / steps,
             lr=window[-1].lr if window else 0.0,
-            tokens=resident.tokens,
-            tokens_per_second=sum(metrics.tokens for metrics in window) / max(training_seconds, 1e-9),
-            seconds=resident.seconds,
+            tokens=trial.tokens,
+            tokens_per_second=sum(metrics.tokens for metrics in window) / max(trial.window_seconds, 1e-9),
+            seconds=trial.seconds,
             peak_memory_bytes=peak_memory_bytes(self.base.device),
-            trainable_parameters=resident.trainable_parameters,
+            trainable_parameters=trial.adapter.size,
             history=tuple(window),
         )
 
-    def evaluate(self, trial: str | None, split: str = "validation") -> Evaluation:
-        """A resident trial's loss on a split, or the untrained base's where `trial` is None."""
-        rows = {"validation": self.data.validation, "test": self.data.test}[split]
-        if trial is not None:
-            self._activate(self._trials[trial])
-            return evaluate(self.base, rows, self.data.pad_token_id)
-        if self._peft is None or not self._trials:
-            return evaluate(self.base, rows, self.data.pad_token_id)
-        self._peft.base_model.disable_adapter_layers()
-        try:
-            return evaluate(self.base, rows, self.data.pad_token_id)
-        finally:
-            self._peft.base_model.enable_adapter_layers()
-            self._active = None
+    def evaluate(self, trials: Sequence[str], split: str = "validation") -> dict[str, Evaluation]:
+        """Resident trials' standing on a split, measured together."""
+        self.base.model.eval()
+        found: dict[str, Evaluation] = {}
+        for names in self._groups(trials):
+            self._activate(names)
+            found |= dict(zip(names, self._measure([self._trials[name].adapter for name in names], split), strict=True))
+        return found
 
-    def _activate(self, trial: ResidentTrial) -> None:
-        if self._active != trial.name:
-            assert self._peft is not None
-            self._peft.set_adapter(trial.name)
-            self._active = trial.name
+    def untrained(self, split: str = "validation") -> Evaluation:
+        """The bare base's standing on a split; measured once."""
+        if split not in self._untrained:
+            self.base.model.eval()
+            self._activate([])
+            (self._untrained[split],) = self._measure([None], split)
+        return self._untrained[split]
+
+    def _measure(self, adapters: Sequence[FlatAdapter | None], split: str) -> list[Evaluation]:
+        rows = {"validation": self.data.validation, "test": self.data.test}[split]
+        losses, hits, targets = [0.0] * len(adapters), [0] * len(adapters), 0
+        for picked in rows_by_length(rows, max(1, EVALUATION_TOKENS // len(adapters))):
+            batch = flatten(rows, picked)
+            targets += len(batch.targets_M)
+            pack = self._packed.pack([Share(batch, adapter) for adapter in adapters])
+            for index, (loss, hit) in enumerate(self._packed.measure(pack)):
+                losses[index] += loss
+                hits[index] += hit
+        return [Evaluation(loss / targets, hit / targets, targets) for loss, hit in zip(losses, hits, strict=True)]
+
+    def _activate(self, trials: Sequence[str]) -> None:
+        """Have PEFT apply what it alone can: the adapters of fused experts, of one trial at a time."""
+        if self._peft is not None and any(trial.adapts_experts for trial in self._trials.values()):
+            self._peft.base_model.set_adapter([self._trials[t].name for t in trials if self._trials[t].adapts_experts])
+
+    def _attach_sites(self) -> dict[str, int]:
+        """Have packs run through every linear layer of the base; the layers' numbers, by name."""
+        places: dict[str, int] = {}
+        for place, module in enumerate(self._tree.modules):
+            if module.kind != "experts":
+                LinearSite(place, self.base.model.get_submodule(module.name), self.base.compute_dtype).attach()
+                places[module.name] = place
+        dropouts = [module for module in self.base.model.modules() if isinstance(module, nn.Dropout) and module.p > 0]
+        for index, dropout in enumerate(dropouts):
+            DropoutSite(len(self._tree.modules) + index, dropout).attach()
+        return places
 
 
 def _require_finite(what: str, value: float, step: int) -> None:
     if not math.isfinite(value):
         raise TrialFailed(f"{what} is {value} at step {step}")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Torch says it in a class of its own on a GPU, and in words on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

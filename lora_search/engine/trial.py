@@ -1,10 +1,10 @@
-"""A resident trial: one adapter, its optimiser and schedule, its stream of random numbers, its place in the data."""
+"""A resident trial: one adapter, its optimiser and schedule, its place in the data."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,15 +14,18 @@ from safetensors.torch import save as save_tensors
 from transformers import get_scheduler
 
 from lora_search.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER, TRIAL, Checkpoint, seal, verify
+from lora_search.data import TokenSplit, flatten, training_rows
+from lora_search.engine.adapter import FlatAdapter
+from lora_search.engine.masks import Masks
 from lora_search.engine.metrics import StepMetrics
-from lora_search.engine.random import RandomStream
+from lora_search.engine.pack import Share
 from lora_search.space import TrialConfig
 from lora_search.targets import Targets
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-FORMAT = 1
+FORMAT = 2
 """Version of the checkpoint's layout."""
 
 
@@ -43,66 +46,36 @@ def lora_config(config: TrialConfig, targets: Targets) -> LoraConfig:
 class ResidentTrial:
     """The state of one trial on a host; its adapter is already part of `model` under `name`."""
 
-    def __init__(self, name: str, config: TrialConfig, model: PeftModel, random: RandomStream) -> None:
+    def __init__(
+        self, name: str, config: TrialConfig, model: PeftModel, adapter: FlatAdapter, *, adapts_experts: bool = False
+    ) -> None:
         self.name = name
         self.config = config
-        self.random = random
+        self.adapter = adapter
+        self.adapts_experts = adapts_experts
+        """Whether some of its weights see only the tokens that a router sends them."""
         self.step = 0
         self.tokens = 0
         self.seconds = 0.0
         self.window: list[StepMetrics] = []
         """Steps since the last report."""
         self.window_seconds = 0.0
+        """This trial's share, by tokens, of the time that its packs took since the last report."""
         self._model = model
-        self.parameters = {
-            key: parameter for key, parameter in model.named_parameters() if f".{name}." in key or key.endswith(name)
-        }
         training = config.training
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
+        self._optimizer = torch.optim.AdamW(
+            [adapter.vector_P],
             lr=training.learning_rate,
             betas=(training.adam_beta1, training.adam_beta2),
             eps=training.adam_epsilon,
             weight_decay=training.weight_decay,
+            fused=True,
         )
-        self.schedule = get_scheduler(
+        self._schedule = get_scheduler(
             training.lr_schedule,
-            self.optimizer,
+            self._optimizer,
             num_warmup_steps=math.ceil(training.steps * training.warmup_ratio),
             num_training_steps=training.steps,
-        )
-
-    @property
-    def trainable_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters.values())
-
-    def snapshot(self) -> Checkpoint:
-        """Everything that the rest of the trial follows from."""
-        state_of = self.optimizer.state
-        optimizer = {
-            f"{key}/{field}": tensor
-            for key, parameter in self.parameters.items()
-            for field, tensor in state_of.get(parameter, {}).items()
-        }
-        random = {f"random/{generator}": state for generator, state in self.random.state.items()}
-        schedule = {key: value for key, value in self.schedule.state_dict().items() if key != "lr_lambdas"}
-        adapter = get_peft_model_state_dict(
-            self._model, state_dict=dict(self.parameters), adapter_name=self.name, save_embedding_layers=False
-        )
-        return seal(
-            {
-                ADAPTER_CONFIG: _config_json(self._model.peft_config[self.name]),
-                ADAPTER_WEIGHTS: save_tensors(_on_cpu(adapter), metadata={"format": "pt"}),
-                OPTIMIZER: save_tensors(_on_cpu(optimizer | random)),
-            },
-            {
-                "format": FORMAT,
-                "step": self.step,
-                "rows_read": self.rows_read,
-                "tokens": self.tokens,
-                "seconds": self.seconds,
-                "schedule": schedule,
-            },
         )
 
     @property
@@ -114,27 +87,78 @@ class ResidentTrial:
     def rows_per_step(self) -> int:
         return self.config.training.batch_size * self.config.training.gradient_accumulation_steps
 
+    def next_shares(self, split: TokenSplit) -> list[Share]:
+        """What the next step brings to a pack, a share for each of its forward passes."""
+        training = self.config.training
+        rows = training_rows(len(split), training.seed, self.rows_read, self.rows_per_step)
+        batches = [
+            flatten(split, rows[start : start + training.batch_size])
+            for start in range(0, len(rows), training.batch_size)
+        ]
+        # The mean is over the target tokens of the whole effective batch, not a mean of the batches' means
+        # (huggingface/transformers#34191).
+        weight = 1 / sum(len(batch.targets_M) for batch in batches)
+        return [
+            Share(batch, self.adapter, Masks(training.seed, self.step, part, self.config.lora.dropout), weight)
+            for part, batch in enumerate(batches)
+        ]
+
+    def update(self, loss: float, grad_norm: float, tokens: int) -> StepMetrics:
+        """Clip the gradient and take the optimiser's step."""
+        limit = self.config.training.max_grad_norm
+        if limit and grad_norm > limit:
+            self.adapter.gradient_P.mul_(limit / (grad_norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+        lr = float(self._schedule.get_last_lr()[0])
+        self._optimizer.step()
+        self._schedule.step()
+        self.adapter.refresh()
+        self.step += 1
+        self.tokens += tokens
+        metrics = StepMetrics(self.step, loss, grad_norm, lr, tokens)
+        self.window.append(metrics)
+        return metrics
+
+    def snapshot(self) -> Checkpoint:
+        """Everything that the rest of the trial follows from."""
+        optimizer = self._optimizer.state.get(self.adapter.vector_P, {})
+        schedule = {key: value for key, value in self._schedule.state_dict().items() if key != "lr_lambdas"}
+        adapter = get_peft_model_state_dict(
+            self._model, state_dict=dict(self.adapter.parameters), adapter_name=self.name, save_embedding_layers=False
+        )
+        return seal(
+            {
+                ADAPTER_CONFIG: _config_json(self._model.peft_config[self.name]),
+                ADAPTER_WEIGHTS: save_tensors(_on_cpu(adapter), metadata={"format": "pt"}),
+                OPTIMIZER: save_tensors(_on_cpu(optimizer)),
+            },
+            {
+                "format": FORMAT,
+                "step": self.step,
+                "rows_read": self.rows_read,
+                "tokens": self.tokens,
+                "seconds": self.seconds,
+                "schedule": schedule,
+            },
+        )
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Become the trial that `snapshot` was taken of; going on from here is, to the bit, what it would have done."""
         verify(checkpoint)
         state = json.loads(checkpoint[TRIAL])
-        device = next(iter(self.parameters.values())).device
+        vector = self.adapter.vector_P
         set_peft_model_state_dict(
-            self._model, {k: t.to(device) for k, t in load_tensors(checkpoint[ADAPTER_WEIGHTS]).items()}, self.name
+            self._model,
+            {key: tensor.to(vector.device) for key, tensor in load_tensors(checkpoint[ADAPTER_WEIGHTS]).items()},
+            self.name,
         )
-        fields: dict[str, dict[str, torch.Tensor]] = {}
-        for path, tensor in load_tensors(checkpoint[OPTIMIZER]).items():
-            key, _, field = path.rpartition("/")
-            fields.setdefault(key, {})[field] = tensor
-        self.random.state = fields.pop("random")
-        for key, parameter in self.parameters.items():
-            if key in fields:  # "step" stays on the CPU, where AdamW keeps it
-                self.optimizer.state[parameter] = {
-                    f: t if f == "step" else t.to(device) for f, t in fields[key].items()
-                }
+        self.adapter.refresh()
+        moments = load_tensors(checkpoint[OPTIMIZER])
+        if moments:
+            self._optimizer.state[vector] = {name: tensor.to(vector.device) for name, tensor in moments.items()}
         # The lambdas are functions of the configuration, made anew with the schedule.
-        self.schedule.load_state_dict({**state["schedule"], "lr_lambdas": [None] * len(self.optimizer.param_groups)})
-        for group, lr in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+        groups: Sequence[dict[str, Any]] = self._optimizer.param_groups
+        self._schedule.load_state_dict({**state["schedule"], "lr_lambdas": [None] * len(groups)})
+        for group, lr in zip(groups, self._schedule.get_last_lr(), strict=True):
             group["lr"] = lr
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
 

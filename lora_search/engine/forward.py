@@ -1,0 +1,190 @@
+"""Run a base over a pack, down to each target's loss.
+
+Legend: N tokens of the pack, M targets, V vocabulary, E features of a hidden state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lora_search.data import FlatRows
+from lora_search.engine.attention import packed_attention
+from lora_search.engine.pack import Pack, Share, build_pack, build_padded, run
+from lora_search.model import FrozenBase
+
+PROBE_LENGTHS = (7, 12, 7, 3)
+"""Sequences by which a base shows whether it keeps flat ones apart."""
+
+LOGIT_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
+"""Float32 logits that are held at once; more targets go through the output head in turns."""
+
+
+class PackedBase:
+    """A base that runs packs.
+
+    What an architecture can do is found out once, by trying: whether flat sequences stay apart in it (not where its
+    attention goes past transformers' interface, or where it has a recurrent state), and whether its logits are the
+    output head's plain product (not where they are scaled or capped afterwards).
+    """
+
+    def __init__(self, base: FrozenBase, pad_token_id: int) -> None:
+        self.base = base
+        self._pad_token_id = pad_token_id
+        self._head = base.model.get_output_embeddings()
+        self._decoder = base.model.base_model if base.model.base_model is not base.model else None
+        self.flat = True
+        self._plain_head = False
+        self._find_out()
+
+    def pack(self, shares: list[Share]) -> Pack:
+        """The shares as this base can run them; of a base that is not flat, one at a time."""
+        if self.flat:
+            return build_pack(shares, self.base.device)
+        (share,) = shares
+        return build_padded(share, self._pad_token_id, self.base.device)
+
+    def train(self, pack: Pack) -> list[float]:
+        """Each part's objective, the weighted sum of its targets' losses, with its gradient added to its adapter."""
+        with self._running(pack):
+            if self._plain_head:
+                total, losses_M = _HeadLoss.apply(self._hidden_ME(pack), self, pack)
+            else:
+                losses_M = F.cross_entropy(self._logits_MV(pack), pack.targets_M, reduction="none") * pack.weights_M
+                total = losses_M.sum()
+            if total.requires_grad:
+                torch.autograd.backward(total)
+        return pack.per_part(losses_M.detach())
+
+    @torch.no_grad()
+    def measure(self, pack: Pack) -> list[tuple[float, int]]:
+        """Each part's summed loss, and for how many targets the target was the most likely token."""
+        losses, hits = [], []
+        with self._running(pack):
+            for logits_mV, rows in self._logits_in_turns(pack):
+                targets_m = pack.targets_M[rows]
+                losses.append(F.cross_entropy(logits_mV, targets_m, reduction="none"))
+                hits.append((logits_mV.argmax(-1) == targets_m).float())
+        return [
+            (loss, round(hit))
+            for loss, hit in zip(pack.per_part(torch.cat(losses)), pack.per_part(torch.cat(hits)), strict=True)
+        ]
+
+    def head_logits(self, hidden_ME: torch.Tensor, weight_VE: torch.Tensor) -> torch.Tensor:
+        """The output head's float32 logits, the product in the compute dtype."""
+        bias = self._head.bias
+        dtype = self.base.compute_dtype
+        logits = F.linear(hidden_ME.to(dtype), weight_VE, None if bias is None else bias.to(dtype))
+        return logits.float()
+
+    def head_weight(self) -> torch.Tensor:
+        weight: torch.Tensor = self._head.weight.to(self.base.compute_dtype)
+        return weight
+
+    def turns(self, targets: int) -> Iterator[slice]:
+        """Targets that go through the output head together."""
+        size = max(1, LOGIT_BYTES[self.base.device.type] // (4 * self._head.weight.shape[0]))
+        for start in range(0, targets, size):
+            yield slice(start, min(start + size, targets))
+
+    def _logits_in_turns(self, pack: Pack) -> Iterator[tuple[torch.Tensor, slice]]:
+        if not self._plain_head:
+            yield self._logits_MV(pack), slice(0, len(pack.targets_M))
+            return
+        hidden_ME, weight_VE = self._hidden_ME(pack), self.head_weight()
+        for rows in self.turns(len(hidden_ME)):
+            yield self.head_logits(hidden_ME[rows], weight_VE), rows
+
+    def _hidden_ME(self, pack: Pack) -> torch.Tensor:
+        """The last hidden states from which the targets are predicted."""
+        assert self._decoder is not None
+        hidden: torch.Tensor = self._decoder(**pack.inputs, use_cache=False)[0]
+        return hidden.reshape(-1, hidden.shape[-1])[pack.predictors_M]
+
+    def _logits_MV(self, pack: Pack) -> torch.Tensor:
+        logits: torch.Tensor = self.base.model(**pack.inputs, use_cache=False).logits
+        return logits.reshape(-1, logits.shape[-1])[pack.predictors_M].float()
+
+    @contextmanager
+    def _running(self, pack: Pack) -> Iterator[None]:
+        attention = packed_attention(self.base.model) if pack.flat else nullcontext()
+        with run(pack), attention, self.base.autocast:
+            yield
+
+    @torch.no_grad()
+    def _find_out(self) -> None:
+        """Compare each way of running the base with what it says of a padded batch."""
+        self.base.model.eval()
+        rows = _probe_rows(self._head.weight.shape[0])
+        native = self._probe(build_padded(Share(rows, None), self._pad_token_id, self.base.device), plain_head=False)
+        assert native is not None
+        flat = build_pack([Share(rows, None)], self.base.device)
+        for plain_head in (True, False):
+            if self._agrees(native, self._probe(flat, plain_head=plain_head)):
+                self.flat, self._plain_head = True, plain_head
+                return
+        padded = build_padded(Share(rows, None), self._pad_token_id, self.base.device)
+        self.flat, self._plain_head = False, self._agrees(native, self._probe(padded, plain_head=True))
+
+    def _probe(self, pack: Pack, *, plain_head: bool) -> torch.Tensor | None:
+        """The probe's logits one way; None where the architecture has no such way."""
+        if plain_head and (self._decoder is None or not isinstance(self._head, nn.Linear)):
+            return None
+        try:
+            with self._running(pack):
+                if plain_head:
+                    return self.head_logits(self._hidden_ME(pack), self.head_weight())
+                return self._logits_MV(pack)
+        except (TypeError, ValueError, RuntimeError, IndexError, AssertionError, AttributeError):
+            if not pack.flat and not plain_head:
+                raise
+            return None
+
+    def _agrees(self, native: torch.Tensor, other: torch.Tensor | None) -> bool:
+        tolerance = 1e-4 if self.base.compute_dtype == torch.float32 else 3e-2
+        return other is not None and bool((native - other).abs().mean() <= tolerance * native.std())
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Output head and cross-entropy in one, some targets at a time, so that the logits are never all there at once.
+
+    The head is frozen: the gradient of the hidden states follows from the logits at hand, and they can go.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ME: torch.Tensor, base: PackedBase, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+        weight_VE = base.head_weight()
+        losses_M = torch.empty_like(pack.weights_M)
+        grad_ME = torch.empty_like(hidden_ME)
+        for rows in base.turns(len(hidden_ME)):
+            logits_mV = base.head_logits(hidden_ME[rows], weight_VE)
+            targets_m1, weights_m1 = pack.targets_M[rows, None], pack.weights_M[rows, None]
+            norms_m1 = torch.logsumexp(logits_mV, -1, keepdim=True)
+            losses_M[rows] = ((norms_m1 - logits_mV.gather(1, targets_m1)) * weights_m1)[:, 0]
+            shares_mV = logits_mV.sub_(norms_m1).exp_()
+            shares_mV.scatter_add_(1, targets_m1, torch.full_like(norms_m1, -1.0))
+            grad_ME[rows] = (shares_mV.mul_(weights_m1).to(weight_VE.dtype) @ weight_VE).to(grad_ME.dtype)
+        ctx.save_for_backward(grad_ME)
+        ctx.mark_non_differentiable(losses_M)
+        return losses_M.sum(), losses_M
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (grad_ME,) = ctx.saved_tensors
+        return grad_ME * grads[0].to(grad_ME.dtype), None, None
+
+
+def _probe_rows(vocabulary: int) -> FlatRows:
+    """Random tokens in sequences of some lengths, every token a target of the one before it."""
+    lengths = np.array(PROBE_LENGTHS)
+    starts = np.cumsum(lengths) - lengths
+    tokens = np.random.default_rng(0).integers(0, vocabulary, lengths.sum())
+    targets = np.setdiff1d(np.arange(lengths.sum()), starts)
+    positions = np.arange(lengths.sum()) - np.repeat(starts, lengths)
+    return FlatRows(tokens, positions, PROBE_LENGTHS, targets - 1, tokens[targets])

@@ -1,0 +1,50 @@
+"""Dropout masks that belong to a trial: a function of its seed, its step and the place in the model.
+
+Nothing is drawn from a generator that trials share, and nothing has to be kept between steps: a mask is the same in
+whatever company the trial is trained, after a restart, and when a layer is computed a second time for its gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+LEVELS = 1 << 16
+"""A mask's element is decided by 16 random bits, so that a probability is met to one part in 65,536."""
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The masks of one forward pass of one trial."""
+
+    seed: int
+    step: int
+    part: int
+    """Which of the step's forward passes."""
+    probability: float
+    """Of the adapter's dropout."""
+
+    def keep(self, place: int, shape: tuple[int, ...], device: torch.device, probability: float) -> torch.Tensor:
+        """True where an element stays: a boolean tensor of `shape`, for one place of the model."""
+        key = np.random.SeedSequence([self.seed, self.step, self.part, place])
+        count = int(np.prod(shape))
+        drop = dropped_levels(probability)
+        words = (count + 3) // 4
+        if device.type == "cpu":
+            bits = np.random.SFC64(key).random_raw(words).view(np.uint16)[:count]
+            return torch.from_numpy(bits >= drop).view(shape)
+        generator = torch.Generator(device).manual_seed(int(key.generate_state(1, np.uint64)[0]))
+        drawn = torch.empty(words, dtype=torch.int64, device=device).random_(-(1 << 63), None, generator=generator)
+        return (drawn.view(torch.int16)[:count] >= drop - LEVELS // 2).view(shape)
+
+
+def dropped_levels(probability: float) -> int:
+    """How many of the 16-bit numbers mean that an element is dropped."""
+    return round(probability * LEVELS)
+
+
+def survivors_scale(probability: float) -> float:
+    """What the kept elements are multiplied by, so that the mean stays."""
+    return LEVELS / (LEVELS - dropped_levels(probability))

@@ -1,0 +1,159 @@
+"""A pack: the rows of several trials as one batch of real tokens.
+
+Legend: N tokens of all trials, M of them targets; B sequences and T positions where a base needs padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lora_search.data import FlatRows
+from lora_search.engine.adapter import FlatAdapter
+from lora_search.engine.masks import Masks
+
+Integers = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one trial brings to a pack."""
+
+    rows: FlatRows
+    adapter: FlatAdapter | None
+    """None: the untrained base."""
+    masks: Masks | None = None
+    """None: no dropout, as in evaluation."""
+    weight: float = 0.0
+    """Of each of its targets in the objective: one over the targets of the whole effective batch."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a share stands in the pack."""
+
+    share: Share
+    tokens: slice
+    targets: slice
+
+
+@dataclass
+class Pack:
+    """Shares end to end, as tensors on a device."""
+
+    parts: tuple[Part, ...]
+    runs: tuple[tuple[int, int, int], ...]
+    """Neighbouring sequences of one length: (first token, sequences, tokens of each)."""
+    inputs: Mapping[str, torch.Tensor]
+    """What the model is called with: shapes (1, N), or (B, T) where the base needs padding."""
+    flat: bool
+    predictors_M: torch.Tensor
+    targets_M: torch.Tensor
+    weights_M: torch.Tensor
+    anchor: torch.Tensor
+    """A scalar that requires a gradient: what makes autograd visit a layer whose own input needs none."""
+    _cast: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
+
+    def cast(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """`x` in the dtype of the products; layers that share an input share the copy too."""
+        if x.dtype == dtype:
+            return x
+        if self._cast is None or self._cast[0] is not x:
+            self._cast = (x, x.to(dtype))
+        return self._cast[1]
+
+    def per_part(self, values_M: torch.Tensor) -> list[float]:
+        """The sum over each part's targets."""
+        return torch.stack([values_M[part.targets].sum() for part in self.parts]).tolist()
+
+
+def build_pack(shares: Sequence[Share], device: torch.device) -> Pack:
+    """Lay shares end to end."""
+    parts: list[Part] = []
+    predictors: list[Integers] = []
+    tokens = targets = 0
+    for share in shares:
+        rows = share.rows
+        ends = (tokens + len(rows.tokens_N), targets + len(rows.targets_M))
+        parts.append(Part(share, slice(tokens, ends[0]), slice(targets, ends[1])))
+        predictors.append(rows.predictors_M + tokens)
+        tokens, targets = ends
+    inputs = {
+        "input_ids": np.concatenate([share.rows.tokens_N for share in shares])[None],
+        "position_ids": np.concatenate([share.rows.positions_N for share in shares])[None],
+    }
+    return _pack(parts, inputs, np.concatenate(predictors), device, flat=True)
+
+
+def build_padded(share: Share, pad_token_id: int, device: torch.device) -> Pack:
+    """One share as a padded batch, for a base that cannot keep flat sequences apart."""
+    rows = share.rows
+    shape = (len(rows.lengths), max(rows.lengths))
+    real_BT = np.arange(shape[1]) < np.array(rows.lengths)[:, None]
+    ids_BT = np.full(shape, pad_token_id, np.int64)
+    ids_BT[real_BT] = rows.tokens_N
+    part = Part(share, slice(0, ids_BT.size), slice(0, len(rows.targets_M)))
+    predictors = np.flatnonzero(real_BT)[rows.predictors_M]
+    inputs = {"input_ids": ids_BT, "attention_mask": real_BT.astype(np.int64)}
+    return _pack([part], inputs, predictors, device, flat=False)
+
+
+def _pack(
+    parts: Sequence[Part], inputs: Mapping[str, Integers], predictors_M: Integers, device: torch.device, *, flat: bool
+) -> Pack:
+    def on_device(array: npt.NDArray[Any]) -> torch.Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    shares = [part.share for part in parts]
+    weights = np.repeat([share.weight for share in shares], [len(share.rows.targets_M) for share in shares])
+    return Pack(
+        parts=tuple(parts),
+        runs=tuple(_runs([length for share in shares for length in share.rows.lengths])),
+        inputs={name: on_device(array) for name, array in inputs.items()},
+        flat=flat,
+        predictors_M=on_device(predictors_M),
+        targets_M=on_device(np.concatenate([share.rows.targets_M for share in shares])),
+        weights_M=on_device(weights.astype(np.float32)),
+        anchor=torch.zeros((), device=device, requires_grad=True),
+    )
+
+
+def _runs(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    start = index = 0
+    while index < len(lengths):
+        count = 1
+        while index + count < len(lengths) and lengths[index + count] == lengths[index]:
+            count += 1
+        yield start, count, lengths[index]
+        start += count * lengths[index]
+        index += count
+
+
+_running: Pack | None = None
+
+
+def running() -> Pack | None:
+    """The pack that the model is being run on; None while somebody else runs it.
+
+    One for the whole process, not one a thread: autograd computes checkpointed layers again on threads of its own.
+    """
+    return _running
+
+
+@contextmanager
+def run(pack: Pack) -> Iterator[None]:
+    """Let the base's layers know the pack, through a forward pass and its backward pass."""
+    global _running
+    if _running is not None:
+        raise RuntimeError("a pack is running already")
+    _running = pack
+    try:
+        yield
+    finally:
+        _running = None
