@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 OUT_OF_MEMORY = "out of memory"
 """How the reason begins of a trial that failed because it is too large for its device."""
 

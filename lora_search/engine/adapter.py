@@ -71,7 +71,7 @@ class FlatAdapter:
         if downs is None or name not in downs:
             return None
         a: nn.Parameter = downs[name].weight
-        b: nn.Parameter = module.lora_B[name].weight  # type: ignore[index, union-attr, assignment]
+        b: nn.Parameter = module.lora_B[name].weight  # type: ignore[index, union-attr]
         span_a, span_b = spans[id(a)], spans[id(b)]
         return LayerAdapter(
             self._working_P[span_a].view_as(a),

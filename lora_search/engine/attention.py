@@ -8,6 +8,7 @@ Legend: H heads, N tokens of the pack, S sequences of L tokens, D features of a 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,19 +27,29 @@ PLACES = 1 << 20
 """Attention's dropout masks are numbered from here on, behind all linear layers."""
 
 
-@contextmanager
-def packed_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Let the model's attention be ours for a while."""
-    configs = [model.config, *(getattr(model.config, name) for name in model.config.sub_configs)]
-    before = [config._attn_implementation for config in configs if config is not None]
-    for config in configs:
-        if config is not None:
-            config._attn_implementation_internal = NAME
-    try:
-        yield
-    finally:
-        for config, implementation in zip((c for c in configs if c is not None), before, strict=True):
-            config._attn_implementation_internal = implementation
+class PackedAttention:
+    """Makes a model's attention ours while packs run, on however many threads."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        nested = (getattr(model.config, name) for name in model.config.sub_configs)
+        self._configs = [config for config in (model.config, *nested) if config is not None]
+        self._before = [config._attn_implementation for config in self._configs]
+        self._users = 0
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        self._count(1)
+        try:
+            yield
+        finally:
+            self._count(-1)
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self._users += change
+            for config, before in zip(self._configs, self._before, strict=True):
+                config._attn_implementation_internal = NAME if self._users else before
 
 
 def attend(
@@ -79,12 +90,11 @@ def attend(
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     plain = not dropout and softcap is None and s_aux is None
     keeps = _keeps(pack, module, heads, dropout, query.device) if dropout else None
+    sizes = [count * length for _, count, length in pack.runs]
+    pieces = zip(*(x[0].split(sizes, dim=1) for x in (query, key, value)), strict=True)
     outs = []
-    for start, count, length in pack.runs:
-        q, k, v = (
-            x[0, :, start : start + count * length].unflatten(1, (count, length)).transpose(0, 1)
-            for x in (query, key, value)
-        )
+    for (_, count, length), piece in zip(pack.runs, pieces, strict=True):
+        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in piece)
         window = _window(length, sliding_window, query.device)
         if plain:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=window, is_causal=window is None, scale=scale)
@@ -131,9 +141,7 @@ def _explicit(
     return weights.to(v.dtype) @ v
 
 
-def _keeps(
-    pack: Pack, module: nn.Module, heads: int, dropout: float, device: torch.device
-) -> Iterator[torch.Tensor]:
+def _keeps(pack: Pack, module: nn.Module, heads: int, dropout: float, device: torch.device) -> Iterator[torch.Tensor]:
     """Each run's dropout mask, put together from the masks of the trials whose sequences it holds."""
     place = PLACES + int(getattr(module, "layer_idx", 0) or 0)
     sequences: list[torch.Tensor] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -17,7 +17,8 @@ from lora_search.data import TokenizedData, flatten, rows_by_length
 from lora_search.engine.adapter import FlatAdapter
 from lora_search.engine.evaluate import Evaluation
 from lora_search.engine.forward import PackedBase
-from lora_search.engine.layers import AdapterPassage, DropoutSite, LinearSite
+from lora_search.engine.lanes import Lanes
+from lora_search.engine.layers import AdapterPassage, DropoutSite, LinearSite, working_dtype
 from lora_search.engine.metrics import Report, StepMetrics, peak_memory_bytes
 from lora_search.engine.pack import Share
 from lora_search.engine.random import seeded
@@ -29,7 +30,7 @@ from lora_search.targets import module_tree, resolve
 
 logger = logging.getLogger(__name__)
 
-EVALUATION_TOKENS = 8192
+EVALUATION_TOKENS = {"cpu": 2048, "cuda": 32_768}
 """Tokens of a pass without gradients, over all trials in it."""
 
 
@@ -49,6 +50,7 @@ class Engine:
         self._untrained: dict[str, Evaluation] = {}
         self.pack_limit: int | None = None
         """Most trials that go into one pass; None until memory has run out for the first time."""
+        self._lanes = Lanes(base.device)
         self._places = self._attach_sites()
         self._packed = PackedBase(base, data.pad_token_id)
 
@@ -77,7 +79,7 @@ class Engine:
             for module in self._peft.modules():
                 if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
                     AdapterPassage.attach(module)
-            flat = FlatAdapter(self._peft, name, self._places, config.scaling, self.base.compute_dtype)
+            flat = FlatAdapter(self._peft, name, self._places, config.scaling, working_dtype(self.base))
             experts = any(".experts" in weight for weight in (*targets.modules, *targets.parameters))
             resident = ResidentTrial(name, config, self._peft, flat, adapts_experts=experts)
             if checkpoint is not None:
@@ -109,18 +111,19 @@ class Engine:
 
         One trial's failure is its own value here, never an exception.
         """
-        outcomes: dict[str, StepMetrics | TrialFailed] = {}
         self.base.model.train()
-        for names in self._groups(trials):
-            outcomes |= self._step_group(names)
-        return outcomes
+        groups = self._groups(trials)
+        in_turn = self._has_active_experts  # PEFT's active adapters are the same for all threads
+        done = map(self._step_group, groups) if in_turn else self._lanes.map(self._step_group, groups)
+        return {name: outcome for outcomes in done for name, outcome in outcomes.items()}
 
-    def _groups(self, trials: Sequence[str]) -> Iterator[list[str]]:
-        """The trials that can share a pass."""
+    def _groups(self, trials: Sequence[str]) -> list[list[str]]:
+        """The trials that share a pass: as many as memory allows, but a group for each lane."""
         together = [trial for trial in trials if self._shares_passes(trial)]
-        size = self.pack_limit or max(1, len(together))
-        yield from (together[start : start + size] for start in range(0, len(together), size))
-        yield from ([trial] for trial in trials if trial not in together)
+        size = max(1, math.ceil(len(together) / self._lanes.count))
+        size = min(size, self.pack_limit or size)
+        groups = [together[start : start + size] for start in range(0, len(together), size)]
+        return groups + [[trial] for trial in trials if trial not in together]
 
     def _shares_passes(self, trial: str) -> bool:
         """Whether every weight that the trial adapts sees every token of a pack.
@@ -149,7 +152,8 @@ class Engine:
             torch.cuda.empty_cache()
         if len(names) == 1:
             step = group[names[0]].step + 1
-            return {names[0]: TrialFailed(f"{OUT_OF_MEMORY} at step {step}, with no other trial in the pass: {message}")}
+            reason = f"{OUT_OF_MEMORY} at step {step}, with no other trial in the pass: {message}"
+            return {names[0]: TrialFailed(reason)}
         half = (len(names) + 1) // 2
         self.pack_limit = min(half, self.pack_limit or half)
         logger.warning("out of memory with %d trials in one pass; from now on at most %d", len(names), self.pack_limit)
@@ -226,10 +230,11 @@ class Engine:
         """Resident trials' standing on a split, measured together."""
         self.base.model.eval()
         found: dict[str, Evaluation] = {}
-        for names in self._groups(trials):
+        together = [trial for trial in trials if self._shares_passes(trial)]
+        for names in [together] * bool(together) + [[trial] for trial in trials if trial not in together]:
             self._activate(names)
             found |= dict(zip(names, self._measure([self._trials[name].adapter for name in names], split), strict=True))
-        return found
+        return {trial: found[trial] for trial in trials}
 
     def untrained(self, split: str = "validation") -> Evaluation:
         """The bare base's standing on a split; measured once."""
@@ -241,19 +246,27 @@ class Engine:
 
     def _measure(self, adapters: Sequence[FlatAdapter | None], split: str) -> list[Evaluation]:
         rows = {"validation": self.data.validation, "test": self.data.test}[split]
-        losses, hits, targets = [0.0] * len(adapters), [0] * len(adapters), 0
-        for picked in rows_by_length(rows, max(1, EVALUATION_TOKENS // len(adapters))):
+        tokens = max(1, EVALUATION_TOKENS[self.base.device.type] // len(adapters))
+
+        def measure(picked: list[int]) -> tuple[list[tuple[float, int]], int]:
             batch = flatten(rows, picked)
-            targets += len(batch.targets_M)
-            pack = self._packed.pack([Share(batch, adapter) for adapter in adapters])
-            for index, (loss, hit) in enumerate(self._packed.measure(pack)):
-                losses[index] += loss
-                hits[index] += hit
-        return [Evaluation(loss / targets, hit / targets, targets) for loss, hit in zip(losses, hits, strict=True)]
+            return self._packed.measure(self._packed.pack([Share(batch, a) for a in adapters])), len(batch.targets_M)
+
+        pieces = list(self._lanes.map(measure, list(rows_by_length(rows, tokens))))
+        targets = sum(count for _, count in pieces)
+        found = []
+        for of_one in zip(*(piece for piece, _ in pieces), strict=True):
+            loss, hits = map(sum, zip(*of_one, strict=True))
+            found.append(Evaluation(loss / targets, hits / targets, targets))
+        return found
+
+    @property
+    def _has_active_experts(self) -> bool:
+        return any(trial.adapts_experts for trial in self._trials.values())
 
     def _activate(self, trials: Sequence[str]) -> None:
         """Have PEFT apply what it alone can: the adapters of fused experts, of one trial at a time."""
-        if self._peft is not None and any(trial.adapts_experts for trial in self._trials.values()):
+        if self._peft is not None and self._has_active_experts:
             self._peft.base_model.set_adapter([self._trials[t].name for t in trials if self._trials[t].adapts_experts])
 
     def _attach_sites(self) -> dict[str, int]:
@@ -261,7 +274,7 @@ class Engine:
         places: dict[str, int] = {}
         for place, module in enumerate(self._tree.modules):
             if module.kind != "experts":
-                LinearSite(place, self.base.model.get_submodule(module.name), self.base.compute_dtype).attach()
+                LinearSite(place, self.base.model.get_submodule(module.name), self.base).attach()
                 places[module.name] = place
         dropouts = [module for module in self.base.model.modules() if isinstance(module, nn.Dropout) and module.p > 0]
         for index, dropout in enumerate(dropouts):

@@ -5,7 +5,7 @@ Legend: N tokens of the pack, M targets, V vocabulary, E features of a hidden st
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_search.data import FlatRows
-from lora_search.engine.attention import packed_attention
+from lora_search.engine.attention import PackedAttention
+from lora_search.engine.layers import product, working_dtype
 from lora_search.engine.pack import Pack, Share, build_pack, build_padded, run
 from lora_search.model import FrozenBase
 
@@ -36,7 +37,9 @@ class PackedBase:
 
     def __init__(self, base: FrozenBase, pad_token_id: int) -> None:
         self.base = base
+        self.working = working_dtype(base)
         self._pad_token_id = pad_token_id
+        self._attention = PackedAttention(base.model)
         self._head = base.model.get_output_embeddings()
         self._decoder = base.model.base_model if base.model.base_model is not base.model else None
         self.flat = True
@@ -54,7 +57,7 @@ class PackedBase:
         """Each part's objective, the weighted sum of its targets' losses, with its gradient added to its adapter."""
         with self._running(pack):
             if self._plain_head:
-                total, losses_M = _HeadLoss.apply(self._hidden_ME(pack), self, pack)
+                total, losses_M = _head_loss(self._hidden_ME(pack), self, pack)
             else:
                 losses_M = F.cross_entropy(self._logits_MV(pack), pack.targets_M, reduction="none") * pack.weights_M
                 total = losses_M.sum()
@@ -78,10 +81,8 @@ class PackedBase:
 
     def head_logits(self, hidden_ME: torch.Tensor, weight_VE: torch.Tensor) -> torch.Tensor:
         """The output head's float32 logits, the product in the compute dtype."""
-        bias = self._head.bias
-        dtype = self.base.compute_dtype
-        logits = F.linear(hidden_ME.to(dtype), weight_VE, None if bias is None else bias.to(dtype))
-        return logits.float()
+        logits_MV = product(hidden_ME.to(self.working), weight_VE).float()
+        return logits_MV if self._head.bias is None else logits_MV.add_(self._head.bias)
 
     def head_weight(self) -> torch.Tensor:
         weight: torch.Tensor = self._head.weight.to(self.base.compute_dtype)
@@ -113,8 +114,10 @@ class PackedBase:
 
     @contextmanager
     def _running(self, pack: Pack) -> Iterator[None]:
-        attention = packed_attention(self.base.model) if pack.flat else nullcontext()
-        with run(pack), attention, self.base.autocast:
+        attention = self._attention.on() if pack.flat else nullcontext()
+        # Mixed precision on a CPU is the layers' own business: only their products are in half precision.
+        autocast = self.base.autocast if self.base.device.type != "cpu" else nullcontext()
+        with run(pack), attention, autocast:
             yield
 
     @torch.no_grad()
@@ -169,7 +172,7 @@ class _HeadLoss(torch.autograd.Function):
             losses_M[rows] = ((norms_m1 - logits_mV.gather(1, targets_m1)) * weights_m1)[:, 0]
             shares_mV = logits_mV.sub_(norms_m1).exp_()
             shares_mV.scatter_add_(1, targets_m1, torch.full_like(norms_m1, -1.0))
-            grad_ME[rows] = (shares_mV.mul_(weights_m1).to(weight_VE.dtype) @ weight_VE).to(grad_ME.dtype)
+            grad_ME[rows] = product(shares_mV.mul_(weights_m1).to(base.working), weight_VE.t()).to(grad_ME.dtype)
         ctx.save_for_backward(grad_ME)
         ctx.mark_non_differentiable(losses_M)
         return losses_M.sum(), losses_M
@@ -178,6 +181,9 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (grad_ME,) = ctx.saved_tensors
         return grad_ME * grads[0].to(grad_ME.dtype), None, None
+
+
+_head_loss: Callable[..., tuple[torch.Tensor, torch.Tensor]] = _HeadLoss.apply
 
 
 def _probe_rows(vocabulary: int) -> FlatRows:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from lora_search.engine.adapter import LayerAdapter
 from lora_search.engine.masks import survivors_scale
 from lora_search.engine.pack import Pack, Part, running
+from lora_search.model import FrozenBase
 
 
 @dataclass(frozen=True)
@@ -29,29 +30,30 @@ class _Adapted:
     keep_nI: torch.Tensor | None
 
     def dropped(self, x_nI: torch.Tensor) -> torch.Tensor:
-        return x_nI if self.keep_nI is None else x_nI * self.keep_nI
+        return x_nI if self.keep_nI is None else x_nI * self.keep_nI.view(torch.uint8)  # three times as fast as a bool
 
 
 class LinearSite:
     """A frozen linear layer of the base. `attach` makes packs run through it; anybody else finds it as it was."""
 
-    def __init__(self, place: int, module: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, place: int, module: nn.Module, base: FrozenBase) -> None:
         self.place = place
         self._module = module
-        self._dtype = dtype
+        self._dtype = base.compute_dtype
+        self._working = working_dtype(base)
         self._alone: Callable[[torch.Tensor], torch.Tensor] = module.forward
 
     def attach(self) -> None:
-        self._module.forward = self.forward  # type: ignore[method-assign, assignment]
+        self._module.forward = self.forward
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pack = running()
         if pack is None:
             return self._alone(x)
-        x = pack.cast(x, self._dtype)
+        given, x = x.dtype, pack.cast(x, self._working)
         adapted = [part for part in pack.parts if part.share.adapter and self.place in part.share.adapter.layers]
-        out: torch.Tensor = _PackedLinear.apply(x, pack.anchor if adapted else None, self, adapted)
-        return out
+        out: torch.Tensor = _packed_linear(x, pack.anchor if adapted else None, self, adapted)
+        return out.to(given) if x.device.type == "cpu" else out
 
     def weight_OI(self) -> torch.Tensor:
         """The frozen weight in the dtype of the products, de-quantised straight into it as bitsandbytes does."""
@@ -69,9 +71,11 @@ class LinearSite:
         )
         return dense
 
-    def bias_O(self) -> torch.Tensor | None:
+    def product_NO(self, x_NI: torch.Tensor) -> torch.Tensor:
+        """x W^T + b."""
+        y_NO = product(x_NI, self.weight_OI())
         bias: torch.Tensor | None = self._module.bias  # type: ignore[assignment]
-        return None if bias is None else bias.to(self._dtype)
+        return y_NO if bias is None else y_NO.add_(bias)
 
     def adapted(self, part: Part, x_NI: torch.Tensor) -> _Adapted:
         """A part's adapter here, with this pass's dropout mask."""
@@ -93,11 +97,11 @@ class _PackedLinear(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, anchor: torch.Tensor | None, site: LinearSite, parts: Sequence[Part]
     ) -> torch.Tensor:
         x_NI = x.reshape(-1, x.shape[-1])
-        y_NO = F.linear(x_NI, site.weight_OI(), site.bias_O())
+        y_NO = site.product_NO(x_NI)
         adapted = [site.adapted(part, x_NI) for part in parts]
         downs = []
         for one in adapted:
-            down_nR = one.dropped(x_NI[one.rows]) @ one.layer.a_RI.t()
+            down_nR = product(one.dropped(x_NI[one.rows]), one.layer.a_RI)
             y_NO[one.rows].addmm_(down_nR, one.layer.b_OR.t(), alpha=one.scale)
             downs.append(down_nR)
         ctx.site, ctx.adapted = site, adapted
@@ -109,11 +113,13 @@ class _PackedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
         (grad,) = grads
         grad_NO = grad.reshape(-1, grad.shape[-1])
-        grad_NI = grad_NO @ ctx.site.weight_OI() if ctx.needs_input_grad[0] else None
-        x_NI, *downs = ctx.saved_tensors or (None,)
+        grad_NI = product(grad_NO, ctx.site.weight_OI().t()) if ctx.needs_input_grad[0] else None
+        if not ctx.adapted:
+            return None if grad_NI is None else grad_NI.view(ctx.shape), None, None, None
+        x_NI, *downs = ctx.saved_tensors
         for one, down_nR in zip(ctx.adapted, downs, strict=True):
             grad_nO, layer = grad_NO[one.rows], one.layer
-            grad_down_nR = (grad_nO @ layer.b_OR).mul_(one.scale)
+            grad_down_nR = product(grad_nO, layer.b_OR.t()).mul_(one.scale)
             _accumulate(layer.grad_b_OR, grad_nO.t(), down_nR, one.scale)
             _accumulate(layer.grad_a_RI, grad_down_nR.t(), one.dropped(x_NI[one.rows]), 1.0)
             if grad_NI is None:
@@ -121,8 +127,37 @@ class _PackedLinear(torch.autograd.Function):
             if one.keep_nI is None:
                 grad_NI[one.rows].addmm_(grad_down_nR, layer.a_RI)
             else:
-                grad_NI[one.rows].add_((grad_down_nR @ layer.a_RI).mul_(one.keep_nI))
+                grad_NI[one.rows].add_(product(grad_down_nR, layer.a_RI.t()).mul_(one.keep_nI.view(torch.uint8)))
         return None if grad_NI is None else grad_NI.view(ctx.shape), None, None, None
+
+
+_packed_linear: Callable[..., torch.Tensor] = _PackedLinear.apply
+
+
+def working_dtype(base: FrozenBase) -> torch.dtype:
+    """What adapters and activations are computed in.
+
+    On a CPU float32 even where the frozen products are bfloat16: those are four times as fast, but everything
+    element by element is several times slower (analysis/benchmarks/NOTES.md).
+    """
+    return torch.float32 if base.device.type == "cpu" else base.compute_dtype
+
+
+def product(x: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    """x W^T, multiplied in the weight's dtype, in the dtype of x.
+
+    In float32 on a CPU through oneDNN, which uses what the CPU has; MKL, torch's first choice, stops at AVX2 on CPUs
+    of another maker (100 against 230 GFLOP/s on a core with AVX-512).
+    """
+    if weight_OI.dtype != x.dtype:
+        return F.linear(x.to(weight_OI.dtype), weight_OI).to(x.dtype)
+    if x.dtype == torch.float32 and x.device.type == "cpu" and _ONEDNN:
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_OI, None, "none", [], "")
+        return y
+    return F.linear(x, weight_OI)
+
+
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _accumulate(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
@@ -162,7 +197,7 @@ class DropoutSite:
         self._alone: Callable[[torch.Tensor], torch.Tensor] = module.forward
 
     def attach(self) -> None:
-        self._module.forward = self.forward  # type: ignore[method-assign]
+        self._module.forward = self.forward  # type: ignore[method-assign, assignment]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pack = running()

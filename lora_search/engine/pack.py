@@ -5,6 +5,7 @@ Legend: N tokens of all trials, M of them targets; B sequences and T positions w
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -135,25 +136,34 @@ def _runs(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
         index += count
 
 
-_running: Pack | None = None
+class _Running(threading.local):
+    pack: Pack | None = None
+
+
+_here = _Running()
+_anywhere: Pack | None = None
 
 
 def running() -> Pack | None:
-    """The pack that the model is being run on; None while somebody else runs it.
-
-    One for the whole process, not one a thread: autograd computes checkpointed layers again on threads of its own.
-    """
-    return _running
+    """The pack that the model is being run on; None while somebody else runs it."""
+    return _here.pack or _anywhere
 
 
 @contextmanager
 def run(pack: Pack) -> Iterator[None]:
-    """Let the base's layers know the pack, through a forward pass and its backward pass."""
-    global _running
-    if _running is not None:
+    """Let the base's layers know the pack, through a forward pass and its backward pass.
+
+    On a CPU each thread may run a pack of its own. On a GPU there is one for the whole process: autograd computes
+    checkpointed layers again on threads of its own.
+    """
+    global _anywhere
+    if running() is not None:
         raise RuntimeError("a pack is running already")
-    _running = pack
+    if pack.anchor.device.type == "cpu":
+        _here.pack = pack
+    else:
+        _anywhere = pack
     try:
         yield
     finally:
-        _running = None
+        _here.pack = _anywhere = None
