@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+BENCH := analysis/benchmarks
 
 .PHONY: demo test test-all lint bench clean
 
@@ -22,7 +23,12 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	$(BIN)/python analysis/benchmarks/orchestration.py
+	$(BIN)/python $(BENCH)/orchestration.py --json $(BENCH)/orchestration.json
+	$(BIN)/python $(BENCH)/steady_state.py --json $(BENCH)/steady_state.json
+	$(BIN)/python $(BENCH)/whole_sweep.py --setting demo --json $(BENCH)/whole_sweep_demo.json
+	$(BIN)/python $(BENCH)/whole_sweep.py --setting e2e --json $(BENCH)/whole_sweep_e2e.json
+	$(BIN)/python $(BENCH)/whole_sweep.py --setting asha --json $(BENCH)/whole_sweep_asha.json
+	$(BIN)/python $(BENCH)/memory.py --json $(BENCH)/memory.json
 
 clean:
 	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import nn
@@ -102,11 +100,3 @@ def trial(index: int, rank: int, dropout: float, batch_size: int) -> TrialConfig
         Lora(rank=rank, dropout=dropout, target_modules="all-linear"),
         Training(learning_rate=1e-3, steps=100_000, batch_size=batch_size, seed=index, lr_schedule="constant"),
     )
-
-
-def proportional_bytes(pid: int | str = "self") -> int:
-    """The proportional set size of a process: its own memory, and its share of what it shares."""
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"process {pid} has no Pss")

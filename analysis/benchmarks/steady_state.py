@@ -160,7 +160,7 @@ def floor_step(setting: Setting, trials: int) -> Callable[[], int]:
 def worker(pipe: Connection, setting: Setting, way: str, threads: int) -> None:
     """A process that sets a way up, then runs it for a while whenever it is told to."""
     import torch
-    from bases import proportional_bytes
+    from processes import proportional_bytes
 
     torch.set_num_threads(threads)
     kind, _, count = way.partition(" ")
