@@ -35,13 +35,14 @@ EVALUATION_BATCH = 32
 
 
 def load_4bit(spec: SweepSpec) -> PreTrainedModel:
-    """The base in NF4 with double quantisation."""
+    """The base in NF4 with double quantisation, what is not quantised in float32."""
     import torch
+    from peft import prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from lora_search.model import compute_dtype, model_path
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         model_path(spec.base.model),
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True,
@@ -52,7 +53,7 @@ def load_4bit(spec: SweepSpec) -> PreTrainedModel:
         device_map={"": "cpu"},
     )
     model.config.use_cache = False
-    return model
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
 def padded(split: TokenSplit, rows: list[int], pad_token_id: int) -> dict[str, Any]:
@@ -83,7 +84,7 @@ def evaluate(model: Any, split: TokenSplit, pad_token_id: int) -> float:
 def train(config: dict[str, Any], spec: SweepSpec, data: TokenizedData) -> None:
     """One trial; reports the validation loss and the adapter to Ray Tune."""
     import torch
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import LoraConfig, get_peft_model
     from torch.utils.data import SequentialSampler
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -96,7 +97,6 @@ def train(config: dict[str, Any], spec: SweepSpec, data: TokenizedData) -> None:
     model = load_4bit(spec)
     dtype = model.config.quantization_config.bnb_4bit_compute_dtype
     targets = resolve(module_tree(model), lora.target_modules)
-    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     torch.manual_seed(training.seed)
     adapted = get_peft_model(
         model,
@@ -227,14 +227,14 @@ def conclude(spec: SweepSpec, data: TokenizedData, best: tune.Result, out: Path)
     import torch
     from peft import PeftModel
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(1)  # as in a trial: a second thread gains little on such bases, and waits by spinning
     if best.checkpoint is None:
         raise RuntimeError(f"the best trial left no checkpoint: {best.error}")
     with best.checkpoint.as_directory() as folder:
         adapted = PeftModel.from_pretrained(load_4bit(spec), folder)
         loss = evaluate(adapted, data.test, data.pad_token_id)
         adapted.save_pretrained(str(out / "adapter"))
-        merged = PeftModel.from_pretrained(load_4bit(spec).dequantize(), folder).merge_and_unload()
+        merged = PeftModel.from_pretrained(load_4bit(spec).dequantize(torch.float32), folder).merge_and_unload()
     merged.save_pretrained(str(out / "merged"))
     load_tokenizer(spec.base).save_pretrained(str(out / "merged"))
     return loss

@@ -7,8 +7,8 @@ Settings:
     e2e     the same grid on stories260k and the first 1,100 rows of E2E, which lie beside the project
     asha    sweeps/demo.yaml as it stands: 24 trials, TPE and ASHA
 Ways, alternating, each a command of its own in a process of its own:
-    plain          plain_sweep.py: two trials at a time on two cores, in processes that Ray Tune uses again
-    plain fresh    the same with a new process for each trial, Ray Tune's default
+    plain fresh    plain_sweep.py: a process for each trial, Ray Tune's default, two at a time on two cores
+    plain          the same in processes that Ray Tune uses again for the next trial
     lora-search    the command that users run
 W&B is off in all. With `--dropout 0` the final losses of the same configuration must agree.
 """
@@ -57,9 +57,10 @@ LIMITS = {
     "e2e": "max_length: 512, validation: 0.1, test: 0.1, limit: 1100",
 }
 
-WAYS = ("plain", "plain fresh", "lora-search")
+WAYS = ("plain fresh", "plain", "lora-search")
 
-WATCH_SECONDS = 0.5
+WATCH_SECONDS = 2.0
+"""Between two looks at a command's memory: one takes about 30 ms of a core, which the command then lacks."""
 
 Config = tuple[Any, ...]
 """What tells two trials of a sweep apart."""
@@ -157,7 +158,7 @@ def main() -> None:
     """Measure one setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", default="demo", choices=["demo", "e2e", "asha"])
-    parser.add_argument("--ways", nargs="+", default=["plain", "lora-search"], choices=WAYS, help="ratios: to the last")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS, help="ratios: to the last")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--trials", type=int, help="fewer than the setting has")
     parser.add_argument("--steps", type=int, help="of each trial, with a report every third of them")
