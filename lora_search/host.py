@@ -8,6 +8,7 @@ that trials join and leave a running host.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import threading
@@ -50,12 +51,12 @@ class _Goal:
 class Host:
     """Trains what seats bring to it, all residents in turn (or together, as the engine does it)."""
 
-    def __init__(self, name: str, capacity: int, build: Callable[[], TrainsTrials]) -> None:
+    def __init__(self, name: str, capacity: int, build: Callable[[Any], TrainsTrials]) -> None:
         """
         Args:
             name: shown in results.
             capacity: trials resident at once.
-            build: makes the engine, once, on the training thread.
+            build: makes the engine of the data, on the training thread.
         """
         self.name = name
         self._capacity = capacity
@@ -63,19 +64,41 @@ class Host:
         self._goals: dict[str, _Goal] = {}
         self._asked: list[Callable[[], None]] = []
         self._wake = threading.Condition()
+        self._build = build
         self._engine: TrainsTrials
-        self._ready: Future[None] = Future()
-        self._thread = threading.Thread(target=self._run, args=(build,), name="training", daemon=True)
+        self._thread = threading.Thread(target=self._train_for_ever, name="training", daemon=True)
         self._thread.start()
 
-    async def ready(self) -> dict[str, Any]:
-        """Wait until the base is loaded; what this host is.
+    async def load(self, data: Any) -> dict[str, Any]:
+        """Load the base, for trials on this data; what this host is.
 
         Raises:
             InputError: the base cannot be loaded.
         """
-        await asyncio.wrap_future(self._ready)
+
+        def load() -> None:
+            self._engine = self._build(data)
+
+        await self._ask(load)
         return {"name": self.name, "pid": os.getpid(), "capacity": self._capacity}
+
+    async def unload(self) -> None:
+        """Let the base and all of its trials go; what memory they held is free for other work."""
+
+        def unload() -> None:
+            del self._engine
+            gc.collect()
+
+        await self._ask(unload)
+        self._residents.clear()
+
+    async def run(self, work: Callable[..., T], *given: Any) -> T:
+        """Do other work here, in a process that has all libraries loaded already."""
+        return await self._ask(lambda: work(*given))
+
+    async def run_with_engine(self, work: Callable[[Any], T]) -> T:
+        """Do other work with the engine."""
+        return await self._ask(lambda: work(self._engine))
 
     async def room(self) -> int:
         """How many more trials fit."""
@@ -142,13 +165,7 @@ class Host:
             self._wake.notify()
         return await asyncio.wrap_future(answer)
 
-    def _run(self, build: Callable[[], TrainsTrials]) -> None:
-        try:
-            self._engine = build()
-        except BaseException as error:  # told to whoever waits in ready()
-            self._ready.set_exception(error)
-            return
-        self._ready.set_result(None)
+    def _train_for_ever(self) -> None:
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._asked or self._goals)

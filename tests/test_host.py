@@ -67,16 +67,17 @@ class CountingEngine:
         return {trial: CountedReport(self.steps[trial]) for trial in trials}
 
 
-def make_host(engine: CountingEngine, capacity: int = 4) -> Host:
-    return Host("host-0", capacity, lambda: engine)
+async def make_host(engine: CountingEngine, capacity: int = 4) -> Host:
+    host = Host("host-0", capacity, lambda data: engine)
+    await host.load(None)
+    return host
 
 
 def test_residents_are_trained_in_the_same_steps() -> None:
     engine = CountingEngine()
 
     async def story() -> list[dict[str, Any]]:
-        host = make_host(engine)
-        await host.ready()
+        host = await make_host(engine)
         for trial in "abc":
             assert await host.admit(trial, CONFIG)
         return await asyncio.gather(*(host.advance(trial, 2000) for trial in "abc"))
@@ -89,7 +90,7 @@ def test_trial_joins_while_others_train() -> None:
     engine = CountingEngine()
 
     async def story() -> tuple[dict[str, Any], dict[str, Any]]:
-        host = make_host(engine)
+        host = await make_host(engine)
         await host.admit("long", CONFIG)
         long = asyncio.ensure_future(host.advance("long", 50_000))
         await asyncio.sleep(0.01)
@@ -104,7 +105,7 @@ def test_trial_joins_while_others_train() -> None:
 
 def test_full_host_admits_nobody_until_one_leaves() -> None:
     async def story() -> list[Any]:
-        host = make_host(CountingEngine(), capacity=2)
+        host = await make_host(CountingEngine(), capacity=2)
         said: list[Any] = [await host.admit(trial, CONFIG) for trial in "abc"]
         said.append(await host.room())
         await host.release("a")
@@ -119,7 +120,7 @@ def test_one_trials_failure_reaches_its_seat_alone() -> None:
     engine = CountingEngine(failing={"bad": 3})
 
     async def story() -> list[Any]:
-        host = make_host(engine)
+        host = await make_host(engine)
         await host.admit("bad", CONFIG)
         await host.admit("good", CONFIG)
         return await asyncio.gather(host.advance("bad", 10), host.advance("good", 10), return_exceptions=True)
@@ -131,7 +132,7 @@ def test_one_trials_failure_reaches_its_seat_alone() -> None:
 
 def test_refused_trial_takes_no_room() -> None:
     async def story() -> int:
-        host = make_host(CountingEngine(), capacity=1)
+        host = await make_host(CountingEngine(), capacity=1)
         with pytest.raises(InputError, match="rank 1"):
             await host.admit("a", TrialConfig(Lora(rank=1), Training()))
         return await host.room()
@@ -143,7 +144,7 @@ def test_host_outlives_a_step_that_breaks() -> None:
     engine = CountingEngine(broken_step=True)
 
     async def story() -> dict[str, Any]:
-        host = make_host(engine)
+        host = await make_host(engine)
         await host.admit("a", CONFIG)
         with pytest.raises(TrialFailed, match="fallen off the bus"):
             await host.advance("a", 1)
@@ -156,7 +157,7 @@ def test_host_outlives_a_step_that_breaks() -> None:
 def test_trial_whose_seat_was_lost_starts_over_from_its_checkpoint() -> None:
     async def story() -> tuple[int, Checkpoint]:
         engine = CountingEngine()
-        host = make_host(engine, capacity=1)
+        host = await make_host(engine, capacity=1)
         await host.admit("a", CONFIG)
         await host.advance("a", 4)
         checkpoint = await host.snapshot("a")
@@ -167,12 +168,26 @@ def test_trial_whose_seat_was_lost_starts_over_from_its_checkpoint() -> None:
     assert asyncio.run(story()) == (4, {"step": b"4"})
 
 
+def test_host_does_other_work_with_and_without_its_engine() -> None:
+    async def story() -> tuple[int, int]:
+        host = await make_host(CountingEngine())
+        await host.admit("a", CONFIG)
+        await host.advance("a", 3)
+        position = await host.run_with_engine(lambda engine: engine.position("a"))
+        await host.unload()
+        with pytest.raises(AttributeError):
+            await host.run_with_engine(lambda engine: engine.position("a"))
+        return position, await host.run(max, 4, 5)
+
+    assert asyncio.run(story()) == (3, 5)
+
+
 def test_base_that_cannot_be_loaded_is_said_to_who_waits() -> None:
-    def build() -> CountingEngine:
+    def build(data: str) -> CountingEngine:
         raise InputError("no such model")
 
     async def story() -> None:
-        await Host("host-0", 1, build).ready()
+        await Host("host-0", 1, build).load("some data")
 
     with pytest.raises(InputError, match="no such model"):
         asyncio.run(story())

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from lora_search.data import TokenizedData
@@ -41,31 +42,38 @@ CONFIGURATIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("sampled", CONFIGURATIONS, ids=["cosine", "accumulated", "rslora-clipped"])
+@pytest.mark.parametrize("index", range(len(CONFIGURATIONS)), ids=["cosine", "accumulated", "rslora-clipped"])
 def test_losses_equal_those_of_the_trainer(
-    tiny_spec: SweepSpec, tiny_data: TokenizedData, tmp_path: Path, sampled: dict[str, Any]
+    tiny_spec: SweepSpec, tiny_data: TokenizedData, tmp_path: Path, index: int
 ) -> None:
     from lora_search.space import trial_config
 
-    config = trial_config(tiny_spec, {"dropout": 0.0, "steps": STEPS, "seed": 3, **sampled})
-    ours = engine_losses(tiny_spec, tiny_data, config)
-    theirs = trainer_losses(tiny_spec, tiny_data, config, tmp_path)
-    print(f"largest relative difference: {max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True)):.1e}")
-    assert ours == pytest.approx(theirs, rel=1e-4)
+    configs = [
+        trial_config(tiny_spec, {"dropout": 0.0, "steps": STEPS, "seed": 3, **sampled}) for sampled in CONFIGURATIONS
+    ]
+    theirs = trainer_losses(tiny_spec, tiny_data, configs[index], tmp_path)
+    (alone,) = engine_losses(tiny_spec, tiny_data, configs[index : index + 1])
+    packed = engine_losses(tiny_spec, tiny_data, configs)[index]
+    for company, ours in (("alone", alone), ("packed", packed)):
+        worst = max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True))
+        print(f"{company}: largest relative difference {worst:.1e}")
+        assert ours == pytest.approx(theirs, rel=1e-4)
     assert max(theirs) - min(theirs) > 0.02  # something was learned, or there is nothing to compare
 
 
-def engine_losses(spec: SweepSpec, data: TokenizedData, config: TrialConfig) -> list[float]:
+def engine_losses(spec: SweepSpec, data: TokenizedData, configs: Sequence[TrialConfig]) -> list[list[float]]:
+    """The losses of each configuration, all trained in one pack."""
     from lora_search.engine import Engine, StepMetrics
     from lora_search.model import load_base
 
     engine = Engine(load_base(spec.base, "cpu"), data)
-    engine.admit("a", config)
-    losses = []
+    for index, config in enumerate(configs):
+        engine.admit(str(index), config)
+    losses: list[list[float]] = [[] for _ in configs]
     for _ in range(STEPS):
-        outcome = engine.step(["a"])["a"]
-        assert isinstance(outcome, StepMetrics)
-        losses.append(outcome.loss)
+        for name, outcome in engine.step(engine.residents).items():
+            assert isinstance(outcome, StepMetrics)
+            losses[int(name)].append(outcome.loss)
     return losses
 
 

@@ -98,7 +98,7 @@ class Round:
     seconds_per_trial: float
 
 
-def build_idle(spec: SweepSpec, place: HostPlace, data: Sequence[Any]) -> IdleEngine:
+def build_idle(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> IdleEngine:
     """The host's engine, in place of the real one."""
     return IdleEngine()
 
@@ -109,9 +109,9 @@ def run_round(way: str, spec: SweepSpec, folder: Path) -> Round:
     observers: list[Observer] = []
     if way == "with W&B":
         observers.append(WandbRuns(spec.tracking.wandb, run.name, run.path, {}, lambda line: None))
-    hosts = start_hosts(spec, None, build_idle)
+    hosts = start_hosts(spec, build_idle)
     try:
-        hosts.wait_ready()
+        hosts.load(None)
         start = time.perf_counter()
         search(spec, run, hosts, observers)
         for observer in observers:

@@ -4,21 +4,25 @@ from lora_search.best.card import merge_line, write_card
 from lora_search.best.conclude import (
     Conclusion,
     adapter_losses,
+    conclusion,
     export_adapter,
+    merge_best,
     merge_trial,
     require_trial,
-    test_and_merge,
+    test_adapter,
     write_config,
 )
 
 __all__ = [
     "Conclusion",
     "adapter_losses",
+    "conclusion",
     "export_adapter",
+    "merge_best",
     "merge_line",
     "merge_trial",
     "require_trial",
-    "test_and_merge",
+    "test_adapter",
     "write_card",
     "write_config",
 ]

@@ -11,17 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lora_search.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_checkpoint
+from lora_search.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, read_checkpoint
 from lora_search.errors import InputError
 from lora_search.results import checkpoint_of, read_events
 from lora_search.rundir import RunDirectory
+from lora_search.space import TrialConfig
 from lora_search.spec import SweepSpec
 
 if TYPE_CHECKING:
     from lora_search.data import TokenizedData
-    from lora_search.engine import Evaluation
+    from lora_search.engine import Engine, Evaluation
     from lora_search.merge import Merged
     from lora_search.model import FrozenBase
+
+
+SPLITS = ("validation", "test")
+
+TESTED = "best"
+"""Name of the best trial while it is resident once more, to be tested."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +52,8 @@ class Conclusion:
         return asdict(self)
 
 
-def export_adapter(run: RunDirectory, trial: int, out: Path) -> None:
-    """Copy a trial's adapter, in PEFT's format, out of its last checkpoint.
+def export_adapter(run: RunDirectory, trial: int, out: Path) -> Checkpoint:
+    """Copy a trial's adapter, in PEFT's format, out of its last checkpoint; that checkpoint.
 
     Raises:
         InputError: the trial has no checkpoint.
@@ -60,6 +67,7 @@ def export_adapter(run: RunDirectory, trial: int, out: Path) -> None:
     out.mkdir(parents=True)
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         (out / name).write_bytes(checkpoint[name])
+    return checkpoint
 
 
 def write_config(spec: SweepSpec, parameters: Mapping[str, Any], file: Path) -> None:
@@ -73,21 +81,24 @@ def write_config(spec: SweepSpec, parameters: Mapping[str, Any], file: Path) -> 
     file.write_text(yaml.safe_dump(alone, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def test_and_merge(
-    spec: SweepSpec, run: RunDirectory, trial: int, gpu: bool, threads: int, data: TokenizedData
-) -> Conclusion:
-    """Test the adapter in `best/adapter` beside the untrained base, and merge it into `best/merged`."""
+def test_adapter(config: TrialConfig, checkpoint: Checkpoint, engine: Engine) -> dict[str, Evaluation]:
+    """A trial on each split, under its name, and the untrained base, under `untrained_NAME`; on a host's engine."""
+    losses = {f"untrained_{name}": engine.untrained(name) for name in SPLITS}
+    engine.admit(TESTED, config, checkpoint)
+    try:
+        return losses | {name: engine.evaluate([TESTED], name)[TESTED] for name in SPLITS}
+    finally:
+        engine.release(TESTED)
+
+
+def merge_best(spec: SweepSpec, run: RunDirectory, adapter_loss: float, gpu: bool, data: TokenizedData) -> Merged:
+    """Merge the adapter in `best/adapter` into `best/merged`, on this process's device."""
     import torch
 
     from lora_search.merge import merge_adapter
-    from lora_search.model import load_base
 
-    torch.set_num_threads(threads)
     device = torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu")
-    adapter = run.best / "adapter"
-    losses = adapter_losses(load_base(spec.base, device), adapter, data)
-    merged = merge_adapter(spec.base, adapter, data, losses["validation"].loss, run.best / "merged", device)
-    return _conclusion(trial, losses, merged)
+    return merge_adapter(spec.base, run.best / "adapter", data, adapter_loss, run.best / "merged", device)
 
 
 def merge_trial(spec: SweepSpec, run: RunDirectory, trial: int, out: Path) -> Merged:
@@ -126,7 +137,8 @@ def adapter_losses(
     return losses | {name: evaluate(base, split, data.pad_token_id) for name, split in rows.items()}
 
 
-def _conclusion(trial: int, losses: Mapping[str, Evaluation], merged: Merged) -> Conclusion:
+def conclusion(trial: int, losses: Mapping[str, Evaluation], merged: Merged) -> Conclusion:
+    """What test and merge came to."""
     return Conclusion(
         trial=trial,
         validation_loss=losses["validation"].loss,

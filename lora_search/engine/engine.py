@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_search.checkpoint import Checkpoint
 from lora_search.data import TokenizedData, flatten, rows_by_length
-from lora_search.engine.adapter import FlatAdapter
+from lora_search.engine.adapter import FlatAdapter, Places
 from lora_search.engine.evaluate import Evaluation
 from lora_search.engine.forward import PackedBase
 from lora_search.engine.lanes import Lanes
@@ -41,7 +41,12 @@ class Engine:
     whether it was taken out and brought back in between.
     """
 
-    def __init__(self, base: FrozenBase, data: TokenizedData) -> None:
+    def __init__(self, base: FrozenBase, data: TokenizedData, lanes: int = 1) -> None:
+        """
+        Args:
+            lanes: on a CPU, passes that run side by side; each has an equal share of torch's threads, always the same,
+                for the last bits of a product may depend on how many threads it has.
+        """
         self.base = base
         self.data = data
         self._tree = module_tree(base.model)
@@ -50,9 +55,11 @@ class Engine:
         self._untrained: dict[str, Evaluation] = {}
         self.pack_limit: int | None = None
         """Most trials that go into one pass; None until memory has run out for the first time."""
-        self._lanes = Lanes(base.device)
-        self._places = self._attach_sites()
+        self._lanes = Lanes(base.device, lanes)
+        self._sites = self._attach_sites()
+        self._places = {name: site.place for name, site in self._sites.items()}
         self._packed = PackedBase(base, data.pad_token_id)
+        self._siblings = self._introduce_siblings()
 
     @property
     def residents(self) -> tuple[str, ...]:
@@ -79,7 +86,7 @@ class Engine:
             for module in self._peft.modules():
                 if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
                     AdapterPassage.attach(module)
-            flat = FlatAdapter(self._peft, name, self._places, config.scaling, working_dtype(self.base))
+            flat = FlatAdapter(self._peft, name, self._places, self._siblings, config.scaling, working_dtype(self.base))
             experts = any(".experts" in weight for weight in (*targets.modules, *targets.parameters))
             resident = ResidentTrial(name, config, self._peft, flat, adapts_experts=experts)
             if checkpoint is not None:
@@ -116,6 +123,21 @@ class Engine:
         in_turn = self._has_active_experts  # PEFT's active adapters are the same for all threads
         done = map(self._step_group, groups) if in_turn else self._lanes.map(self._step_group, groups)
         return {name: outcome for outcomes in done for name, outcome in outcomes.items()}
+
+    def gradients(self, trials: Sequence[str]) -> dict[str, torch.Tensor]:
+        """What the next step of each named trial would follow, before clipping: a vector of its parameters' size.
+
+        Changes nothing; for whoever wants to see that company makes no difference.
+        """
+        self.base.model.train()
+        found: dict[str, torch.Tensor] = {}
+        for names in self._groups(trials):
+            group = {name: self._trials[name] for name in names}
+            self._accumulate({name: trial.next_shares(self.data.train) for name, trial in group.items()})
+            for name, trial in group.items():
+                found[name] = trial.adapter.gradient_P.clone()
+                trial.adapter.gradient_P.zero_()
+        return found
 
     def _groups(self, trials: Sequence[str]) -> list[list[str]]:
         """The trials that share a pass: as many as memory allows, but a group for each lane."""
@@ -269,17 +291,27 @@ class Engine:
         if self._peft is not None and self._has_active_experts:
             self._peft.base_model.set_adapter([self._trials[t].name for t in trials if self._trials[t].adapts_experts])
 
-    def _attach_sites(self) -> dict[str, int]:
-        """Have packs run through every linear layer of the base; the layers' numbers, by name."""
-        places: dict[str, int] = {}
+    def _attach_sites(self) -> dict[str, LinearSite]:
+        """Have packs run through every linear layer of the base; the layers by name."""
+        sites: dict[str, LinearSite] = {}
         for place, module in enumerate(self._tree.modules):
             if module.kind != "experts":
-                LinearSite(place, self.base.model.get_submodule(module.name), self.base).attach()
-                places[module.name] = place
+                sites[module.name] = LinearSite(place, self.base.model.get_submodule(module.name), self.base)
+                sites[module.name].attach()
         dropouts = [module for module in self.base.model.modules() if isinstance(module, nn.Dropout) and module.p > 0]
         for index, dropout in enumerate(dropouts):
             DropoutSite(len(self._tree.modules) + index, dropout).attach()
-        return places
+        return sites
+
+    def _introduce_siblings(self) -> list[Places]:
+        """Tell every linear layer which others read its input; all layers, in groups."""
+        by_place = {site.place: site for site in self._sites.values()}
+        groups = self._packed.siblings()
+        for group in groups:
+            for place in group:
+                by_place[place].siblings = group
+        unseen = by_place.keys() - {place for group in groups for place in group}
+        return groups + [(place,) for place in sorted(unseen)]
 
 
 def _require_finite(what: str, value: float, step: int) -> None:

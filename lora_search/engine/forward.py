@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_search.data import FlatRows
+from lora_search.engine.adapter import Places
 from lora_search.engine.attention import PackedAttention
 from lora_search.engine.layers import product, working_dtype
 from lora_search.engine.pack import Pack, Share, build_pack, build_padded, run
@@ -88,18 +89,22 @@ class PackedBase:
         weight: torch.Tensor = self._head.weight.to(self.base.compute_dtype)
         return weight
 
-    def turns(self, targets: int) -> Iterator[slice]:
-        """Targets that go through the output head together."""
+    def turns(self, pack: Pack) -> Iterator[slice]:
+        """Targets that go through the output head together; on a CPU, as in the layers, of one trial alone."""
         size = max(1, LOGIT_BYTES[self.base.device.type] // (4 * self._head.weight.shape[0]))
-        for start in range(0, targets, size):
-            yield slice(start, min(start + size, targets))
+        stretches = [part.targets for part in pack.parts]
+        if self.base.device.type != "cpu":
+            stretches = [slice(0, stretches[-1].stop)]
+        for stretch in stretches:
+            for start in range(stretch.start, stretch.stop, size):
+                yield slice(start, min(start + size, stretch.stop))
 
     def _logits_in_turns(self, pack: Pack) -> Iterator[tuple[torch.Tensor, slice]]:
         if not self._plain_head:
             yield self._logits_MV(pack), slice(0, len(pack.targets_M))
             return
         hidden_ME, weight_VE = self._hidden_ME(pack), self.head_weight()
-        for rows in self.turns(len(hidden_ME)):
+        for rows in self.turns(pack):
             yield self.head_logits(hidden_ME[rows], weight_VE), rows
 
     def _hidden_ME(self, pack: Pack) -> torch.Tensor:
@@ -119,6 +124,26 @@ class PackedBase:
         autocast = self.base.autocast if self.base.device.type != "cpu" else nullcontext()
         with run(pack), attention, autocast:
             yield
+
+    @torch.no_grad()
+    def siblings(self) -> list[Places]:
+        """The linear layers in the order in which they are run, those together that read the same input."""
+        rows = Share(_probe_rows(self._head.weight.shape[0]), None)
+        pack = self.pack([rows])
+        pack.visits = []
+        with self._running(pack):
+            self._logits_MV(pack)
+        groups: list[tuple[torch.Tensor, list[int]]] = []
+        seen: set[int] = set()
+        for x, place in pack.visits:
+            if place in seen:
+                continue
+            seen.add(place)
+            if groups and groups[-1][0] is x:
+                groups[-1][1].append(place)
+            else:
+                groups.append((x, [place]))
+        return [tuple(places) for _, places in groups]
 
     @torch.no_grad()
     def _find_out(self) -> None:
@@ -165,7 +190,7 @@ class _HeadLoss(torch.autograd.Function):
         weight_VE = base.head_weight()
         losses_M = torch.empty_like(pack.weights_M)
         grad_ME = torch.empty_like(hidden_ME)
-        for rows in base.turns(len(hidden_ME)):
+        for rows in base.turns(pack):
             logits_mV = base.head_logits(hidden_ME[rows], weight_VE)
             targets_m1, weights_m1 = pack.targets_M[rows, None], pack.weights_M[rows, None]
             norms_m1 = torch.logsumexp(logits_mV, -1, keepdim=True)

@@ -13,24 +13,19 @@ R = TypeVar("R")
 
 
 class Lanes:
-    """As many lanes as torch has threads; one on a GPU, which is busy with one pass.
+    """A number of threads that run passes; one, and no thread of its own, on a GPU, which is busy with one pass.
 
     The layers of a small model are too small to be divided: OpenMP's threads wait for each other at the end of each
     of thousands of operations. A pass a core waits for nothing (analysis/benchmarks/NOTES.md).
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.count = torch.get_num_threads() if device.type == "cpu" else 1
-        self._pool = ThreadPoolExecutor(self.count, "lane") if self.count > 1 else None
+    def __init__(self, device: torch.device, count: int) -> None:
+        self.count = count if device.type == "cpu" else 1
+        self._pool: ThreadPoolExecutor | None = None
+        if self.count > 1:
+            threads = max(1, torch.get_num_threads() // self.count)
+            self._pool = ThreadPoolExecutor(self.count, "lane", torch.set_num_threads, (threads,))
 
     def map(self, work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
-        """`work` on every item, side by side; a single one has all the cores."""
-        if self._pool is None or len(items) < 2:
-            return map(work, items)
-        threads = max(1, self.count // len(items))
-
-        def in_lane(item: T) -> R:
-            torch.set_num_threads(threads)  # of the products that this thread starts
-            return work(item)
-
-        return self._pool.map(in_lane, items)
+        """`work` on every item, side by side."""
+        return map(work, items) if self._pool is None else self._pool.map(work, items)

@@ -59,15 +59,10 @@ class Pack:
     weights_M: torch.Tensor
     anchor: torch.Tensor
     """A scalar that requires a gradient: what makes autograd visit a layer whose own input needs none."""
-    _cast: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
-
-    def cast(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """`x` in the dtype of the products; layers that share an input share the copy too."""
-        if x.dtype == dtype:
-            return x
-        if self._cast is None or self._cast[0] is not x:
-            self._cast = (x, x.to(dtype))
-        return self._cast[1]
+    entrance: Any = field(default=None, repr=False)
+    """The `layers.Entrance` that was made last, for the layers that read the same input."""
+    visits: list[tuple[torch.Tensor, int]] | None = field(default=None, repr=False)
+    """Where not None, every linear layer's input and place is noted here."""
 
     def per_part(self, values_M: torch.Tensor) -> list[float]:
         """The sum over each part's targets."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 from ray.actor import ActorHandle
@@ -20,6 +21,9 @@ from lora_search.sweep.placement import HostPlace, Node, place_hosts, trials_per
 if TYPE_CHECKING:
     from lora_search.data import TokenizedData
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 HOST_CONCURRENCY = 1000
 """Calls that an actor may have open; each seat waits in one."""
 
@@ -31,8 +35,8 @@ SEATS_TOTAL = 10_000
 SEAT_BYTES = 200 << 20
 """Memory of a seat: a Python process with Ray Tune in it."""
 
-Build = Callable[[SweepSpec, HostPlace, Sequence[Any]], TrainsTrials]
-"""Makes a host's engine, on the host, from the sweep, its place and the reference to the data."""
+Build = Callable[[SweepSpec, HostPlace, int, Any], TrainsTrials]
+"""Makes a host's engine, on the host, from the sweep, its place, its capacity and the data."""
 
 
 @contextmanager
@@ -80,13 +84,37 @@ class Hosts:
     capacity: int
     """Trials that all hosts together hold."""
 
-    def wait_ready(self) -> list[dict[str, Any]]:
-        """Wait until every host has loaded the base; what each one is.
+    def prepare(self, work: Callable[[], tuple[T, Any]], warm: Callable[[], None]) -> tuple[T, Any]:
+        """Have one host prepare what all need; what it says of it, and the reference to the rest.
+
+        Args:
+            warm: what the other hosts do meanwhile.
+        """
+        first, *others = self.actors
+        said, data = first.run.options(num_returns=2).remote(work)
+        for actor in others:
+            actor.run.remote(warm)
+        return unwrap(said), data
+
+    def load(self, data: Any) -> list[dict[str, Any]]:
+        """Have every host load the base; what each one is.
+
+        Args:
+            data: what the trials are trained on, or the reference to it.
 
         Raises:
             InputError, SweepError: a host cannot be started; the message says why.
         """
-        return [unwrap(actor.ready.remote()) for actor in self.actors]
+        return [unwrap(answer) for answer in [actor.load.remote(data) for actor in self.actors]]
+
+    def finish(self, test: Callable[[Any], T], merge: Callable[[Any], R], data: Any) -> tuple[T, R]:
+        """Have one host test with its engine, and the last one merge on its device, which it makes free for that."""
+        tested = self.actors[0].run_with_engine.remote(test)
+        if len(self.actors) == 1:
+            ray.wait([tested])
+        ray.wait([self.actors[-1].unload.remote()])
+        merged = self.actors[-1].run.remote(merge, data)
+        return unwrap(tested), unwrap(merged)
 
     def release(self, trial: int) -> None:
         """Let a trial go, wherever it is resident."""
@@ -109,11 +137,10 @@ def seat_resources(capacity: int) -> dict[str, float]:
     return {SEATS: max(1, int(total) // capacity)} if total else {"memory": SEAT_BYTES}
 
 
-def start_hosts(spec: SweepSpec, data: Any, build: Build) -> Hosts:
-    """Start the hosts of a sweep over all nodes; they load the base while we go on.
+def start_hosts(spec: SweepSpec, build: Build) -> Hosts:
+    """Start the hosts of a sweep over all nodes.
 
     Args:
-        data: the object reference to the tokenised data.
         build: makes the engine on the host.
     """
     places = place_hosts(nodes(), spec.hosts)
@@ -125,27 +152,14 @@ def start_hosts(spec: SweepSpec, data: Any, build: Build) -> Hosts:
             num_gpus=place.gpus,
             max_concurrency=HOST_CONCURRENCY,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=place.node, soft=False),
-        ).remote(place.name, capacity, _Builder(build, spec, place, [data]))
+        ).remote(place.name, capacity, partial(build, spec, place, capacity))
         for place in places
     )
     return Hosts(places, actors, capacity * len(actors))
 
 
-@dataclass(frozen=True)
-class _Builder:
-    """`build` with its arguments, in a form that travels."""
-
-    build: Build
-    spec: SweepSpec
-    place: HostPlace
-    data: Sequence[Any]
-
-    def __call__(self) -> TrainsTrials:
-        return self.build(self.spec, self.place, self.data)
-
-
-def build_engine(spec: SweepSpec, place: HostPlace, data: Sequence[Any]) -> TrainsTrials:
-    """The real engine: the base on this host's device, the data out of the object store."""
+def build_engine(spec: SweepSpec, place: HostPlace, capacity: int, data: TokenizedData) -> TrainsTrials:
+    """The real engine, with the base on this host's device; on a CPU, a lane a core."""
     import torch
 
     from lora_search.engine import Engine
@@ -154,8 +168,13 @@ def build_engine(spec: SweepSpec, place: HostPlace, data: Sequence[Any]) -> Trai
     torch.set_num_threads(place.threads)
     device = "cuda" if place.gpus and torch.cuda.is_available() else "cpu"
     base = load_base(spec.base, device)
-    tokens: TokenizedData = ray.get(data[0])
-    return Engine(base, tokens)
+    return Engine(base, data, lanes=min(place.threads, capacity))
+
+
+def import_engine() -> None:
+    """Import what an engine takes seconds to import."""
+    import lora_search.engine
+    import lora_search.model  # noqa: F401
 
 
 def unwrap(reference: Any) -> Any:

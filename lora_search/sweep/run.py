@@ -8,24 +8,32 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import optuna
-import ray
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
-from lora_search.best import Conclusion, export_adapter, test_and_merge, write_card, write_config
+from lora_search.best import (
+    Conclusion,
+    conclusion,
+    export_adapter,
+    merge_best,
+    test_adapter,
+    write_card,
+    write_config,
+)
 from lora_search.errors import Interrupted, SweepError
 from lora_search.results import Row, best_row, run_rows
 from lora_search.rundir import RunDirectory
 from lora_search.search import StudySearcher, create_study
 from lora_search.search.study import planned_trials
 from lora_search.seat import Seat
-from lora_search.space import first_rung
+from lora_search.space import first_rung, trial_config
 from lora_search.spec import SweepSpec, dump_spec
-from lora_search.sweep.cluster import Hosts, build_engine, cluster, seat_resources, start_hosts, unwrap
+from lora_search.sweep.cluster import Hosts, build_engine, cluster, import_engine, seat_resources, start_hosts
 from lora_search.sweep.prepare import DataSummary, prepare
 from lora_search.sweep.provenance import provenance, write_provenance
 from lora_search.tracking import Observer, RunRecord
@@ -88,26 +96,25 @@ def _run(spec: SweepSpec, run: RunDirectory, observers: Sequence[Observer], addr
     write_provenance(run.provenance, facts)
     with cluster(address):
         say("preparing the data and the hosts")
-        prepared, data = ray.remote(prepare).options(num_cpus=0, num_returns=2).remote(spec)
-        hosts = start_hosts(spec, data, build_engine)  # they load the base meanwhile
+        hosts = start_hosts(spec, build_engine)
         try:
-            summary: DataSummary = unwrap(prepared)
+            summary, data = hosts.prepare(partial(prepare, spec), import_engine)
             say(_data_line(summary))
-            ready = hosts.wait_ready()
+            ready = hosts.load(data)
             write_provenance(run.provenance, facts | {"data": asdict(summary), "hosts": ready})
             search(spec, run, hosts, observers)
+            rows = run_rows(run)
+            best = best_row(rows, spec.search.metric, spec.search.mode)
+            if best is None:
+                raise SweepError(_why_nothing(rows))
+            say(f"trial {best['trial']} is best; testing and merging its adapter")
+            found = conclude(spec, run, best, hosts, data)
         finally:
             hosts.end()
-        rows = run_rows(run)
-        best = best_row(rows, spec.search.metric, spec.search.mode)
-        if best is None:
-            raise SweepError(_why_nothing(rows))
-        say(f"trial {best['trial']} is best; testing and merging its adapter")
-        conclusion = conclude(spec, run, best, hosts, data)
-    write_card(spec, run, rows, best, conclusion)
+    write_card(spec, run, rows, best, found)
     for observer in observers:
         observer.concluded(rows, best, run.best / "adapter")
-    return Outcome(run, rows, best, conclusion)
+    return Outcome(run, rows, best, found)
 
 
 def search(spec: SweepSpec, run: RunDirectory, hosts: Hosts, observers: Sequence[Observer] = ()) -> None:
@@ -152,14 +159,17 @@ def search(spec: SweepSpec, run: RunDirectory, hosts: Hosts, observers: Sequence
 
 
 def conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts, data: Any) -> Conclusion:
-    """Export, test and merge the best trial's adapter, on a device like a host's."""
+    """Export, test and merge the best trial's adapter, on hosts: their processes have all they need."""
     run.best.mkdir(exist_ok=True)
     write_config(spec, best, run.best / "config.yaml")
-    export_adapter(run, best["trial"], run.best / "adapter")
-    place = hosts.places[0]
-    task = ray.remote(test_and_merge).options(num_cpus=place.cpus, num_gpus=place.gpus)
-    conclusion: Conclusion = unwrap(task.remote(spec, run, best["trial"], place.gpus > 0, place.threads, data))
-    return conclusion
+    checkpoint = export_adapter(run, best["trial"], run.best / "adapter")
+    config = trial_config(spec, {name: best[name] for name in spec.search.space})
+    losses, merged = hosts.finish(
+        partial(test_adapter, config, checkpoint),
+        partial(merge_best, spec, run, best["eval_loss"], hosts.places[-1].gpus > 0),
+        data,
+    )
+    return conclusion(best["trial"], losses, merged)
 
 
 def _scheduler(spec: SweepSpec) -> TrialScheduler:

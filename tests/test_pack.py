@@ -1,0 +1,209 @@
+"""The pack: a trial's gradients, losses and adapter are what they would be alone, in whatever company."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from conftest import make_spec
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load as load_tensors
+
+from lora_search.checkpoint import ADAPTER_WEIGHTS
+from lora_search.engine import Engine, StepMetrics, layers
+from lora_search.space import TrialConfig, trial_config
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lora_search.data import TokenizedData
+    from lora_search.spec import SweepSpec
+
+STEPS = 20
+
+GRADIENT_TOLERANCE = 1e-5
+"""Of a gradient's norm: float32 sums in another order."""
+
+LOSS_TOLERANCE = 1e-4
+"""Relative. Adam divides by the root of the second moment: where a gradient is nearly nothing, rounding decides the
+direction of a step, and a difference of 1e-7 in a gradient becomes one of 1e-5 in a loss."""
+
+
+@dataclass(frozen=True)
+class Stay:
+    """A trial and the steps of the pack between which it is there."""
+
+    config: TrialConfig
+    joins: int
+    leaves: int
+
+
+@pytest.fixture(scope="module")
+def spec(tiny: Path) -> SweepSpec:
+    return make_spec(tiny)
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one-lane", "two-lanes"])
+def engine(spec: SweepSpec, tiny_data: TokenizedData, request: pytest.FixtureRequest) -> Engine:
+    """One engine for every example: that nothing of a pack is left for the next is part of the promise."""
+    from lora_search.model import load_base
+
+    return Engine(load_base(spec.base, "cpu"), tiny_data, lanes=request.param)
+
+
+sampled = st.fixed_dictionaries(
+    {
+        "rank": st.integers(1, 16),
+        "alpha": st.floats(1.0, 64.0),
+        "dropout": st.sampled_from([0.0, 0.05, 0.3]),
+        "target_modules": st.sampled_from(["attention-qv", "attention", "mlp", "all-linear", "re:.*1.*up_proj"]),
+        "use_rslora": st.booleans(),
+        "learning_rate": st.floats(1e-4, 1e-2),
+        "lr_schedule": st.sampled_from(["cosine", "linear", "constant", "inverse_sqrt"]),
+        "warmup_ratio": st.sampled_from([0.0, 0.1, 0.5]),
+        "weight_decay": st.sampled_from([0.0, 0.1]),
+        "max_grad_norm": st.sampled_from([0.0, 0.1, 1.0]),
+        "batch_size": st.integers(1, 5),
+        "gradient_accumulation_steps": st.integers(1, 3),
+        "adam_beta2": st.sampled_from([0.95, 0.999]),
+        "steps": st.integers(STEPS, 3 * STEPS),
+        "seed": st.integers(0, 5),
+    }
+)
+
+
+@st.composite
+def stays(draw: st.DrawFn) -> tuple[dict[str, Any], int, int]:
+    joins = draw(st.integers(0, STEPS // 2))
+    return draw(sampled), joins, draw(st.integers(joins + 1, STEPS))
+
+
+packs = st.lists(stays(), min_size=1, max_size=8)
+
+property_settings = settings(
+    max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def as_stays(spec: SweepSpec, drawn: Sequence[tuple[dict[str, Any], int, int]]) -> list[Stay]:
+    return [Stay(trial_config(spec, values), joins, leaves) for values, joins, leaves in drawn]
+
+
+def losses_of(outcomes: dict[str, Any]) -> dict[str, float]:
+    assert all(isinstance(outcome, StepMetrics) for outcome in outcomes.values()), outcomes
+    return {name: outcome.loss for name, outcome in outcomes.items()}
+
+
+def run_pack(engine: Engine, guests: Sequence[Stay]) -> Iterator[tuple[list[float], torch.Tensor]]:
+    """Each trial's losses and its adapter when it left, all in one pack, trials coming and going."""
+    losses: list[list[float]] = [[] for _ in guests]
+    adapters: list[torch.Tensor] = [torch.empty(0)] * len(guests)
+    for step in range(STEPS):
+        for index, guest in enumerate(guests):
+            if guest.joins == step:
+                engine.admit(str(index), guest.config)
+        for name, loss in losses_of(engine.step(engine.residents)).items() if engine.residents else ():
+            losses[int(name)].append(loss)
+        for index, guest in enumerate(guests):
+            if guest.leaves == step + 1:
+                adapters[index] = adapter_of(engine, str(index))
+                engine.release(str(index))
+    assert engine.residents == ()
+    return zip(losses, adapters, strict=True)
+
+
+def adapter_of(engine: Engine, trial: str) -> torch.Tensor:
+    tensors = load_tensors(engine.snapshot(trial)[ADAPTER_WEIGHTS])
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+def alone(guest: Stay) -> Stay:
+    return Stay(guest.config, 0, guest.leaves - guest.joins)
+
+
+@property_settings
+@given(drawn=packs)
+def test_trial_is_trained_as_if_alone(
+    engine: Engine, spec: SweepSpec, drawn: Sequence[tuple[dict[str, Any], int, int]]
+) -> None:
+    guests = as_stays(spec, drawn)
+    for guest, (losses, adapter) in zip(guests, run_pack(engine, guests), strict=True):
+        ((solo_losses, solo_adapter),) = run_pack(engine, [alone(guest)])
+        assert losses == pytest.approx(solo_losses, rel=LOSS_TOLERANCE)
+        assert (adapter - solo_adapter).norm() <= 1e-2 * solo_adapter.norm()
+
+
+@property_settings
+@given(drawn=packs, seed=st.integers(0, 99))
+def test_gradient_is_the_same_alone_and_in_company(
+    engine: Engine, spec: SweepSpec, drawn: Sequence[tuple[dict[str, Any], int, int]], seed: int
+) -> None:
+    """From the same state: after some steps together, so that B is no longer zero and A has a gradient."""
+    names = [str(index) for index in range(len(drawn))]
+    for name, guest in zip(names, as_stays(spec, drawn), strict=True):
+        engine.admit(name, guest.config)
+    for _ in range(3):
+        losses_of(engine.step(names))
+    together = engine.gradients(names)
+    for name in names:
+        solo = engine.gradients([name])[name]
+        assert solo.norm() > 0
+        assert (together[name] - solo).norm() <= GRADIENT_TOLERANCE * solo.norm()
+        engine.release(name)
+
+
+@property_settings
+@given(drawn=packs, data=st.data())
+def test_order_in_the_pack_changes_no_bit(
+    engine: Engine, spec: SweepSpec, drawn: Sequence[tuple[dict[str, Any], int, int]], data: st.DataObject
+) -> None:
+    configs = [guest.config for guest in as_stays(spec, drawn)]
+    order = data.draw(st.permutations(range(len(configs))))
+    assert_same(five_losses(engine, configs, order), five_losses(engine, configs, range(len(configs))))
+
+
+@property_settings
+@given(drawn=packs)
+def test_trial_that_joins_behind_changes_no_bit(
+    engine: Engine, spec: SweepSpec, drawn: Sequence[tuple[dict[str, Any], int, int]]
+) -> None:
+    configs = [guest.config for guest in as_stays(spec, drawn)]
+    everybody = five_losses(engine, configs, range(len(configs)))
+    assert_same(five_losses(engine, configs[:1], [0]), everybody[:1])
+
+
+def five_losses(engine: Engine, configs: Sequence[TrialConfig], order: Sequence[int]) -> list[list[float]]:
+    """Five steps' losses of each configuration, the trials standing in a given order in the pack."""
+    names = [str(index) for index in order]
+    for name in names:
+        engine.admit(name, configs[int(name)])
+    steps = [losses_of(engine.step(names)) for _ in range(5)]
+    for name in names:
+        engine.release(name)
+    return [[step[str(index)] for step in steps] for index in range(len(configs))]
+
+
+def assert_same(found: list[list[float]], expected: list[list[float]]) -> None:
+    """To the bit, where a row of a product does not depend on how many there are.
+
+    No library promises that. MKL on AVX2 keeps to it, over hundreds of packs; of oneDNN's kernels for AVX-512 we do not
+    know it.
+    """
+    assert found == (pytest.approx(expected, rel=1e-6) if layers._ONEDNN else expected)
+
+
+def test_tolerances_are_not_slack(engine: Engine, spec: SweepSpec) -> None:
+    """What a pack of eight really differs by, for the notes: printed with -s."""
+    values = {"rank": 8, "dropout": 0.1, "target_modules": "all-linear", "learning_rate": 5e-3, "steps": STEPS}
+    guests = [Stay(trial_config(spec, values | {"seed": seed}), 0, STEPS) for seed in range(8)]
+    worst = [
+        max(abs(a / b - 1) for a, b in zip(losses, next(iter(run_pack(engine, [guest])))[0], strict=True))
+        for guest, (losses, _) in zip(guests, run_pack(engine, guests), strict=True)
+    ]
+    print(f"largest relative difference of a loss: {max(worst):.1e}, median {statistics.median(worst):.1e}")
+    assert max(worst) <= LOSS_TOLERANCE
