@@ -249,7 +249,8 @@ _running: Pass | None = None
 
 def running() -> Pass:
     """The pass that the model is in."""
-    assert _running is not None
+    if _running is None:
+        raise RuntimeError("no pass is running")
     return _running
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,6 +47,7 @@ class Replay:
         self._known = [*self._model.parameters(), *self._model.buffers()]
         self._layers = _decoder_layers(self._model)
         self._flat = True
+        self._found: dict[tuple[frozenset[str], int, bool, int], Held] = {}
         if setup.checkpointing:
             options = {
                 "use_reentrant": False,
@@ -57,19 +57,22 @@ class Replay:
             self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
             self._model.enable_input_require_grads()
 
-    @lru_cache(maxsize=256)  # noqa: B019: there are few replays, and each lives as long as its plan
-    def training(self, modules: tuple[str, ...], rank: int, dropout: bool, length: int) -> Held:
+    def training(self, modules: Sequence[str], rank: int, dropout: bool, length: int) -> Held:
         """Forward and backward of one adapter on these modules."""
         now = Pass(self.setup, 1, length, rank, dropout, frozenset(modules))
-        return self._at_full_depth(modules, lambda: self._held(now, backward=True))
+        return self._remembered(now, backward=True)
 
-    @lru_cache(maxsize=16)  # noqa: B019: as above
     def evaluation(self, length: int) -> Held:
         """A forward pass without gradients."""
-        now = Pass(self.setup, 1, length, 1, False, frozenset())
-        return self._at_full_depth((), lambda: self._held(now, backward=False))
+        return self._remembered(Pass(self.setup, 1, length, 0, False, frozenset()), backward=False)
 
-    def _at_full_depth(self, modules: Sequence[str], held: Callable[[], Held]) -> Held:
+    def _remembered(self, now: Pass, *, backward: bool) -> Held:
+        key = (now.adapted, now.rank, now.dropout, now.length)
+        if key not in self._found:
+            self._found[key] = self._at_full_depth(now.adapted, lambda: self._held(now, backward=backward))
+        return self._found[key]
+
+    def _at_full_depth(self, modules: Collection[str], held: Callable[[], Held]) -> Held:
         """Measure some layers of like ones, and go on from there."""
         layers = self._layers
         if layers is None or len(layers) <= max(DEPTHS) or not _alike(self._model, layers, modules):
@@ -128,7 +131,7 @@ def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
     return max(lists, key=len, default=None)
 
 
-def _alike(model: PreTrainedModel, layers: nn.ModuleList, modules: Sequence[str]) -> bool:
+def _alike(model: PreTrainedModel, layers: nn.ModuleList, modules: Collection[str]) -> bool:
     """Whether all layers have the same parts of the same shapes, and the adapter is on the same parts of each."""
     (prefix,) = (name for name, module in model.named_modules() if module is layers)
     adapted: list[set[str]] = [set() for _ in layers]

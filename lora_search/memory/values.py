@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,9 +16,14 @@ LOGIT_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 EVALUATION_TOKENS = {"cpu": 2048, "cuda": 32_768}
 """Tokens of a pass without gradients, over all trials in it (engine/engine.py)."""
 
-RUNTIME_BYTES = 850 << 20
-"""Resident size of a host's process before it loads a base: Python, torch, transformers, peft, bitsandbytes. A GPU's
-own context is not in this, and not in `torch.cuda.max_memory_allocated`."""
+RUNTIME_BYTES = 580 << 20
+"""Resident size of a host's process on a CPU without base and trials: Python, torch, transformers, peft, bitsandbytes,
+and what loading a first model leaves behind. A GPU's own context is neither in this nor in
+`torch.cuda.max_memory_allocated`."""
+
+ALLOCATOR = {"cpu": 1.35, "cuda": 1.0}
+"""Memory taken from the system for each byte in use: on a CPU, glibc's heap keeps gaps between tensors that come and
+go (measured on a base of 50 M parameters, with and without checkpointing; tests/test_memory.py)."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,8 @@ class Setup:
     checkpointing: bool = False
     lanes: int = 1
     """Passes side by side: torch's threads on a CPU, one on a GPU."""
+    validation_tokens: int | None = None
+    """Of the validation split, where that is known."""
 
     @property
     def working(self) -> str:
@@ -101,3 +109,32 @@ class TrialBytes:
     @property
     def total(self) -> int:
         return self.state + self.activations + self.passing
+
+
+@dataclass(frozen=True)
+class HostBytes:
+    """The most that a host holds at once, by part."""
+
+    runtime: int
+    """The process itself, on a CPU."""
+    base: int
+    trials: int
+    """Adapters, gradients and optimiser state of all residents."""
+    activations: int
+    passing: int
+    """What comes and goes: gradients on their way back, a weight made dense, masks and their products."""
+    logits: int
+    evaluation: int
+    """What an evaluation holds besides base and trials, where that is more than training's share."""
+
+    allocator: float
+    """Bytes taken from the system for each byte of trials and work."""
+
+    @property
+    def work(self) -> int:
+        """What a step or an evaluation holds, whichever holds more."""
+        return max(self.activations + self.passing + self.logits, self.evaluation)
+
+    @property
+    def total(self) -> int:
+        return self.runtime + self.base + math.ceil(self.allocator * (self.trials + self.work))

@@ -1,0 +1,5 @@
+"""What a sweep will cost: parameters, bytes, trials on a GPU, steps, operations and time. Nothing is trained."""
+
+from lora_search.plan.compose import BasePlan, CornerPlan, DevicePlan, Plan, SweepPlan, plan_sweep
+
+__all__ = ["BasePlan", "CornerPlan", "DevicePlan", "Plan", "SweepPlan", "plan_sweep"]
