@@ -166,6 +166,9 @@ def _unfit(plan: Plan) -> Iterator[str]:
     never = [device.name for device in plan.devices if device.never]
     if needs:
         yield f"The largest trial fits with recomputed activations alone ({setting}) on: {', '.join(needs)}."
+    if plan.refused:
+        yield f"Here: {plan.refused}."
+        never = [device.name for device in plan.devices if device.never and not device.here]
     if never:
         yield f"The largest trial fits in no way on: {', '.join(never)}."
 

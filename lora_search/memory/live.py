@@ -22,7 +22,7 @@ class LiveBytes(TorchDispatchMode):
         Args:
             known: tensors made before, which are not to be counted when a view of them is made.
         """
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = 0
         self.peak = 0
         self._seen: set[int] = set()

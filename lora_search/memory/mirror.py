@@ -200,7 +200,8 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
         (grad_ME,) = ctx.saved_tensors
-        return grad_ME * grads[0]
+        grad: torch.Tensor = grad_ME * grads[0]
+        return grad
 
 
 _head: Callable[..., torch.Tensor] = _Head.apply
@@ -235,9 +236,9 @@ def attach(model: PreTrainedModel) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D) and module is not head_module:
             out_features = module.out_features if isinstance(module, nn.Linear) else int(module.nf)
-            module.forward = Site(name, out_features).forward
+            module.forward = Site(name, out_features).forward  # type: ignore[method-assign]
         elif isinstance(module, nn.Dropout) and module.p > 0:
-            module.forward = drop
+            module.forward = drop  # type: ignore[method-assign, assignment]
     nested = (getattr(model.config, name) for name in model.config.sub_configs)
     for config in (model.config, *nested):
         if config is not None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from lora_search.errors import InputError
 from lora_search.memory.corners import Corner
 from lora_search.memory.estimate import BaseMemory
 from lora_search.memory.values import TrialShape
 from lora_search.spec import SweepSpec
+
+SHORTEST = 64
+"""Tokens of a row that still say something."""
 
 
 @dataclass(frozen=True)
@@ -80,26 +84,21 @@ def _knobs(
     def fits(candidate: TrialShape) -> bool:
         return memory.host([candidate]).total <= capacity
 
-    def at_most(name: str, top: int) -> str:
+    def at_most(top: int, lowered: Callable[[int], TrialShape]) -> str:
         low, high = 1, top
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if fits(replace(shape, **{name: middle})) else (low, middle)
+            low, high = (middle, high) if fits(lowered(middle)) else (low, middle)
         return f"at most {low} fits"
 
-    yield _Knob(_key(spec, "rank"), str(shape.rank), replace(shape, rank=1), lambda: at_most("rank", shape.rank))
-    yield _Knob(
-        _key(spec, "batch_size"),
-        str(shape.batch_size),
-        replace(shape, batch_size=1),
-        lambda: at_most("batch_size", shape.batch_size),
+    numbers: tuple[tuple[str, int, Callable[[int], TrialShape]], ...] = (
+        (_key(spec, "rank"), shape.rank, lambda rank: replace(shape, rank=rank)),
+        (_key(spec, "batch_size"), shape.batch_size, lambda rows: replace(shape, batch_size=rows)),
+        ("data.max_length", shape.length, lambda length: replace(shape, length=length)),
     )
-    yield _Knob(
-        "data.max_length",
-        str(spec.data.max_length),
-        replace(shape, length=min(shape.length, 64)),
-        lambda: at_most("length", shape.length),
-    )
+    for key, found, lowered in numbers:
+        least = SHORTEST if key == "data.max_length" else 1
+        yield _Knob(key, str(found), lowered(min(found, least)), partial(at_most, found, lowered))
     smaller = corners[0]
     if smaller.target != corner.target:
         yield _Knob(

@@ -6,8 +6,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lora_search.errors import InputError
 from lora_search.memory import BaseMemory, Corner, HostBytes, Setup, TrialBytes, Weights, corners
 from lora_search.memory.corners import values
+from lora_search.memory.refuse import refuse_what_never_fits
 from lora_search.plan.devices import GPUS, LAYER_KERNELS, PASS_SECONDS, SITE_KERNELS, UTILISATION, Device, this_machine
 from lora_search.plan.rows import RowFacts, row_facts
 from lora_search.plan.schedule import Schedule, schedule
@@ -104,6 +106,8 @@ class Plan:
     hosts: int
     trials_per_host: int
     sweep: SweepPlan
+    refused: str | None
+    """What `run` says here of a trial that can never fit."""
 
 
 class _Memories:
@@ -165,7 +169,16 @@ def plan_sweep(spec: SweepSpec) -> Plan:
         hosts=hosts,
         trials_per_host=per_host,
         sweep=sweep,
+        refused=_refused(spec, memories.of(here, checkpointing=spec.base.gradient_checkpointing), found, here),
     )
+
+
+def _refused(spec: SweepSpec, memory: BaseMemory, found: Sequence[Corner], device: Device) -> str | None:
+    try:
+        refuse_what_never_fits(spec, memory, found, device.usable, device.name)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def _hosts_here(spec: SweepSpec) -> tuple[int, int]:
