@@ -52,6 +52,8 @@ def _print(plan: Plan) -> None:
         console.print(line, style="bold red", markup=False)
     console.print("\nThe sweep", style="italic")
     console.print(_sweep(plan))
+    console.print("\nThis base as it is usually compared: rank 16 on attention, half precision", style="italic")
+    console.print(_familiar(plan))
     console.print("\nAssumed", style="italic")
     for line in _assumptions(plan):
         console.print(f"- {line}", markup=False)
@@ -160,6 +162,16 @@ def _sweep(plan: Plan) -> Table:
     return table
 
 
+def _familiar(plan: Plan) -> Table:
+    table = Table()
+    table.add_column("one training on a GPU")
+    for name in ("rows of\n256 tokens", "rows of\n512 tokens", "512 tokens,\nrecomputed"):
+        table.add_column(name, justify="right")
+    for row in plan.familiar:
+        table.add_row(row.way, *map(_size, (row.short, row.long, row.recomputed)))
+    return table
+
+
 def _unfit(plan: Plan) -> Iterator[str]:
     setting = "as the sweep file says" if plan.checkpointing else "base.gradient_checkpointing: true"
     needs = [device.name for device in plan.devices if device.needs_checkpointing]
@@ -185,6 +197,8 @@ def _assumptions(plan: Plan) -> Iterator[str]:
             f"Every row has data.max_length = {rows.longest} tokens and every token counts, with 100 validation rows: "
             f"{rows.reason}."
         )
+    if plan.by_rule:
+        yield f"Activations are by a rule of thumb: the code of {plan.architecture} does not run on shapes alone."
     if plan.quantization == "nf4":
         yield "What NF4 leaves out is held in float32, as peft.prepare_model_for_kbit_training does: 4 bytes a number."
     yield (

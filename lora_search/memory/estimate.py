@@ -48,6 +48,11 @@ class BaseMemory:
         self._dense = _largest_dense(model, setup)
         self._replay = _replay(model, setup)
 
+    @property
+    def by_rule(self) -> bool:
+        """Whether activations are by a rule of thumb: this architecture's code does not run on shapes alone."""
+        return self._replay.by_rule
+
     def trial(self, shape: TrialShape) -> TrialBytes:
         """What a trial adds to its host."""
         size = trainable_parameters(self.tree, shape.targets, shape.rank)

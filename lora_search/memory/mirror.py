@@ -239,10 +239,19 @@ def attach(model: PreTrainedModel) -> None:
             module.forward = Site(name, out_features).forward  # type: ignore[method-assign]
         elif isinstance(module, nn.Dropout) and module.p > 0:
             module.forward = drop  # type: ignore[method-assign, assignment]
+    _set_attention(model, NAME)
+
+
+def detach_attention(model: PreTrainedModel) -> None:
+    """Let a model attend in its own way: not every architecture comes through transformers' interface."""
+    _set_attention(model, "eager")
+
+
+def _set_attention(model: PreTrainedModel, name: str) -> None:
     nested = (getattr(model.config, name) for name in model.config.sub_configs)
     for config in (model.config, *nested):
         if config is not None:
-            config._attn_implementation_internal = NAME
+            config._attn_implementation_internal = name
 
 
 _running: Pass | None = None

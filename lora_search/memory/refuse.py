@@ -46,7 +46,7 @@ def refuse_what_never_fits(
         raise InputError(
             f"base.model: {spec.base.model} alone takes {_gb(base)}, and {device} has {_gb(capacity)} to give; {less}"
         )
-    for corner in corners:
+    for corner in reversed(corners):  # the largest first: what holds for it holds for the others
         needed = memory.host([corner.shape]).total
         if needed > capacity:
             raise InputError(_message(spec, memory, corners, corner, needed, capacity, device))
@@ -97,8 +97,10 @@ def _knobs(
         ("data.max_length", shape.length, lambda length: replace(shape, length=length)),
     )
     for key, found, lowered in numbers:
-        least = SHORTEST if key == "data.max_length" else 1
-        yield _Knob(key, str(found), lowered(min(found, least)), partial(at_most, found, lowered))
+        rows = key == "data.max_length"
+        shown = spec.data.max_length if rows else found
+        least = min(found, SHORTEST) if rows else 1
+        yield _Knob(key, str(shown), lowered(least), partial(at_most, found, lowered))
     smaller = corners[0]
     if smaller.target != corner.target:
         yield _Knob(

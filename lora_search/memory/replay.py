@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lora_search.memory.live import LiveBytes
-from lora_search.memory.mirror import Pass, Stands, attach, head, run
+from lora_search.memory.mirror import Pass, Stands, attach, detach_attention, head, run
 from lora_search.memory.values import Setup
 
 if TYPE_CHECKING:
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 DEPTHS = (2, 3)
 """Layers that are replayed of a model of like layers: each further one adds what the third did."""
+
+
+RULE = 40
+"""Numbers that a layer keeps of each token, for each of its hidden features, where nothing better is known: a Llama
+with dropout on all of its linear layers keeps 30."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,9 @@ class Replay:
         self._layers = _decoder_layers(self._model)
         self._flat = True
         self._found: dict[tuple[frozenset[str], int, bool, int], Held] = {}
-        if setup.checkpointing:
+        self.by_rule = False
+        """Whether the architecture cannot be run on shapes alone, and a rule of thumb stands in."""
+        if setup.checkpointing and self._model.supports_gradient_checkpointing:
             options = {
                 "use_reentrant": False,
                 "preserve_rng_state": False,
@@ -69,7 +76,12 @@ class Replay:
     def _remembered(self, now: Pass, *, backward: bool) -> Held:
         key = (now.adapted, now.rank, now.dropout, now.length)
         if key not in self._found:
-            self._found[key] = self._at_full_depth(now.adapted, lambda: self._held(now, backward=backward))
+            try:
+                self._found[key] = self._at_full_depth(now.adapted, lambda: self._held(now, backward=backward))
+            except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+                # Whatever an architecture's code says of tensors without values, or where it insists on a device.
+                self.by_rule = True
+                self._found[key] = _rule_of_thumb(self._model, now, backward=backward)
         return self._found[key]
 
     def _at_full_depth(self, modules: Collection[str], held: Callable[[], Held]) -> Held:
@@ -115,6 +127,7 @@ class Replay:
                 self._flat = now.attended
                 if self._flat:
                     return hidden
+            detach_attention(self._model)
         return self._run(now, (now.sequences, now.length))
 
     def _run(self, now: Pass, shape: tuple[int, int]) -> torch.Tensor:
@@ -123,6 +136,18 @@ class Replay:
         inputs = {"attention_mask": ids, **({"position_ids": ids} if self._flat else {})}
         hidden: torch.Tensor = self._model.base_model(input_ids=ids, **inputs, use_cache=False)[0]
         return hidden.reshape(-1, hidden.shape[-1])
+
+
+def _rule_of_thumb(model: PreTrainedModel, now: Pass, *, backward: bool) -> Held:
+    """Bytes from depth and width alone; each expert that a token is sent to adds half a layer."""
+    text = model.config.get_text_config()
+    layers, hidden = int(text.num_hidden_layers), int(text.hidden_size)
+    experts = int(getattr(text, "num_experts_per_tok", None) or 1)
+    layer = RULE * now.working.itemsize * hidden * now.length * (1 + experts) / 2
+    if not backward:
+        return Held(0.0, layer)
+    kept = layers * 4 * hidden * now.length + layer if now.setup.checkpointing else layers * layer
+    return Held(kept, kept + layer / 2)
 
 
 def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:

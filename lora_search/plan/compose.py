@@ -4,110 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 from lora_search.errors import InputError
-from lora_search.memory import BaseMemory, Corner, HostBytes, Setup, TrialBytes, Weights, corners
+from lora_search.memory import BaseMemory, Corner, Setup, corners
 from lora_search.memory.corners import values
+from lora_search.memory.familiar import familiar_figures
 from lora_search.memory.refuse import refuse_what_never_fits
 from lora_search.plan.devices import GPUS, LAYER_KERNELS, PASS_SECONDS, SITE_KERNELS, UTILISATION, Device, this_machine
 from lora_search.plan.rows import RowFacts, row_facts
 from lora_search.plan.schedule import Schedule, schedule
+from lora_search.plan.values import BasePlan, CornerPlan, DevicePlan, Plan, SweepPlan
 from lora_search.plan.work import BaseWork, base_work
 from lora_search.spec import SweepSpec
 from lora_search.targets import skeleton
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 HOSTS_PER_NODE = 4
 TRIALS_PER_HOST = 2
 """What `hosts: auto` comes to on one machine (sweep/placement.py)."""
-
-
-@dataclass(frozen=True)
-class BasePlan:
-    """A base as it is held on one kind of device."""
-
-    device: str
-    compute: str
-    weights: Weights
-
-
-@dataclass(frozen=True)
-class CornerPlan:
-    """A trial at a corner of the space, on one kind of device."""
-
-    target_modules: str
-    size: str
-    rank: int
-    batch_size: int
-    dropout: bool
-    bytes: TrialBytes
-    recomputed: int
-    """Bytes of its activations, and what passes, with gradient checkpointing."""
-
-
-@dataclass(frozen=True)
-class DevicePlan:
-    """How many trials of the space fit together on a device, and how long the sweep takes on one of them."""
-
-    name: str
-    here: bool
-    memory: int
-    usable: int
-    compute: str
-    smallest: int
-    largest: int
-    smallest_recomputed: int
-    """With gradient checkpointing."""
-    largest_recomputed: int
-    needs_checkpointing: bool
-    """Whether the largest trial fits with it alone."""
-    never: bool
-    """Whether the largest trial fits in no way."""
-    seconds: float
-    """Expected duration of the sweep on one such device."""
-
-
-@dataclass(frozen=True)
-class SweepPlan:
-    """The sweep's amount of work."""
-
-    schedule: Schedule
-    train_tokens: int
-    """Expected, over all trials."""
-    train_tokens_most: int
-    evaluation_tokens: int
-    passes: int
-    """Forward and backward passes of single trials, expected."""
-    flops: float
-    flops_most: float
-    layers: int
-    epochs: float | None
-    """Of the longest trial over the training rows."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a sweep will cost."""
-
-    name: str
-    model: str
-    architecture: str
-    parameters: int
-    checkpointing: bool
-    """As the sweep file says."""
-    quantization: str
-    rows: RowFacts
-    bases: tuple[BasePlan, ...]
-    corner_device: str
-    corners: tuple[CornerPlan, ...]
-    host: HostBytes
-    """With the largest trial alone, on the device of `corners`."""
-    devices: tuple[DevicePlan, ...]
-    hosts: int
-    trials_per_host: int
-    sweep: SweepPlan
-    refused: str | None
-    """What `run` says here of a trial that can never fit."""
 
 
 class _Memories:
@@ -129,8 +47,7 @@ class _Memories:
             validation_tokens=self._rows.validation_tokens if self._rows.measured else None,
         )
         if setup not in self._made:
-            model = skeleton(base.model, trust_remote_code=base.trust_remote_code, revision=base.revision)
-            self._made[setup] = BaseMemory(model, setup)
+            self._made[setup] = BaseMemory(_skeleton(self._spec), setup)
         return self._made[setup]
 
 
@@ -140,7 +57,7 @@ def plan_sweep(spec: SweepSpec) -> Plan:
     Raises:
         InputError: the base, the data or a target set cannot be used.
     """
-    model = skeleton(spec.base.model, trust_remote_code=spec.base.trust_remote_code, revision=spec.base.revision)
+    model = _skeleton(spec)
     rows = row_facts(spec)
     hosts, threads = _hosts_here(spec)
     here = this_machine(spec.base.compute_dtype, use_gpu=spec.hosts.gpus_per_host > 0, hosts=hosts, threads=threads)
@@ -162,15 +79,21 @@ def plan_sweep(spec: SweepSpec) -> Plan:
         quantization=spec.base.quantization,
         rows=rows,
         bases=tuple(_base(memories, device) for device in (here, *([GPUS[-1]] if here.kind == "cpu" else []))),
+        by_rule=memory.by_rule,
         corner_device=shown.name if shown.here else "a GPU in bfloat16",
         corners=tuple(_corner(memories, shown, corner) for corner in found),
         host=plain.host([found[-1].shape]),
         devices=tuple(_device(memories, device, found, sweep, hosts, per_host) for device in (here, *GPUS)),
         hosts=hosts,
         trials_per_host=per_host,
+        familiar=familiar_figures(partial(_skeleton, spec)),
         sweep=sweep,
         refused=_refused(spec, memories.of(here, checkpointing=spec.base.gradient_checkpointing), found, here),
     )
+
+
+def _skeleton(spec: SweepSpec) -> PreTrainedModel:
+    return skeleton(spec.base.model, trust_remote_code=spec.base.trust_remote_code, revision=spec.base.revision)
 
 
 def _refused(spec: SweepSpec, memory: BaseMemory, found: Sequence[Corner], device: Device) -> str | None:
