@@ -19,6 +19,7 @@ FLOORS = {
     "checkpoint": 1,
     "space": 1,
     "targets": 1,
+    "memory": 1,
     "model": 2,
     "data": 2,
     "engine": 3,
@@ -29,6 +30,7 @@ FLOORS = {
     "results": 4,
     "merge": 4,
     "best": 4,
+    "plan": 4,
     "sweep": 5,
     "cli": 6,
     "__main__": 7,
@@ -44,6 +46,8 @@ FORBIDDEN = {
     "results": {"ray", "torch"},
     "merge": {"ray"},
     "best": {"ray"},
+    "memory": {"ray", "optuna", "wandb"},
+    "plan": {"ray", "optuna", "wandb"},
 }
 
 
@@ -110,6 +114,8 @@ def test_rooms_on_one_floor_make_no_circle() -> None:
         ("lora_search.seat", ["torch", "transformers", "peft"]),
         ("lora_search.host", ["torch", "ray"]),
         ("lora_search.results", ["torch", "ray"]),
+        ("lora_search.memory", ["torch", "ray", "transformers", "peft"]),
+        ("lora_search.plan", ["torch", "ray", "transformers", "peft"]),
         ("lora_search.engine", ["ray", "optuna", "wandb"]),
         ("lora_search.best", ["ray"]),
     ],

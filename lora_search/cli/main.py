@@ -41,6 +41,10 @@ def _dispatch(arguments: argparse.Namespace) -> int:
             from lora_search.cli import run
 
             run.run(arguments.sweep, arguments.set, name=arguments.name, address=arguments.address)
+        case "plan":
+            from lora_search.cli import plan
+
+            plan.plan(arguments.sweep, arguments.set, as_json=arguments.json)
         case "status":
             from lora_search.cli import results
 
@@ -68,12 +72,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run a sweep to the end: search, test, merge")
-    run.add_argument("sweep", metavar="SWEEP.yaml")
-    run.add_argument(
-        "--set", action="append", default=[], metavar="key.path=value", help="lay a value over the sweep file's"
-    )
+    _add_sweep(run)
     run.add_argument("--name", help="name of the run directory; default: the sweep's, numbered where it is taken")
     run.add_argument("--address", help="of a Ray cluster; default: start one on this machine")
+
+    plan = commands.add_parser("plan", help="what a sweep will cost: memory, trials per GPU, steps, time; no training")
+    _add_sweep(plan)
+    plan.add_argument("--json", action="store_true", help="one JSON document")
 
     status = commands.add_parser("status", help="where a running or finished sweep stands")
     _add_run(status)
@@ -93,6 +98,13 @@ def _parser() -> argparse.ArgumentParser:
     targets.add_argument("model", metavar="MODEL", help="a hub id, a local folder, or builtin:NAME")
     targets.add_argument("--json", action="store_true", help="one JSON document")
     return parser
+
+
+def _add_sweep(command: argparse.ArgumentParser) -> None:
+    command.add_argument("sweep", metavar="SWEEP.yaml")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="key.path=value", help="lay a value over the sweep file's"
+    )
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:

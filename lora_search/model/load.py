@@ -50,12 +50,14 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     no other.
 
     Raises:
-        InputError: there is no tokenizer, or it has no end token.
+        InputError: there is no tokenizer, or it has no vocabulary or no end token.
     """
     with _input_errors(base, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(
             model_path(base.model), revision=base.revision, trust_remote_code=base.trust_remote_code
         )
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes one of a config.json alone
+        raise InputError(f"base.model: the tokenizer of {base.model} has no vocabulary: its files are missing")
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"base.model: the tokenizer of {base.model} has no end-of-sequence token, which training needs"

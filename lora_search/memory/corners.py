@@ -1,0 +1,75 @@
+"""The corners of a search space, as far as memory goes: its smallest and largest trial on each target set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lora_search.memory.values import TrialShape
+from lora_search.space import FIRST_GUESS
+from lora_search.spec import SweepSpec
+from lora_search.spec.schema import Lora, Training
+from lora_search.targets import ModuleTree, resolve, trainable_parameters
+
+
+@dataclass(frozen=True)
+class Corner:
+    """A configuration at an extreme of the space, and what of it takes memory."""
+
+    target_modules: str | list[str]
+    size: str
+    """smallest, common or largest on its target set."""
+    shape: TrialShape
+
+    @property
+    def target(self) -> str:
+        """The target set in words."""
+        return self.target_modules if isinstance(self.target_modules, str) else ", ".join(self.target_modules)
+
+
+def corners(spec: SweepSpec, tree: ModuleTree, length: int) -> tuple[Corner, ...]:
+    """Smallest, common and largest trial on each target set, in the order of the sets' sizes.
+
+    Raises:
+        InputError: a target set is none of this base.
+    """
+    sets = sorted(
+        ((target, resolve(tree, target)) for target in values(spec, "target_modules")),
+        key=lambda pair: trainable_parameters(tree, pair[1], 1),
+    )
+    ranks, batches, dropouts = values(spec, "rank"), values(spec, "batch_size"), values(spec, "dropout")
+    found = []
+    for target, targets in sets:
+        smallest = TrialShape(targets, min(ranks), min(dropouts) > 0, min(batches), length)
+        largest = TrialShape(targets, max(ranks), max(dropouts) > 0, max(batches), length)
+        common = replace(largest, rank=_common(spec), batch_size=min(batches))
+        shapes = {"smallest": smallest, "common": common, "largest": largest}
+        kept: dict[TrialShape, str] = {}
+        for size, shape in shapes.items():
+            kept.setdefault(shape, size)
+        found += [Corner(target, size, shape) for shape, size in kept.items()]
+    return tuple(found)
+
+
+def largest(found: Sequence[Corner]) -> Corner:
+    """The corner on the largest target set, with the largest rank and batch."""
+    return found[-1]
+
+
+def values(spec: SweepSpec, name: str) -> tuple[Any, ...]:
+    """The extremes of a parameter, searched or not; of a choice, all of its values."""
+    domain = spec.search.space.get(name)
+    if domain is not None:
+        return tuple(domain.probes())
+    if name in Training.model_fields:
+        return (getattr(spec.training, name),)
+    return (Lora.model_fields[name].default,)
+
+
+def _common(spec: SweepSpec) -> int:
+    """The guides' rank, or what of the space comes nearest."""
+    ranks: tuple[int, ...] = values(spec, "rank")
+    domain = spec.search.space.get("rank")
+    guess = int(FIRST_GUESS["rank"])
+    return guess if domain is None or domain.contains(guess) else min(ranks, key=lambda rank: abs(rank - guess))

@@ -1,0 +1,142 @@
+"""The bytes of a base, of a trial on it, and of a host that trains some trials together."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lora_search.memory.values import (
+    ALLOCATOR,
+    DTYPE_BYTES,
+    EVALUATION_TOKENS,
+    LOGIT_BYTES,
+    RUNTIME_BYTES,
+    HostBytes,
+    Setup,
+    TrialBytes,
+    TrialShape,
+    Weights,
+)
+from lora_search.memory.weights import nf4_constants, quantised_names, weigh
+from lora_search.targets import ModuleTree, module_tree, trainable_parameters
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lora_search.memory.replay import Replay
+
+MOST_TOGETHER = 512
+"""Trials on one host, where memory sets no limit."""
+
+LOGIT_COPIES = 2
+"""Float32 logits at once: themselves, and what logsumexp takes while it runs."""
+
+
+class BaseMemory:
+    """Predicts bytes for one base in one setup."""
+
+    def __init__(self, model: PreTrainedModel, setup: Setup) -> None:
+        """
+        Args:
+            model: a skeleton (`lora_search.targets.skeleton`); it is changed for good.
+        """
+        self.setup = setup
+        self.tree: ModuleTree = module_tree(model)
+        self.weights: Weights = weigh(model, setup)
+        self._dense = _largest_dense(model, setup)
+        self._replay = _replay(model, setup)
+
+    @property
+    def by_rule(self) -> bool:
+        """Whether activations are by a rule of thumb: this architecture's code does not run on shapes alone."""
+        return self._replay.by_rule
+
+    def trial(self, shape: TrialShape) -> TrialBytes:
+        """What a trial adds to its host."""
+        size = trainable_parameters(self.tree, shape.targets, shape.rank)
+        held = self._replay.training(shape.targets.modules, shape.rank, shape.dropout, shape.length)
+        activations = math.ceil(held.kept * shape.batch_size)
+        return TrialBytes(
+            trainable=size,
+            adapter=size * (4 + (DTYPE_BYTES[self.setup.working] if self.setup.working != "float32" else 0)),
+            gradient=4 * size,
+            optimizer=8 * size,
+            activations=activations,
+            passing=max(0, math.ceil(held.peak * shape.batch_size) - activations) + self._experts_delta(shape),
+        )
+
+    def host(self, shapes: Sequence[TrialShape]) -> HostBytes:
+        """A host that trains these trials together.
+
+        All rows of a pass count as if their adapters stood where the largest one stands: a layer that one trial
+        adapts keeps its input for all of them.
+        """
+        counts = Counter(shapes)
+        trials = {shape: self.trial(shape) for shape in counts}
+        lanes = max(1, min(self.setup.lanes, len(shapes)))
+        tokens = sum(shape.tokens * count for shape, count in counts.items())
+        kept = tokens * max((trial.activations / shape.tokens for shape, trial in trials.items()), default=0.0)
+        passing = tokens * max((trial.passing / shape.tokens for shape, trial in trials.items()), default=0.0)
+        logits = lanes * self._logits(math.ceil(tokens / lanes))
+        back = passing + lanes * self._dense  # the logits have gone when the first gradient comes
+        return HostBytes(
+            runtime=RUNTIME_BYTES if self.setup.device == "cpu" else 0,
+            base=self.weights.total,
+            trials=sum(trial.state * counts[shape] for shape, trial in trials.items()),
+            activations=math.ceil(kept),
+            passing=math.ceil(back) if back >= logits else 0,
+            logits=logits if logits > back else 0,
+            evaluation=self._evaluation(shapes),
+            allocator=ALLOCATOR[self.setup.device],
+        )
+
+    def together(self, shape: TrialShape, capacity: int) -> int:
+        """How many trials of one shape fit into `capacity` bytes."""
+        fits, too_many = 0, MOST_TOGETHER + 1
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            if self.host([shape] * middle).total <= capacity:
+                fits = middle
+            else:
+                too_many = middle
+        return fits
+
+    def _logits(self, targets: int) -> int:
+        """Bytes of the output head at work on so many targets at once, in turns."""
+        at_once = min(LOGIT_BYTES[self.setup.device], 4 * targets * self.weights.vocabulary)
+        return LOGIT_COPIES * at_once + self.weights.head_copy
+
+    def _evaluation(self, shapes: Sequence[TrialShape]) -> int:
+        length = max((shape.length for shape in shapes), default=1)
+        tokens = max(EVALUATION_TOKENS[self.setup.device], len(shapes) * length)
+        lanes = self.setup.lanes
+        if self.setup.validation_tokens is not None:
+            tokens = min(tokens, -(-len(shapes) * self.setup.validation_tokens // lanes))
+        passing = self._replay.evaluation(length).peak / length * tokens
+        return math.ceil(lanes * (passing + self._logits(tokens) + self._dense))
+
+    def _experts_delta(self, shape: TrialShape) -> int:
+        """PEFT adds an adapter of fused experts to their weight, and both are there for that moment."""
+        sizes = [
+            module.experts * module.in_features * module.out_features
+            for module in self.tree.modules
+            if module.name in shape.targets.parameters
+        ]
+        return 2 * 4 * max(sizes, default=0)
+
+
+def _replay(model: PreTrainedModel, setup: Setup) -> Replay:
+    from lora_search.memory.replay import Replay
+
+    return Replay(model, setup)
+
+
+def _largest_dense(model: PreTrainedModel, setup: Setup) -> int:
+    """Bytes of the largest quantised weight as one product needs it: the weight, and its scales in float32."""
+    if not setup.quantised:
+        return 0
+    names = quantised_names(model)
+    largest = max((model.get_submodule(name).weight.numel() for name in names), default=0)
+    return largest * DTYPE_BYTES[setup.compute] + 4 * nf4_constants(largest)

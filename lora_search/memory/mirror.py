@@ -1,0 +1,287 @@
+"""What the engine's layers hold and pass on, as layers that hold as much and compute nothing.
+
+They stand in the place of `engine/layers.py`, `engine/attention.py` and `engine/forward.py` in a model on the meta
+device. Where the engine keeps more or less than before, this file follows (`tests/test_memory.py` compares them).
+
+Legend: N tokens of the pack, M targets; I and O in- and out-features; R rank; H heads; S sequences of L tokens, D
+features of a head; E features of a hidden state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from lora_search.memory.values import Setup
+
+NAME = "lora_search_shapes"
+
+
+@dataclass
+class Pass:
+    """One pass over a pack of like sequences."""
+
+    setup: Setup
+    sequences: int
+    length: int
+    rank: int
+    dropout: bool
+    adapted: frozenset[str]
+    """Full names of the adapted layers."""
+    attended: bool = False
+    """Whether the model asked for attention through transformers' interface."""
+    anchor: torch.Tensor = field(default_factory=lambda: torch.empty((), device="meta", requires_grad=True))
+    _cast: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def working(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.setup.working)
+        return dtype
+
+    @property
+    def compute(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.setup.compute)
+        return dtype
+
+    def cast(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` in the working dtype; layers that share an input share the copy."""
+        if x.dtype == self.working:
+            return x
+        if self._cast is None or self._cast[0] is not x:
+            self._cast = (x, x.to(self.working))
+        return self._cast[1]
+
+    def product(self, x: torch.Tensor, out_features: int) -> torch.Tensor:
+        """x W^T in the compute dtype, in the dtype of x."""
+        return _made(x.to(self.compute), (*x.shape[:-1], out_features)).to(x.dtype)
+
+
+class Site:
+    """A frozen linear layer; the weight that is made dense for it is counted elsewhere."""
+
+    def __init__(self, name: str, out_features: int) -> None:
+        self.name = name
+        self.out_features = out_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        now = running()
+        given, x = x.dtype, now.cast(x)
+        adapted = self.name in now.adapted
+        out: torch.Tensor = _linear(x, now.anchor if adapted else None, self, now)
+        return out.to(given) if now.setup.device == "cpu" else out
+
+
+class _Linear(torch.autograd.Function):
+    """The frozen product, and the adapter's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor | None, site: Site, now: Pass) -> torch.Tensor:
+        x_NI = x.reshape(-1, x.shape[-1])
+        y_NO = now.product(x_NI, site.out_features)
+        ctx.site, ctx.now, ctx.shape, ctx.features = site, now, x.shape, x.shape[-1]
+        ctx.keep_NI, ctx.adapted = None, anchor is not None
+        if anchor is not None:
+            if now.dropout:
+                ctx.keep_NI = torch.empty_like(x_NI, dtype=torch.bool)
+            dropped_NI = x_NI if ctx.keep_NI is None else torch.empty_like(x_NI)
+            down_NR = _made(dropped_NI, (len(x_NI), now.rank))
+            del dropped_NI
+            ctx.save_for_backward(x_NI, down_NR)
+        return y_NO.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+        site, now = ctx.site, ctx.now
+        grad_NO = grads[0].reshape(-1, grads[0].shape[-1])
+        grad_NI = now.product(grad_NO, ctx.features) if ctx.needs_input_grad[0] else None
+        if ctx.adapted:
+            x_NI, down_NR = ctx.saved_tensors
+            grad_down_NR = torch.empty_like(down_NR)
+            if now.working != torch.float32:
+                sum_OR = grad_NO.new_empty((site.out_features, now.rank))
+                del sum_OR
+            dropped_NI = x_NI if ctx.keep_NI is None else torch.empty_like(x_NI)
+            del dropped_NI
+            if grad_NI is not None and ctx.keep_NI is not None:
+                through_NI = _made(grad_down_NR, x_NI.shape)
+                del through_NI
+        return None if grad_NI is None else grad_NI.view(ctx.shape), None, None, None
+
+
+_linear: Callable[..., torch.Tensor] = _Linear.apply
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention within each sequence: (1, H, N, D) to (1, N, H, D)."""
+    now = running()
+    now.attended = True
+    dtype = query.dtype
+    within = torch.float32 if now.setup.device == "cpu" else now.working
+    query, key, value = query.to(within), key.to(within), value.to(within)
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    shape = (now.sequences, now.length)
+    q, k, v = (x[0].unflatten(1, shape).transpose(0, 1) for x in (query, key, value))
+    if not dropout and softcap is None and s_aux is None:
+        out_SHLD = sdpa(q, k, v)
+    else:
+        out_SHLD = _explicit(q, k, v, capped=softcap is not None, dropped=dropout > 0)
+    out = torch.cat([out_SHLD.transpose(1, 2).reshape(math.prod(shape), *value.shape[1:2], -1)])[None]
+    return out.to(dtype) if now.setup.device == "cpu" else out, None
+
+
+def _explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, capped: bool, dropped: bool) -> torch.Tensor:
+    """Attention written out, as the engine does where SDPA does not offer it."""
+    scores = (q @ k.transpose(-1, -2)).float() * 1.0
+    if capped:
+        scores = torch.tanh(scores / 1.0) * 1.0
+    weights = torch.softmax(scores.masked_fill(torch.empty_like(scores, dtype=torch.bool), 0.0), -1)
+    if dropped:
+        weights = weights * torch.empty_like(weights, dtype=torch.bool) * 1.0
+    return weights.to(v.dtype) @ v
+
+
+class _Sdpa(torch.autograd.Function):
+    """What scaled_dot_product_attention keeps: its inputs, its output and a number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[-1])).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        q, k, v, *_ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+sdpa: Callable[..., torch.Tensor] = _Sdpa.apply
+
+
+def drop(x: torch.Tensor) -> torch.Tensor:
+    """A dropout of the base's own: a mask in the dtype of x."""
+    return x * x.new_empty(x.shape)
+
+
+def head(hidden_NE: torch.Tensor) -> torch.Tensor:
+    """Output head and loss without their logits: what is kept is the gradient of the hidden states."""
+    out: torch.Tensor = _head(hidden_NE[torch.empty(len(hidden_NE), dtype=torch.int64, device="meta")])
+    return out
+
+
+class _Head(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_ME: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(torch.empty_like(hidden_ME))
+        return hidden_ME.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        (grad_ME,) = ctx.saved_tensors
+        grad: torch.Tensor = grad_ME * grads[0]
+        return grad
+
+
+_head: Callable[..., torch.Tensor] = _Head.apply
+
+
+class Stands(TorchFunctionMode):
+    """What a device does by itself and the meta device does not: mixed precision on a GPU, products of experts."""
+
+    LOWER = (F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.baddbmm)
+    FLOAT32 = (F.layer_norm, F.softmax, torch.softmax, torch.Tensor.softmax, torch.Tensor.pow, torch.pow)
+    GROUPED = tuple(getattr(where, name, None) for where, name in ((F, "grouped_mm"), (torch, "_grouped_mm")))
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__()
+        self._working: torch.dtype | None = getattr(torch, setup.working) if setup.device == "cuda" else None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self.GROUPED:
+            rows, weights = args[:2]  # the meta device's own takes bfloat16 alone
+            return rows @ weights[0].to(rows.dtype)
+        to = self._working if func in self.LOWER else torch.float32 if func in self.FLOAT32 else None
+        if to is not None and self._working is not None:
+            args = tuple(a.to(to) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
+        return func(*args, **(kwargs or {}))
+
+
+def attach(model: PreTrainedModel) -> None:
+    """Put the mirror's layers into a model on the meta device, for good."""
+    from transformers.pytorch_utils import Conv1D
+
+    head_module = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and module is not head_module:
+            out_features = module.out_features if isinstance(module, nn.Linear) else int(module.nf)
+            module.forward = Site(name, out_features).forward  # type: ignore[method-assign]
+        elif isinstance(module, nn.Dropout) and module.p > 0:
+            module.forward = drop  # type: ignore[method-assign, assignment]
+    _set_attention(model, NAME)
+
+
+def detach_attention(model: PreTrainedModel) -> None:
+    """Let a model attend in its own way: not every architecture comes through transformers' interface."""
+    _set_attention(model, "eager")
+
+
+def _set_attention(model: PreTrainedModel, name: str) -> None:
+    nested = (getattr(model.config, name) for name in model.config.sub_configs)
+    for config in (model.config, *nested):
+        if config is not None:
+            config._attn_implementation_internal = name
+
+
+_running: Pass | None = None
+
+
+def running() -> Pass:
+    """The pass that the model is in."""
+    if _running is None:
+        raise RuntimeError("no pass is running")
+    return _running
+
+
+@contextmanager
+def run(now: Pass) -> Iterator[None]:
+    """Let the model's layers know the pass, through forward and backward."""
+    global _running
+    _running = now
+    try:
+        yield
+    finally:
+        _running = None
+
+
+def _made(x: torch.Tensor, shape: tuple[int, ...] | torch.Size) -> torch.Tensor:
+    return x.new_empty(shape)
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, _no_mask)

@@ -1,0 +1,175 @@
+"""A pass of the engine replayed on shapes alone: what it keeps, and the most that is there at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lora_search.memory.live import LiveBytes
+from lora_search.memory.mirror import Pass, Stands, attach, detach_attention, head, run
+from lora_search.memory.values import Setup
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DEPTHS = (2, 3)
+"""Layers that are replayed of a model of like layers: each further one adds what the third did."""
+
+
+RULE = 40
+"""Numbers that a layer keeps of each token, for each of its hidden features, where nothing better is known: a Llama
+with dropout on all of its linear layers keeps 30."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of a pass for each of its sequences; weights and logits are not among them."""
+
+    kept: float
+    """When the forward pass has come to the output head."""
+    peak: float
+    """At the worst moment of forward and backward."""
+
+
+class Replay:
+    """A model on the meta device that runs the engine's passes."""
+
+    def __init__(self, model: PreTrainedModel, setup: Setup) -> None:
+        """
+        Args:
+            model: a skeleton; it is changed for good.
+        """
+        self.setup = setup
+        self._model = model.float() if setup.quantised else model.to(getattr(torch, setup.compute))
+        self._model.requires_grad_(False).train()
+        self._model.config.use_cache = False
+        attach(self._model)
+        self._known = [*self._model.parameters(), *self._model.buffers()]
+        self._layers = _decoder_layers(self._model)
+        self._flat = True
+        self._found: dict[tuple[frozenset[str], int, bool, int], Held] = {}
+        self.by_rule = False
+        """Whether the architecture cannot be run on shapes alone, and a rule of thumb stands in."""
+        if setup.checkpointing and self._model.supports_gradient_checkpointing:
+            options = {
+                "use_reentrant": False,
+                "preserve_rng_state": False,
+                "context_fn": lambda: (nullcontext(), Stands(setup)),
+            }
+            self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+            self._model.enable_input_require_grads()
+
+    def training(self, modules: Sequence[str], rank: int, dropout: bool, length: int) -> Held:
+        """Forward and backward of one adapter on these modules."""
+        now = Pass(self.setup, 1, length, rank, dropout, frozenset(modules))
+        return self._remembered(now, backward=True)
+
+    def evaluation(self, length: int) -> Held:
+        """A forward pass without gradients."""
+        return self._remembered(Pass(self.setup, 1, length, 0, False, frozenset()), backward=False)
+
+    def _remembered(self, now: Pass, *, backward: bool) -> Held:
+        key = (now.adapted, now.rank, now.dropout, now.length)
+        if key not in self._found:
+            try:
+                self._found[key] = self._at_full_depth(now.adapted, lambda: self._held(now, backward=backward))
+            except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+                # Whatever an architecture's code says of tensors without values, or where it insists on a device.
+                self.by_rule = True
+                self._found[key] = _rule_of_thumb(self._model, now, backward=backward)
+        return self._found[key]
+
+    def _at_full_depth(self, modules: Collection[str], held: Callable[[], Held]) -> Held:
+        """Measure some layers of like ones, and go on from there."""
+        layers = self._layers
+        if layers is None or len(layers) <= max(DEPTHS) or not _alike(self._model, layers, modules):
+            return held()
+        whole = list(layers)
+        found = []
+        for depth in DEPTHS:
+            _cut(layers, whole[:depth])
+            try:
+                found.append(held())
+            finally:
+                _cut(layers, whole)
+        first, second = found
+        more = len(whole) - DEPTHS[1]
+        return Held(
+            second.kept + more * (second.kept - first.kept),
+            second.peak + more * (second.peak - first.peak),
+        )
+
+    def _held(self, now: Pass, *, backward: bool) -> Held:
+        with run(now), LiveBytes(self._known) as live, Stands(self.setup), torch.set_grad_enabled(backward):
+            hidden = self._hidden(now)
+            forward = live.peak
+            live.restart()
+            total = head(hidden)
+            del hidden
+            at_head = live.peak
+            if total.requires_grad:
+                torch.autograd.backward(total)
+            return Held(at_head, max(forward, live.peak))
+
+    def _hidden(self, now: Pass) -> torch.Tensor:
+        """The last hidden states of all tokens, flat where the architecture can."""
+        if self._flat:
+            try:
+                hidden = self._run(now, (1, now.sequences * now.length))
+            except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+                self._flat = False
+            else:
+                self._flat = now.attended
+                if self._flat:
+                    return hidden
+            detach_attention(self._model)
+        return self._run(now, (now.sequences, now.length))
+
+    def _run(self, now: Pass, shape: tuple[int, int]) -> torch.Tensor:
+        ids = torch.empty(shape, dtype=torch.int64, device="meta")
+        # With a mask, transformers does not look for packed sequences, which nobody finds on the meta device.
+        inputs = {"attention_mask": ids, **({"position_ids": ids} if self._flat else {})}
+        hidden: torch.Tensor = self._model.base_model(input_ids=ids, **inputs, use_cache=False)[0]
+        return hidden.reshape(-1, hidden.shape[-1])
+
+
+def _rule_of_thumb(model: PreTrainedModel, now: Pass, *, backward: bool) -> Held:
+    """Bytes from depth and width alone; each expert that a token is sent to adds half a layer."""
+    text = model.config.get_text_config()
+    layers, hidden = int(text.num_hidden_layers), int(text.hidden_size)
+    experts = int(getattr(text, "num_experts_per_tok", None) or 1)
+    layer = RULE * now.working.itemsize * hidden * now.length * (1 + experts) / 2
+    if not backward:
+        return Held(0.0, layer)
+    kept = layers * 4 * hidden * now.length + layer if now.setup.checkpointing else layers * layer
+    return Held(kept, kept + layer / 2)
+
+
+def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
+    """The model's longest list of modules."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=len, default=None)
+
+
+def _alike(model: PreTrainedModel, layers: nn.ModuleList, modules: Collection[str]) -> bool:
+    """Whether all layers have the same parts of the same shapes, and the adapter is on the same parts of each."""
+    (prefix,) = (name for name, module in model.named_modules() if module is layers)
+    adapted: list[set[str]] = [set() for _ in layers]
+    for name in modules:
+        if name.startswith(f"{prefix}."):
+            index, _, rest = name.removeprefix(f"{prefix}.").partition(".")
+            adapted[int(index)].add(rest)
+    if any(parts != adapted[0] for parts in adapted):
+        return False
+    kinds = getattr(model.config, "layer_types", None) or ()
+    shapes = [[(name, tuple(p.shape)) for name, p in layer.named_parameters()] for layer in layers]
+    return len(set(kinds)) < 2 and all(one == shapes[0] for one in shapes)
+
+
+def _cut(layers: nn.ModuleList, to: Sequence[nn.Module]) -> None:
+    layers._modules = {str(index): layer for index, layer in enumerate(to)}

@@ -1,0 +1,140 @@
+"""The planner's values: what is trained on what, and the bytes of each part."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from lora_search.targets import Targets
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+LOGIT_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
+"""Float32 logits that the engine holds at once (engine/forward.py)."""
+
+EVALUATION_TOKENS = {"cpu": 2048, "cuda": 32_768}
+"""Tokens of a pass without gradients, over all trials in it (engine/engine.py)."""
+
+RUNTIME_BYTES = 580 << 20
+"""Resident size of a host's process on a CPU without base and trials: Python, torch, transformers, peft, bitsandbytes,
+and what loading a first model leaves behind. A GPU's own context is neither in this nor in
+`torch.cuda.max_memory_allocated`."""
+
+ALLOCATOR = {"cpu": 1.35, "cuda": 1.0}
+"""Memory taken from the system for each byte in use: on a CPU, glibc's heap keeps gaps between tensors that come and
+go (measured on a base of 50 M parameters, with and without checkpointing; tests/test_memory.py)."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a base is held and computed."""
+
+    device: Literal["cpu", "cuda"]
+    compute: str
+    """Dtype of the products: float32, bfloat16 or float16."""
+    quantised: bool = True
+    checkpointing: bool = False
+    lanes: int = 1
+    """Passes side by side: torch's threads on a CPU, one on a GPU."""
+    validation_tokens: int | None = None
+    """Of the validation split, where that is known."""
+
+    @property
+    def working(self) -> str:
+        """Dtype of adapters and activations."""
+        return "float32" if self.device == "cpu" else self.compute
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A base's parameters and their bytes."""
+
+    parameters: int
+    quantised_parameters: int
+    packed: int
+    """Bytes of the 4-bit numbers."""
+    constants: int
+    """Bytes of their scales and code tables."""
+    unquantised: int
+    """Bytes of everything else: embeddings, output head, norms, biases, fused experts."""
+    head_copy: int
+    """Bytes of the output head in the compute dtype, made for each pass; 0 where it is in that dtype already."""
+    vocabulary: int
+
+    @property
+    def total(self) -> int:
+        """Bytes that stay for as long as the base does."""
+        return self.packed + self.constants + self.unquantised
+
+
+@dataclass(frozen=True)
+class TrialShape:
+    """What of a trial's configuration decides its bytes."""
+
+    targets: Targets
+    rank: int
+    dropout: bool
+    batch_size: int
+    length: int
+    """Tokens of a row."""
+
+    @property
+    def tokens(self) -> int:
+        """Of a forward pass."""
+        return self.batch_size * self.length
+
+
+@dataclass(frozen=True)
+class TrialBytes:
+    """What a trial adds to its host."""
+
+    trainable: int
+    """Parameters, not bytes."""
+    adapter: int
+    """Float32 parameters, and the working copy where products are in another dtype."""
+    gradient: int
+    optimizer: int
+    """Adam's two moments, in float32."""
+    activations: int
+    """Kept from the forward for the backward pass."""
+    passing: int
+    """What comes and goes with its tokens on the way back, above `activations`."""
+
+    @property
+    def state(self) -> int:
+        """Bytes for as long as the trial is resident."""
+        return self.adapter + self.gradient + self.optimizer
+
+    @property
+    def total(self) -> int:
+        return self.state + self.activations + self.passing
+
+
+@dataclass(frozen=True)
+class HostBytes:
+    """The most that a host holds at once, by part."""
+
+    runtime: int
+    """The process itself, on a CPU."""
+    base: int
+    trials: int
+    """Adapters, gradients and optimiser state of all residents."""
+    activations: int
+    passing: int
+    """What comes and goes: gradients on their way back, a weight made dense, masks and their products."""
+    logits: int
+    evaluation: int
+    """What an evaluation holds besides base and trials, where that is more than training's share."""
+
+    allocator: float
+    """Bytes taken from the system for each byte of trials and work."""
+
+    @property
+    def work(self) -> int:
+        """What a step or an evaluation holds, whichever holds more."""
+        return max(self.activations + self.passing + self.logits, self.evaluation)
+
+    @property
+    def total(self) -> int:
+        return self.runtime + self.base + math.ceil(self.allocator * (self.trials + self.work))

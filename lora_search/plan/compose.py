@@ -1,0 +1,203 @@
+"""Put a plan together: the base, the corners of the space, what fits where, and the sweep."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from lora_search.errors import InputError
+from lora_search.memory import BaseMemory, Corner, Setup, corners
+from lora_search.memory.corners import values
+from lora_search.memory.familiar import familiar_figures
+from lora_search.memory.refuse import refuse_what_never_fits
+from lora_search.plan.devices import GPUS, LAYER_KERNELS, PASS_SECONDS, SITE_KERNELS, UTILISATION, Device, this_machine
+from lora_search.plan.rows import RowFacts, row_facts
+from lora_search.plan.schedule import Schedule, schedule
+from lora_search.plan.values import BasePlan, CornerPlan, DevicePlan, Plan, SweepPlan
+from lora_search.plan.work import BaseWork, base_work
+from lora_search.spec import SweepSpec
+from lora_search.targets import skeleton
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+HOSTS_PER_NODE = 4
+TRIALS_PER_HOST = 2
+"""What `hosts: auto` comes to on one machine (sweep/placement.py)."""
+
+
+class _Memories:
+    """Predictions for one sweep's base, made as they are asked for."""
+
+    def __init__(self, spec: SweepSpec, rows: RowFacts) -> None:
+        self._spec, self._rows = spec, rows
+        self._made: dict[Setup, BaseMemory] = {}
+
+    def of(self, device: Device, *, checkpointing: bool) -> BaseMemory:
+        base = self._spec.base
+        chosen = device.compute if base.compute_dtype == "auto" else base.compute_dtype
+        setup = Setup(
+            device=device.kind,
+            compute=chosen,
+            quantised=base.quantization == "nf4",
+            checkpointing=checkpointing,
+            lanes=device.lanes,
+            validation_tokens=self._rows.validation_tokens if self._rows.measured else None,
+        )
+        if setup not in self._made:
+            self._made[setup] = BaseMemory(_skeleton(self._spec), setup)
+        return self._made[setup]
+
+
+def plan_sweep(spec: SweepSpec) -> Plan:
+    """Plan a sweep, on this machine and on well-known GPUs; nothing is trained.
+
+    Raises:
+        InputError: the base, the data or a target set cannot be used.
+    """
+    model = _skeleton(spec)
+    rows = row_facts(spec)
+    hosts, threads = _hosts_here(spec)
+    here = this_machine(spec.base.compute_dtype, use_gpu=spec.hosts.gpus_per_host > 0, hosts=hosts, threads=threads)
+    hosts = hosts if here.kind == "cpu" else 1
+    memories = _Memories(spec, rows)
+    memory = memories.of(here, checkpointing=False)
+    found = corners(spec, memory.tree, rows.longest)
+    shown = here if here.kind == "cuda" or _fits(memories, here, found) else GPUS[-1]
+    per_host = TRIALS_PER_HOST if spec.hosts.trials_per_host == "auto" else spec.hosts.trials_per_host
+    work = base_work(model.config, memory.tree, memory.weights.vocabulary)
+    sweep = _sweep(spec, rows, work, memory, found, schedule(spec, hosts * per_host))
+    plain = memories.of(shown, checkpointing=spec.base.gradient_checkpointing)
+    return Plan(
+        name=spec.name,
+        model=spec.base.model,
+        architecture=memory.tree.architecture,
+        parameters=memory.tree.total_parameters,
+        checkpointing=spec.base.gradient_checkpointing,
+        quantization=spec.base.quantization,
+        rows=rows,
+        bases=tuple(_base(memories, device) for device in (here, *([GPUS[-1]] if here.kind == "cpu" else []))),
+        by_rule=memory.by_rule,
+        corner_device=shown.name if shown.here else "a GPU in bfloat16",
+        corners=tuple(_corner(memories, shown, corner) for corner in found),
+        host=plain.host([found[-1].shape]),
+        devices=tuple(_device(memories, device, found, sweep, hosts, per_host) for device in (here, *GPUS)),
+        hosts=hosts,
+        trials_per_host=per_host,
+        familiar=familiar_figures(partial(_skeleton, spec)),
+        sweep=sweep,
+        refused=_refused(spec, memories.of(here, checkpointing=spec.base.gradient_checkpointing), found, here),
+    )
+
+
+def _skeleton(spec: SweepSpec) -> PreTrainedModel:
+    return skeleton(spec.base.model, trust_remote_code=spec.base.trust_remote_code, revision=spec.base.revision)
+
+
+def _refused(spec: SweepSpec, memory: BaseMemory, found: Sequence[Corner], device: Device) -> str | None:
+    try:
+        refuse_what_never_fits(spec, memory, found, device.usable, device.name)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _hosts_here(spec: SweepSpec) -> tuple[int, int]:
+    """Hosts on this machine without a GPU, and the threads of each."""
+    cores = os.cpu_count() or 1
+    if spec.hosts.cpus_per_host != "auto":
+        threads = min(cores, spec.hosts.cpus_per_host)
+    else:
+        wanted = HOSTS_PER_NODE if spec.hosts.count == "auto" else spec.hosts.count
+        threads = max(1, cores // wanted)
+    most = max(1, cores // threads)
+    return (most if spec.hosts.count == "auto" else min(most, spec.hosts.count)), threads
+
+
+def _fits(memories: _Memories, device: Device, found: Sequence[Corner]) -> bool:
+    return memories.of(device, checkpointing=False).host([found[-1].shape]).total <= device.usable
+
+
+def _base(memories: _Memories, device: Device) -> BasePlan:
+    memory = memories.of(device, checkpointing=False)
+    return BasePlan(device.name if device.here else "a GPU", memory.setup.compute, memory.weights)
+
+
+def _corner(memories: _Memories, device: Device, corner: Corner) -> CornerPlan:
+    kept = memories.of(device, checkpointing=False).trial(corner.shape)
+    recomputed = memories.of(device, checkpointing=True).trial(corner.shape)
+    return CornerPlan(
+        target_modules=corner.target,
+        size=corner.size,
+        rank=corner.shape.rank,
+        batch_size=corner.shape.batch_size,
+        dropout=corner.shape.dropout,
+        bytes=kept,
+        recomputed=recomputed.activations + recomputed.passing,
+    )
+
+
+def _device(
+    memories: _Memories, device: Device, found: Sequence[Corner], sweep: SweepPlan, hosts: int, per_host: int
+) -> DevicePlan:
+    smallest, largest = found[0].shape, found[-1].shape
+    plain, recomputing = (memories.of(device, checkpointing=on) for on in (False, True))
+    counts = [m.together(shape, device.usable) for m in (plain, recomputing) for shape in (smallest, largest)]
+    rate = device.flops * UTILISATION[device.kind] * (hosts if device.here else 1)
+    kernels = LAYER_KERNELS * sweep.layers / per_host + SITE_KERNELS * len(largest.targets.modules)
+    launching = sweep.passes * kernels * PASS_SECONDS[device.kind]
+    return DevicePlan(
+        name=device.name,
+        here=device.here,
+        memory=device.memory,
+        usable=device.usable,
+        compute=plain.setup.compute,
+        smallest=counts[0],
+        largest=counts[1],
+        smallest_recomputed=counts[2],
+        largest_recomputed=counts[3],
+        needs_checkpointing=counts[1] == 0 and counts[3] > 0,
+        never=counts[1] == counts[3] == 0,
+        seconds=max(sweep.flops / rate, launching) / (sweep.schedule.efficiency if device.here else 1.0),
+    )
+
+
+def _sweep(
+    spec: SweepSpec,
+    rows: RowFacts,
+    work: BaseWork,
+    memory: BaseMemory,
+    found: Sequence[Corner],
+    steps: Schedule,
+) -> SweepPlan:
+    per_step = _rows_per_step(spec) * rows.mean
+    trainable = sum(memory.trial(corner.shape).trainable for corner in found) / len(found)
+    training = work.training(
+        rows.attended, rows.targets, int(trainable), checkpointing=spec.base.gradient_checkpointing
+    )
+    forward = work.forward(rows.attended, rows.targets) + 2 * trainable
+    evaluation = steps.reports * rows.validation_tokens
+    most_reports = steps.reports / steps.expected * steps.most
+    longest = per_step * spec.max_steps / rows.mean
+    return SweepPlan(
+        schedule=steps,
+        train_tokens=int(steps.expected * per_step),
+        train_tokens_most=int(steps.most * per_step),
+        evaluation_tokens=int(evaluation),
+        passes=int(steps.expected * _mean(spec, "gradient_accumulation_steps")),
+        layers=work.layers,
+        flops=steps.expected * per_step * training + evaluation * forward,
+        flops_most=steps.most * per_step * training + most_reports * rows.validation_tokens * forward,
+        epochs=longest / rows.train_rows if rows.train_rows else None,
+    )
+
+
+def _rows_per_step(spec: SweepSpec) -> float:
+    return _mean(spec, "batch_size") * _mean(spec, "gradient_accumulation_steps")
+
+
+def _mean(spec: SweepSpec, name: str) -> float:
+    found = values(spec, name)
+    return float(sum(found) / len(found))

@@ -1,0 +1,68 @@
+"""How long a sweep's rows are: from its data, or from the sweep file where the data cannot be read here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_search.errors import InputError
+from lora_search.spec import SweepSpec
+
+ASSUMED_TARGETS = 1.0
+ASSUMED_VALIDATION_ROWS = 100
+
+
+@dataclass(frozen=True)
+class RowFacts:
+    """Lengths in tokens."""
+
+    longest: int
+    mean: float
+    attended: float
+    """Mean over the tokens of their row's length, which is what attention costs."""
+    targets: float
+    """Share of the tokens that the loss counts."""
+    train_rows: int | None
+    validation_tokens: int
+    measured: bool
+    reason: str
+    """Why not measured."""
+
+
+def row_facts(spec: SweepSpec) -> RowFacts:
+    """Tokenise the data and measure it.
+
+    Raises:
+        InputError: the data is here, and is wrong.
+    """
+    from lora_search.data import tokenize_data
+    from lora_search.model import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(spec.base)
+    except InputError:
+        return _assumed(spec, f"there is no tokenizer of {spec.base.model} here")
+    try:
+        data = tokenize_data(spec.data, tokenizer)
+    except InputError:
+        if spec.data.path.startswith("builtin:") or Path(spec.data.path).exists():
+            raise
+        return _assumed(spec, f"{spec.data.path} cannot be read here")
+    lengths = data.train.lengths_N.astype(float)
+    return RowFacts(
+        longest=int(max(lengths.max(), data.validation.lengths_N.max())),
+        mean=float(lengths.mean()),
+        attended=float((lengths**2).sum() / lengths.sum()),
+        targets=float(data.train.trained_S.mean()),
+        train_rows=len(data.train),
+        validation_tokens=len(data.validation.tokens_S),
+        measured=True,
+        reason="",
+    )
+
+
+def _assumed(spec: SweepSpec, reason: str) -> RowFacts:
+    length = spec.data.max_length
+    return RowFacts(
+        length, length, length, ASSUMED_TARGETS, None, ASSUMED_VALIDATION_ROWS * length, measured=False, reason=reason
+    )

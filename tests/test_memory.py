@@ -1,0 +1,366 @@
+"""Predicted bytes: held against the engine, against real processes, and against figures that others publish."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED, make_spec, shared
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from lora_search.errors import InputError
+from lora_search.memory import BaseMemory, Setup, TrialShape, corners, refuse_what_never_fits, weigh
+from lora_search.memory.familiar import familiar_figures
+from lora_search.memory.live import LiveBytes
+from lora_search.memory.plain import plain_step
+from lora_search.memory.weights import quantised_names
+from lora_search.space import TrialConfig
+from lora_search.spec.schema import Lora, Training
+from lora_search.targets import resolve, skeleton
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from lora_search.data import TokenizedData
+    from lora_search.engine import Engine
+    from lora_search.spec import SweepSpec
+
+CONFIGS = sorted(path.name for path in (SHARED / "configs").glob("*")) or ["(no shared data)"]
+RUNS = sorted(path.name for path in (SHARED / "peft-method-comparison").glob("*")) or ["(no shared data)"]
+CPU = Setup("cpu", "float32")
+GPU = Setup("cuda", "bfloat16")
+
+
+def built(**config: Any) -> PreTrainedModel:
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(LlamaConfig(**config))
+    return model
+
+
+def rows_of(length: int, vocabulary: int, count: int = 64) -> TokenizedData:
+    """Splits of rows of one length, every token counted."""
+    from lora_search.data import TokenizedData, TokenSplit
+
+    def split(rows: int) -> TokenSplit:
+        tokens = np.random.default_rng(0).integers(0, vocabulary, rows * length).astype(np.int32)
+        return TokenSplit(tokens, np.ones(rows * length, np.bool_), np.arange(rows + 1) * length)
+
+    return TokenizedData(split(count), split(16), split(8), 0, "", 0, 0)
+
+
+def engine_with(spec: SweepSpec, trials: int, lora: Lora, batch: int, length: int) -> Engine:
+    from lora_search.engine import Engine
+    from lora_search.model import load_base
+
+    base = load_base(spec.base, "cpu")
+    engine = Engine(base, rows_of(length, base.model.config.vocab_size))
+    for trial in range(trials):
+        engine.admit(str(trial), TrialConfig(lora, Training(batch_size=batch, steps=8)))
+    return engine
+
+
+# Weights
+
+
+def test_base_weighs_what_is_loaded(tiny_spec: SweepSpec) -> None:
+    from lora_search.model import load_base
+    from lora_search.model.precision import quantised_linears
+
+    model = load_base(tiny_spec.base, "cpu").model
+    found = weigh(skeleton(tiny_spec.base.model), CPU)
+    states = [model.get_submodule(name).weight.quant_state for name in quantised_linears(model)]
+    packed = sum(model.get_submodule(name).weight.numel() for name in quantised_linears(model))
+    tensors = [t for s in states for t in (s.absmax, s.code, s.offset, s.state2.absmax, s.state2.code)]
+    rest = sum(p.numel() * p.element_size() for p in model.parameters() if p.dtype != torch.uint8)
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    assert found.packed == packed
+    assert found.constants == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert found.unquantised == rest + buffers
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_nf4_takes_is_what_transformers_replaces(name: str) -> None:
+    from bitsandbytes.nn import Linear4bit
+    from transformers import BitsAndBytesConfig
+    from transformers.integrations import replace_with_bnb_linear
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    model = skeleton(str(shared("configs") / name))
+    expected = quantised_names(model)
+    replaced = replace_with_bnb_linear(
+        model,
+        modules_to_not_convert=get_keys_to_not_convert(model),
+        quantization_config=BitsAndBytesConfig(load_in_4bit=True),
+    )
+    assert expected == {name for name, module in replaced.named_modules() if isinstance(module, Linear4bit)}
+
+
+def test_fused_experts_stay_as_they_are() -> None:
+    weights = weigh(skeleton(str(shared("configs") / "mixtral-8x7b")), GPU)
+    assert weights.unquantised > 4 * 45e9  # bitsandbytes has no 4-bit form of a layer's experts in one parameter
+
+
+# The engine
+
+
+def test_limits_are_the_engines_own() -> None:
+    from lora_search.engine.engine import EVALUATION_TOKENS
+    from lora_search.engine.forward import LOGIT_BYTES
+    from lora_search.memory import values
+
+    assert values.LOGIT_BYTES == LOGIT_BYTES
+    assert values.EVALUATION_TOKENS == EVALUATION_TOKENS
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("target", ["attention-qv", "all-linear"])
+def test_replay_holds_what_the_engine_holds(tiny: Path, target: str, dropout: float, checkpointing: bool) -> None:
+    torch.set_num_threads(1)  # one lane: all on this thread
+    spec = make_spec(tiny, base={"gradient_checkpointing": checkpointing})
+    measured, predicted = step_bytes(spec, Lora(rank=8, dropout=dropout, target_modules=target), 2, 4, 32)
+    assert predicted == pytest.approx(measured, rel=0.05)
+
+
+def test_replay_holds_what_the_engine_holds_on_the_demo(tiny: Path) -> None:
+    torch.set_num_threads(1)
+    spec = make_spec(tiny, base={"model": "builtin:demo"})
+    measured, predicted = step_bytes(spec, Lora(rank=16, dropout=0.05, target_modules="all-linear"), 2, 4, 128)
+    assert predicted == pytest.approx(measured, rel=0.05)
+
+
+def step_bytes(spec: SweepSpec, lora: Lora, trials: int, batch: int, length: int) -> tuple[int, int]:
+    """The most that a real step held besides base and trials, and what was predicted."""
+    engine = engine_with(spec, trials, lora, batch, length)
+    names = list(engine.residents)
+    engine.step(names)
+    model = engine.base.model
+    known = [*model.parameters(), *model.buffers()]
+    for trial in engine._trials.values():
+        known += [trial.adapter.vector_P, trial.adapter.gradient_P]
+    shares = {name: engine._trials[name].next_shares(engine.data.train) for name in names}
+    with LiveBytes(known) as live:
+        engine._accumulate(shares)
+    memory = BaseMemory(
+        skeleton(spec.base.model), replace(CPU, checkpointing=spec.base.gradient_checkpointing, validation_tokens=0)
+    )
+    shape = TrialShape(resolve(memory.tree, lora.target_modules), lora.rank, lora.dropout > 0, batch, length)
+    host = memory.host([shape] * trials)
+    # Inside a kernel nobody sees what logsumexp takes.
+    return live.peak, host.activations + host.passing + host.logits // 2
+
+
+def test_layers_are_extrapolated_to_what_all_of_them_hold() -> None:
+    config = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 100}
+    few, many = (BaseMemory(built(num_hidden_layers=count, **config), GPU) for count in (3, 9))
+    shapes = [TrialShape(resolve(memory.tree, "all-linear"), 4, True, 2, 32) for memory in (few, many)]
+    replay = many._replay
+    extrapolated = many.trial(shapes[1])
+    replay._found.clear()
+    replay._layers = None  # all of them, one by one
+    assert many.trial(shapes[1]) == extrapolated
+    assert extrapolated.activations > 2 * few.trial(shapes[0]).activations
+
+
+def test_architecture_that_cannot_run_on_shapes_goes_by_a_rule() -> None:
+    from transformers import FalconConfig
+
+    config = FalconConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=100)
+    with torch.device("meta"):
+        memory = BaseMemory(AutoModelForCausalLM.from_config(config), GPU)
+    trial = memory.trial(TrialShape(resolve(memory.tree, "attention"), 4, False, 2, 32))
+    assert memory.by_rule
+    assert trial.activations > 0
+
+
+def test_checkpointing_and_smaller_batches_take_less() -> None:
+    model = {"num_hidden_layers": 8, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+    kept = BaseMemory(built(**model), GPU)
+    recomputed = BaseMemory(built(**model), replace(GPU, checkpointing=True))
+    shape = TrialShape(resolve(kept.tree, "all-linear"), 8, False, 4, 128)
+    assert recomputed.host([shape]).activations < kept.host([shape]).activations / 2
+    assert kept.trial(replace(shape, batch_size=1)).activations == pytest.approx(kept.trial(shape).activations / 4)
+    assert recomputed.together(shape, 4 << 30) > kept.together(shape, 4 << 30) > 0
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_known_model_can_be_planned(name: str) -> None:
+    for checkpointing in (False, True):
+        memory = BaseMemory(skeleton(str(shared("configs") / name)), replace(GPU, checkpointing=checkpointing))
+        shape = TrialShape(resolve(memory.tree, "attention"), 16, True, 1, 64)
+        trial = memory.trial(shape)
+        assert trial.state == 18 * trial.trainable
+        assert memory.host([shape]).total > memory.weights.total + trial.state + trial.activations
+
+
+# A real process
+
+MEASURE = """
+import sys, json, torch
+torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+from test_memory import engine_with
+from lora_search.engine.metrics import peak_memory_bytes
+from lora_search.spec import parse_spec
+from lora_search.spec.schema import Lora
+spec = parse_spec({spec!r}, source="sweep.yaml", folder={tests!r} and __import__("pathlib").Path({tests!r}))
+engine = engine_with(spec, 4, Lora(rank=16, dropout=0.05, target_modules="all-linear"), 2, 128)
+for _ in range(2):
+    engine.step(engine.residents)
+engine.report(engine.residents)
+print(peak_memory_bytes(torch.device("cpu")))
+"""
+
+
+def test_resident_size_of_a_process_is_predicted(tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8000,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(str(tmp_path / "model"))
+    sweep = f"base: {{model: {tmp_path / 'model'}, compute_dtype: float32}}\n"
+    code = MEASURE.format(tests=str(Path(__file__).parent), spec=sweep)
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    measured = int(answer.stdout.split()[-1])
+    memory = BaseMemory(skeleton(str(tmp_path / "model")), replace(CPU, validation_tokens=16 * 128))
+    shape = TrialShape(resolve(memory.tree, "all-linear"), 16, True, 2, 128)
+    predicted = memory.host([shape] * 4).total
+    print(f"resident at most {measured / 1e6:.0f} MB, predicted {predicted / 1e6:.0f} MB")
+    assert 0.95 * measured < predicted < 1.15 * measured
+
+
+# Figures that others publish
+
+TAUGHT = {  # GB: full fine-tuning in fp16 (weights and gradients), LoRA in fp16, QLoRA, QLoRA with batch 4
+    "7B": (28, 16, 6, 12),
+    "13B": (52, 30, 10, 20),
+}
+
+
+@pytest.mark.parametrize("size", list(TAUGHT))
+def test_taught_figures_are_of_this_order(size: str) -> None:
+    """Within 20 %, on these assumptions: rank 16 on attention, rows of 256 tokens, nothing recomputed, float32 for what
+    NF4 leaves out. Each of them makes a difference: longer rows, and recomputing, move the last figure most."""
+
+    def model() -> PreTrainedModel:
+        return built() if size == "7B" else skeleton(str(shared("configs") / "llama-2-13b"))
+
+    figures = familiar_figures(model)
+    print(size, [f"{figure.short / 1e9:.1f}" for figure in figures])
+    for figure, taught in zip(figures, TAUGHT[size], strict=True):
+        assert figure.short / 1e9 == pytest.approx(taught, rel=0.2)
+    batch = figures[-1]
+    assert batch.long > 1.4 * batch.short
+    assert batch.recomputed < 0.7 * batch.long
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_published_runs_of_peft_are_explained(run: str) -> None:
+    """Plain PEFT on Llama-3.2-3B in bfloat16: memory is what 4 rows of 768 tokens take, their most by the run's own
+    limit, float32 logits of all positions with it; evaluation and generation stay below that. `mem allocated avg` is
+    taken between steps, when base, trial and the last batch's logits are there."""
+    published = json.loads((shared("peft-method-comparison") / run).read_text())
+    limits, lora = published["run_info"]["train_config"], published["run_info"]["peft_config"]
+    facts = published["train_info"]
+
+    def step(length: int) -> Any:
+        model = skeleton(str(shared("configs") / "llama-3.2-3b"))
+        return plain_step(model, lora["target_modules"], lora["r"], limits["batch_size"], length, torch.bfloat16)
+
+    most = step(limits["max_seq_length"])
+    print(f"{run}: {most.peak / 1e9:.2f} GB, published {facts['accelerator_memory_max'] / 1e9:.2f}")
+    assert most.trainable == facts["num_trainable_params"]
+    assert 0.95 < most.peak / facts["accelerator_memory_max"] < 1.15
+    allocated = [metrics["mem allocated avg"] for metrics in facts["metrics"] if "mem allocated avg" in metrics]
+    between = most.weights + most.state + most.logits / limits["max_seq_length"] * 340  # mean padded length, fitted
+    assert between == pytest.approx(sum(allocated) / len(allocated), rel=0.01)
+
+
+# The space
+
+
+def test_corners_are_the_extremes_of_what_takes_memory(tiny_spec: SweepSpec) -> None:
+    memory = BaseMemory(skeleton(tiny_spec.base.model), CPU)
+    found = corners(tiny_spec, memory.tree, 32)
+    described = [(c.target, c.size, c.shape.rank, c.shape.dropout) for c in found]
+    assert described == [
+        ("attention-qv", "smallest", 2, False),
+        ("attention-qv", "common", 8, True),
+        ("all-linear", "smallest", 2, False),
+        ("all-linear", "common", 8, True),
+    ]
+    assert {c.shape.batch_size for c in found} == {4}
+
+
+@pytest.mark.parametrize(
+    ("space", "training", "length", "key"),
+    [
+        ({"rank": {"choice": [8, 4096]}}, {}, 64, "search.space.rank: found 4096"),
+        ({"rank": {"choice": [8, 16]}}, {"batch_size": 4000}, 64, "training.batch_size: found 4000"),
+        ({"batch_size": {"choice": [1, 4000]}}, {}, 64, "search.space.batch_size: found 4000"),
+        ({"rank": {"choice": [8, 16]}}, {"batch_size": 1}, 100_000, "data.max_length: found 100000"),
+    ],
+)
+def test_what_can_never_fit_is_refused_by_name(
+    tiny: Path, space: dict[str, Any], training: dict[str, Any], length: int, key: str
+) -> None:
+    search = {"space": {"target_modules": "all-linear", **space}, "enqueue": []}
+    spec = make_spec(tiny, search=search, training=training, data={"max_length": length})
+    memory = BaseMemory(skeleton(spec.base.model), replace(GPU, validation_tokens=100))
+    found = corners(spec, memory.tree, length)
+    with pytest.raises(InputError) as error:
+        refuse_what_never_fits(spec, memory, found, 100_000_000, "a small GPU")
+    message = str(error.value)
+    assert message.startswith(key)
+    assert "a small GPU has 0.1 GB to give" in message
+    assert "at most" in message
+    refuse_what_never_fits(spec, memory, found, 200_000_000_000, "a large GPU")
+
+
+def test_base_that_never_fits_is_refused_by_name(tiny_spec: SweepSpec) -> None:
+    memory = BaseMemory(skeleton(tiny_spec.base.model), GPU)
+    found = corners(tiny_spec, memory.tree, 32)
+    with pytest.raises(InputError, match=r"base\.model: .* alone takes"):
+        refuse_what_never_fits(tiny_spec, memory, found, 1000, "a GPU")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_peak_on_a_gpu_is_predicted(tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    from lora_search.engine import Engine
+    from lora_search.model import load_base
+    from lora_search.spec import Base
+
+    config = LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=16, num_attention_heads=16)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(str(tmp_path / "model"))
+    base = load_base(Base(model=str(tmp_path / "model")), "cuda")
+    engine = Engine(base, rows_of(256, 32_000))
+    for trial in range(4):
+        engine.admit(str(trial), TrialConfig(Lora(rank=16, target_modules="all-linear"), Training(batch_size=4)))
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        engine.step(engine.residents)
+    engine.report(engine.residents)
+    measured = torch.cuda.max_memory_allocated()
+    name = str(base.compute_dtype).removeprefix("torch.")
+    memory = BaseMemory(skeleton(str(tmp_path / "model")), Setup("cuda", name, validation_tokens=16 * 256))
+    shape = TrialShape(resolve(memory.tree, "all-linear"), 16, True, 4, 256)
+    predicted = memory.host([shape] * 4).total
+    print(f"allocated at most {measured / 1e9:.2f} GB, predicted {predicted / 1e9:.2f} GB")
+    assert 0.95 * measured < predicted < 1.15 * measured
