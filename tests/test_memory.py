@@ -170,9 +170,9 @@ def test_layers_are_extrapolated_to_what_all_of_them_hold() -> None:
 
 
 def test_architecture_that_cannot_run_on_shapes_goes_by_a_rule() -> None:
-    from transformers import FalconConfig
+    from transformers import BloomConfig
 
-    config = FalconConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=100)
+    config = BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=100)
     with torch.device("meta"):
         memory = BaseMemory(AutoModelForCausalLM.from_config(config), GPU)
     trial = memory.trial(TrialShape(resolve(memory.tree, "attention"), 4, False, 2, 32))

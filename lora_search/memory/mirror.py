@@ -40,7 +40,8 @@ class Pass:
     attended: bool = False
     """Whether the model asked for attention through transformers' interface."""
     anchor: torch.Tensor = field(default_factory=lambda: torch.empty((), device="meta", requires_grad=True))
-    _cast: tuple[torch.Tensor, torch.Tensor] | None = None
+    entrance: Entrance | None = None
+    """The last one."""
 
     @property
     def working(self) -> torch.dtype:
@@ -52,17 +53,31 @@ class Pass:
         dtype: torch.dtype = getattr(torch, self.setup.compute)
         return dtype
 
-    def cast(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` in the working dtype; layers that share an input share the copy."""
-        if x.dtype == self.working:
-            return x
-        if self._cast is None or self._cast[0] is not x:
-            self._cast = (x, x.to(self.working))
-        return self._cast[1]
-
     def product(self, x: torch.Tensor, out_features: int) -> torch.Tensor:
         """x W^T in the compute dtype, in the dtype of x."""
         return _made(x.to(self.compute), (*x.shape[:-1], out_features)).to(x.dtype)
+
+
+class Meeting:
+    """Where the gradients of the layers behind one entrance meet."""
+
+    def __init__(self, wants_input: bool) -> None:
+        self.wants_input = wants_input
+        self.grad_NI: torch.Tensor | None = None
+        self.grads_down: list[torch.Tensor] = []
+
+
+class Entrance:
+    """An input that layers share: there it is kept, with one dropout mask for all of them."""
+
+    def __init__(self, now: Pass, x: torch.Tensor, siblings: tuple[Site, ...]) -> None:
+        self.input = x
+        self.siblings = siblings
+        self.callers: list[Site] = []
+        self.meeting = Meeting(x.requires_grad)
+        self.x_NI: torch.Tensor
+        adapted = any(site.name in now.adapted for site in siblings)
+        self.token = _enter(x, now.anchor if adapted else None, self, now)
 
 
 class Site:
@@ -71,50 +86,82 @@ class Site:
     def __init__(self, name: str, out_features: int) -> None:
         self.name = name
         self.out_features = out_features
+        self.siblings: tuple[Site, ...] = (self,)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         now = running()
-        given, x = x.dtype, now.cast(x)
-        adapted = self.name in now.adapted
-        out: torch.Tensor = _linear(x, now.anchor if adapted else None, self, now)
-        return out.to(given) if now.setup.device == "cpu" else out
+        here = now.entrance
+        if here is None or here.input is not x:
+            here = now.entrance = Entrance(now, x, self.siblings)
+        here.callers.append(self)
+        for site in here.callers:
+            site.siblings = tuple(here.callers)  # known by the next pass
+        needed = self.name in now.adapted or here.meeting.wants_input
+        out = _linear(here.token if needed else None, self, here, now).view(*x.shape[:-1], -1)
+        return out.to(x.dtype) if now.setup.device == "cpu" else out
+
+
+class _Enter(torch.autograd.Function):
+    """drop(x) A^T, and backwards the gradients of A and of x; A of one layer is counted with the layer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor | None, entrance: Entrance, now: Pass) -> torch.Tensor:
+        x_NI = entrance.x_NI = x.reshape(-1, x.shape[-1]).to(now.working)
+        ctx.meeting, ctx.shape, ctx.dtype = entrance.meeting, x.shape, x.dtype
+        kept: tuple[torch.Tensor, ...] = ()
+        if anchor is not None:
+            kept = (x_NI, torch.empty_like(x_NI, dtype=torch.uint8)) if now.dropout else (x_NI,)
+            dropped_NI = torch.empty_like(x_NI) if now.dropout else x_NI
+            del dropped_NI
+        ctx.save_for_backward(*kept)
+        ctx.set_materialize_grads(False)
+        return x.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None, None]:
+        grad_NI, ctx.meeting.grad_NI = ctx.meeting.grad_NI, None
+        saved = ctx.saved_tensors
+        if saved:
+            x_NI, *keeps = saved
+            dropped_NI = torch.empty_like(x_NI) if keeps else x_NI
+            del dropped_NI
+            if grad_NI is not None and keeps:
+                through_NI = torch.empty_like(x_NI)
+                del through_NI
+        ctx.meeting.grads_down.clear()
+        return None if grad_NI is None else grad_NI.view(ctx.shape).to(ctx.dtype), None, None, None
+
+
+_enter: Callable[..., torch.Tensor] = _Enter.apply
 
 
 class _Linear(torch.autograd.Function):
     """The frozen product, and the adapter's own."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor | None, site: Site, now: Pass) -> torch.Tensor:
-        x_NI = x.reshape(-1, x.shape[-1])
-        y_NO = now.product(x_NI, site.out_features)
-        ctx.site, ctx.now, ctx.shape, ctx.features = site, now, x.shape, x.shape[-1]
-        ctx.keep_NI, ctx.adapted = None, anchor is not None
-        if anchor is not None:
-            if now.dropout:
-                ctx.keep_NI = torch.empty_like(x_NI, dtype=torch.bool)
-            dropped_NI = x_NI if ctx.keep_NI is None else torch.empty_like(x_NI)
-            down_NR = _made(dropped_NI, (len(x_NI), now.rank))
-            del dropped_NI
-            ctx.save_for_backward(x_NI, down_NR)
-        return y_NO.view(*x.shape[:-1], -1)
+    def forward(ctx: Any, token: torch.Tensor | None, site: Site, entrance: Entrance, now: Pass) -> torch.Tensor:
+        y_NO = now.product(entrance.x_NI, site.out_features)
+        ctx.site, ctx.now, ctx.meeting, ctx.features = site, now, entrance.meeting, entrance.x_NI.shape[-1]
+        ctx.adapted = site.name in now.adapted
+        if ctx.adapted:
+            ctx.save_for_backward(_made(entrance.x_NI, (len(entrance.x_NI), now.rank)))
+        return y_NO
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
-        site, now = ctx.site, ctx.now
-        grad_NO = grads[0].reshape(-1, grads[0].shape[-1])
-        grad_NI = now.product(grad_NO, ctx.features) if ctx.needs_input_grad[0] else None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None, None, None]:
+        (grad_NO,) = grads
+        site, now, meeting = ctx.site, ctx.now, ctx.meeting
+        if meeting.wants_input:
+            grad_NI = now.product(grad_NO, ctx.features)
+            if meeting.grad_NI is None:
+                meeting.grad_NI = grad_NI
         if ctx.adapted:
-            x_NI, down_NR = ctx.saved_tensors
-            grad_down_NR = torch.empty_like(down_NR)
+            (down_NR,) = ctx.saved_tensors
+            meeting.grads_down.append(torch.empty_like(down_NR))
             if now.working != torch.float32:
                 sum_OR = grad_NO.new_empty((site.out_features, now.rank))
                 del sum_OR
-            dropped_NI = x_NI if ctx.keep_NI is None else torch.empty_like(x_NI)
-            del dropped_NI
-            if grad_NI is not None and ctx.keep_NI is not None:
-                through_NI = _made(grad_down_NR, x_NI.shape)
-                del through_NI
-        return None if grad_NI is None else grad_NI.view(ctx.shape), None, None, None
+        return None, None, None, None
 
 
 _linear: Callable[..., torch.Tensor] = _Linear.apply

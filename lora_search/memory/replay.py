@@ -105,6 +105,8 @@ class Replay:
         )
 
     def _held(self, now: Pass, *, backward: bool) -> Held:
+        with run(now), Stands(self.setup), torch.no_grad():
+            self._hidden(now)  # in which layers learn with which others they share their input
         with run(now), LiveBytes(self._known) as live, Stands(self.setup), torch.set_grad_enabled(backward):
             hidden = self._hidden(now)
             forward = live.peak
