@@ -12,6 +12,7 @@ import gc
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any, Protocol, TypeVar
 from lora_search.checkpoint import Checkpoint
 from lora_search.errors import TrialFailed
 from lora_search.space import TrialConfig
+from lora_search.waiting import WaitingRoom
 
 T = TypeVar("T")
 
@@ -31,6 +33,10 @@ class TrainsTrials(Protocol):
 
     pack_limit: int | None
     """Most trials that it can train together, once it has found that out the hard way."""
+
+    def room(self, config: TrialConfig | None = None) -> int:
+        """Bytes that are left, with a trial more where one is given; negative where it does not fit."""
+        ...
 
     def admit(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None = None) -> None: ...
     def release(self, trial: str) -> None: ...
@@ -61,6 +67,9 @@ class Host:
         self.name = name
         self._capacity = capacity
         self._residents: set[str] = set()
+        self._waiting = WaitingRoom()
+        self._door = asyncio.Lock()
+        self._bytes_left = 0
         self._goals: dict[str, _Goal] = {}
         self._asked: list[Callable[[], None]] = []
         self._wake = threading.Condition()
@@ -76,10 +85,11 @@ class Host:
             InputError: the base cannot be loaded.
         """
 
-        def load() -> None:
+        def load() -> int:
             self._engine = self._build(data)
+            return self._engine.room()
 
-        await self._ask(load)
+        self._bytes_left = await self._ask(load)
         return {"name": self.name, "pid": os.getpid(), "capacity": self._capacity}
 
     async def unload(self) -> None:
@@ -100,26 +110,31 @@ class Host:
         """Do other work with the engine."""
         return await self._ask(lambda: work(self._engine))
 
-    async def room(self) -> int:
-        """How many more trials fit."""
-        return self._capacity - len(self._residents)
+    async def room(self) -> tuple[int, int]:
+        """How many more trials may come, and the bytes that are left for them."""
+        return self._capacity - len(self._residents), self._bytes_left
 
     async def admit(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None = None) -> bool:
-        """Make a trial resident, at its start or where a checkpoint left it; False where there is no room.
+        """Make a trial resident, at its start or where a checkpoint left it; False where it has to wait, and ask again.
 
         A trial that is resident already (its seat was lost) starts over from the checkpoint.
         """
         if trial in self._residents:
             await self.release(trial)
-        if len(self._residents) >= self._capacity:
-            return False
-        self._residents.add(trial)
-        try:
+        async with self._door:
+            left = await self._ask(lambda: self._engine.room(config)) if self._has_place else -1
+            size = self._bytes_left - left
+            fits = self._has_place and (left >= 0 or not self._residents)
+            if not self._waiting.may_enter(trial, size, fits=fits, now=time.monotonic()):
+                return False
             await self._ask(lambda: self._engine.admit(trial, config, checkpoint))
-        except BaseException:
-            self._residents.discard(trial)
-            raise
+            self._residents.add(trial)
+            self._bytes_left = left
         return True
+
+    @property
+    def _has_place(self) -> bool:
+        return len(self._residents) < self._capacity
 
     async def advance(self, trial: str, until: int) -> dict[str, Any]:
         """Train a resident trial up to a step, evaluate it, and return its report.
@@ -141,14 +156,16 @@ class Host:
         """Let a trial go; nothing happens where it is not resident."""
         if trial not in self._residents:
             return
-        await self._ask(lambda: self._let_go(trial))
+        self._bytes_left = await self._ask(lambda: self._let_go(trial))
         self._residents.discard(trial)
+        self._waiting.changed()
 
-    def _let_go(self, trial: str) -> None:
+    def _let_go(self, trial: str) -> int:
         goal = self._goals.pop(trial, None)
         if goal is not None:
             goal.report.cancel()
         self._engine.release(trial)
+        return self._engine.room()
 
     async def _ask(self, work: Callable[[], T]) -> T:
         """Have the training thread do something between two steps."""

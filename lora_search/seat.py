@@ -69,12 +69,11 @@ class Seat(tune.Trainable):  # type: ignore[misc]  # Ray's base class is untyped
     def _find_host(self) -> ActorHandle:
         """The host with most room that admits the trial; waits while all are full."""
         while True:
-            room = ray.get([host.room.remote() for host in self._hosts])
-            for index in sorted(range(len(room)), key=lambda i: -room[i]):
-                if room[index] > 0 and _get(
-                    self._hosts[index].admit.remote(self._trial, self._config, self._checkpoint)
-                ):
-                    return self._hosts[index]
+            rooms: list[tuple[int, int]] = ray.get([host.room.remote() for host in self._hosts])
+            for index in sorted(range(len(rooms)), key=lambda i: rooms[i], reverse=True):
+                host = self._hosts[index]
+                if _get(host.admit.remote(self._trial, self._config, self._checkpoint)):
+                    return host
             time.sleep(ADMISSION_RETRY_S)
 
 

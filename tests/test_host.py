@@ -33,6 +33,7 @@ class CountingEngine:
 
     def __init__(self, failing: Mapping[str, int] | None = None, broken_step: bool = False) -> None:
         self.steps: dict[str, int] = {}
+        self.ranks: dict[str, int] = {}
         self.log: list[tuple[str, ...]] = []
         self._failing = failing or {}
         self._broken = broken_step
@@ -40,9 +41,15 @@ class CountingEngine:
     def admit(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None = None) -> None:
         if config.lora.rank == 1:
             raise InputError("rank 1 is not to be had here")
+        self.ranks[trial] = config.lora.rank
         self.steps[trial] = 0 if checkpoint is None else int(checkpoint["step"])
 
+    def room(self, config: TrialConfig | None = None) -> int:
+        """Each trial takes its rank, and there are 100 of them."""
+        return 100 - sum(self.ranks.values()) - (config.lora.rank if config else 0)
+
     def release(self, trial: str) -> None:
+        del self.ranks[trial]
         del self.steps[trial]
 
     def position(self, trial: str) -> int:
@@ -107,13 +114,36 @@ def test_full_host_admits_nobody_until_one_leaves() -> None:
     async def story() -> list[Any]:
         host = await make_host(CountingEngine(), capacity=2)
         said: list[Any] = [await host.admit(trial, CONFIG) for trial in "abc"]
-        said.append(await host.room())
+        said.append((await host.room())[0])
         await host.release("a")
-        said += [await host.room(), await host.admit("c", CONFIG)]
+        said += [(await host.room())[0], await host.admit("c", CONFIG)]
         await host.release("nobody")
         return said
 
     assert asyncio.run(story()) == [True, True, False, 0, 1, True]
+
+
+def ranked(rank: int) -> TrialConfig:
+    return TrialConfig(Lora(rank=rank), Training())
+
+
+def test_trials_are_admitted_by_the_bytes_they_take() -> None:
+    async def story() -> list[Any]:
+        host = await make_host(CountingEngine(), capacity=8)
+        said: list[Any] = [await host.admit("a", ranked(60)), await host.admit("b", ranked(60))]
+        said += [await host.admit("c", ranked(40)), await host.room()]
+        await host.release("a")
+        return [*said, await host.room(), await host.admit("b", ranked(60))]
+
+    assert asyncio.run(story()) == [True, False, True, (6, 0), (7, 60), True]
+
+
+def test_trial_larger_than_the_estimate_allows_is_tried_alone() -> None:
+    async def story() -> list[bool]:
+        host = await make_host(CountingEngine(), capacity=8)
+        return [await host.admit("a", ranked(200)), await host.admit("b", ranked(2))]
+
+    assert asyncio.run(story()) == [True, False]
 
 
 def test_one_trials_failure_reaches_its_seat_alone() -> None:
@@ -135,7 +165,7 @@ def test_refused_trial_takes_no_room() -> None:
         host = await make_host(CountingEngine(), capacity=1)
         with pytest.raises(InputError, match="rank 1"):
             await host.admit("a", TrialConfig(Lora(rank=1), Training()))
-        return await host.room()
+        return (await host.room())[0]
 
     assert asyncio.run(story()) == 1
 

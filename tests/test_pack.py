@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,12 +17,14 @@ from safetensors.torch import load as load_tensors
 
 from lora_search.checkpoint import ADAPTER_WEIGHTS
 from lora_search.engine import Engine, StepMetrics
+from lora_search.errors import OUT_OF_MEMORY, TrialFailed
 from lora_search.space import TrialConfig, trial_config
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from lora_search.data import TokenizedData
+    from lora_search.engine.pack import Pack
     from lora_search.spec import SweepSpec
 
 STEPS = 20
@@ -203,3 +206,47 @@ def test_tolerances_are_not_slack(engine: Engine, spec: SweepSpec) -> None:
     ]
     print(f"largest relative difference of a loss: {max(worst):.1e}, median {statistics.median(worst):.1e}")
     assert max(worst) <= LOSS_TOLERANCE
+
+
+@pytest.fixture
+def short_of_memory(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    """Makes a pass run out of memory where it holds more than so many trials."""
+    train, measure = engine._packed.train, engine._packed.measure
+
+    def limit(trials: int) -> None:
+        def checked(run: Callable[[Pack], Any], pack: Pack) -> Any:
+            out = run(pack)  # the memory runs out late: gradients are there already
+            if len(pack.parts) > trials:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            return out
+
+        monkeypatch.setattr(engine._packed, "train", partial(checked, train))
+        monkeypatch.setattr(engine._packed, "measure", partial(checked, measure))
+
+    yield limit
+    engine.pack_limit = None
+    for trial in engine.residents:
+        engine.release(trial)
+
+
+def test_pack_that_runs_out_of_memory_is_split_and_loses_nothing(
+    engine: Engine, spec: SweepSpec, short_of_memory: Callable[[int], None]
+) -> None:
+    configs = [trial_config(spec, {"rank": 4 + index, "seed": index, "dropout": 0.1}) for index in range(8)]
+    undisturbed = five_losses(engine, configs, range(8))
+    short_of_memory(2)
+    assert five_losses(engine, configs, range(8)) == undisturbed
+    assert engine.pack_limit == 2
+
+
+def test_trial_too_large_alone_fails_with_that_reason_and_no_other(
+    engine: Engine, spec: SweepSpec, short_of_memory: Callable[[int], None]
+) -> None:
+    engine.admit("a", trial_config(spec, {"rank": 4}))
+    short_of_memory(0)
+    outcome = engine.step(["a"])["a"]
+    assert isinstance(outcome, TrialFailed)
+    assert str(outcome).startswith(OUT_OF_MEMORY)
+    assert engine.position("a") == 0
+    short_of_memory(1)
+    assert losses_of(engine.step(["a"]))  # the engine lives on

@@ -10,10 +10,10 @@ import pytest
 from conftest import make_spec
 
 from lora_search.errors import InputError
+from lora_search.placement import Node, place_hosts
 from lora_search.rundir import create_run
 from lora_search.spec import Hosts
 from lora_search.sweep import run_sweep
-from lora_search.sweep.placement import Node, place_hosts
 
 CASES: list[tuple[str, list[Node], dict[str, Any], list[tuple[str, int, int]]]] = [
     ("laptop", [Node("a", 2, 0)], {}, [("a", 1, 0), ("a", 1, 0)]),

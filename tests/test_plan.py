@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ from conftest import make_spec, shared
 
 from lora_search.cli import main
 from lora_search.plan import plan_sweep
-from lora_search.plan.compose import _hosts_here
 from lora_search.plan.devices import GPUS
 from lora_search.plan.schedule import expected_lengths, fill, schedule
 from lora_search.plan.work import base_work
@@ -57,16 +55,6 @@ def test_work_of_a_token_is_six_operations_a_number_without_a_frozen_gradient() 
     assert work.forward(0, 1) == pytest.approx(2 * 7.5e9, rel=0.01)  # all but the embedding
     assert work.training(0, 1, 0, checkpointing=False) == 2 * work.forward(0, 1)
     assert work.training(0, 1, 0, checkpointing=True) > 2.9 * work.forward(0, 1)
-
-
-def test_hosts_here_are_where_the_sweep_places_them(tiny: Path) -> None:
-    from lora_search.sweep.placement import Node, place_hosts
-
-    cores = os.cpu_count() or 1
-    for hosts in ({}, {"count": 1}, {"cpus_per_host": 1}):
-        spec = make_spec(tiny, hosts=hosts)
-        places = place_hosts([Node("here", cores, 0)], spec.hosts)
-        assert _hosts_here(spec) == (len(places), places[0].threads)
 
 
 def test_plan_says_what_fits_and_what_it_takes(tiny: Path) -> None:

@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from conftest import make_spec
 from transformers import MixtralConfig
 
 from lora_search.errors import InputError
-from lora_search.sweep.prepare import prepare
+from lora_search.placement import HostPlace
+from lora_search.sweep.prepare import DataSummary
+from lora_search.sweep.prepare import prepare as prepare_at
+
+if TYPE_CHECKING:
+    from lora_search.data import TokenizedData
+    from lora_search.spec import SweepSpec
+
+
+def prepare(spec: SweepSpec) -> tuple[DataSummary, TokenizedData]:
+    return prepare_at(spec, HostPlace("host-0", "node", cpus=1, gpus=0))
+
+
+def test_trial_that_can_never_fit_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_search.sweep.capacity.usable_bytes", lambda device, hosts: 640 << 20)
+    space = {"rank": {"choice": [4, 2048]}}
+    with pytest.raises(InputError, match=r"search\.space\.rank: found 2048.*at most \d+ fits"):
+        prepare(make_spec(tiny, search={"space": space}))
 
 
 def test_data_is_tokenised_and_summed_up(tiny: Path) -> None:

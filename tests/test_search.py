@@ -10,6 +10,7 @@ import pytest
 from conftest import make_spec
 from optuna.trial import TrialState
 
+from lora_search.errors import OUT_OF_MEMORY
 from lora_search.search import StudySearcher, create_study, open_study
 from lora_search.search.study import planned_trials
 from lora_search.spec import SweepSpec
@@ -47,7 +48,42 @@ def test_failed_trial_is_told_fail(tiny_spec: SweepSpec, tmp_path: Path) -> None
     search.suggest("a")
     search.on_trial_result("a", result(2, 3.0))
     search.on_trial_complete("a", error=True)
+    search.explain_failure(0, "loss is nan at step 3")
     assert open_study(tmp_path).trials[0].state == TrialState.FAIL
+
+
+def test_failed_trial_that_nobody_explains_is_told_fail(tiny_spec: SweepSpec, tmp_path: Path) -> None:
+    search = searcher(tiny_spec, tmp_path)
+    search.suggest("a")
+    search.on_trial_complete("a", error=True)
+    search.close()
+    assert open_study(tmp_path).trials[0].state == TrialState.FAIL
+
+
+def test_trial_too_large_for_its_device_is_told_infeasible(tiny_spec: SweepSpec, tmp_path: Path) -> None:
+    search = searcher(tiny_spec, tmp_path)
+    search.suggest("a")
+    search.on_trial_complete("a", error=True)
+    search.explain_failure(0, f"{OUT_OF_MEMORY} at step 1, with no other trial in the pass: ...")
+    (trial,) = open_study(tmp_path).trials
+    assert trial.state == TrialState.PRUNED
+    assert trial.constraints == {"memory": 1.0}
+
+
+def test_sampler_learns_to_avoid_what_is_infeasible(tiny: Path, tmp_path: Path) -> None:
+    """Ranks above 32 run out of memory, and would else be the best; TPE must come to propose them seldom."""
+    space = {"rank": {"int_uniform": [1, 64]}, "target_modules": "all-linear"}
+    search = searcher(make_spec(tiny, search={"space": space, "trials": 60}), tmp_path)
+    ranks = []
+    for number in range(60):
+        rank = search.suggest(str(number))["params"]["rank"]
+        ranks.append(rank)
+        if rank > 32:
+            search.on_trial_complete(str(number), error=True)
+            search.explain_failure(number, OUT_OF_MEMORY)
+        else:
+            search.on_trial_complete(str(number), result(8, 3.0 - rank / 64))
+    assert sum(rank > 32 for rank in ranks[30:]) < 10
 
 
 def test_trial_that_ends_twice_is_told_once(tiny_spec: SweepSpec, tmp_path: Path) -> None:

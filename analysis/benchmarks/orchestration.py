@@ -24,11 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_search.checkpoint import Checkpoint, seal
+from lora_search.placement import HostPlace
 from lora_search.rundir import create_run
 from lora_search.space import TrialConfig
 from lora_search.spec import SweepSpec, parse_spec
 from lora_search.sweep.cluster import cluster, start_hosts
-from lora_search.sweep.placement import HostPlace
 from lora_search.sweep.run import search
 from lora_search.tracking import Observer
 from lora_search.tracking.wandb import WandbRuns

@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
 from lora_search.checkpoint import Checkpoint
-from lora_search.data import TokenizedData, flatten, rows_by_length
+from lora_search.data import TokenizedData, TokenSplit, flatten, rows_by_length
 from lora_search.engine.adapter import FlatAdapter, Places
 from lora_search.engine.evaluate import Evaluation
 from lora_search.engine.forward import PackedBase
@@ -24,6 +24,7 @@ from lora_search.engine.pack import Share
 from lora_search.engine.random import seeded
 from lora_search.engine.trial import ResidentTrial, lora_config
 from lora_search.errors import OUT_OF_MEMORY, TrialFailed
+from lora_search.memory.gauge import Gauge
 from lora_search.model import FrozenBase
 from lora_search.space import TrialConfig
 from lora_search.targets import module_tree, resolve
@@ -41,20 +42,23 @@ class Engine:
     whether it was taken out and brought back in between.
     """
 
-    def __init__(self, base: FrozenBase, data: TokenizedData, lanes: int = 1) -> None:
+    def __init__(self, base: FrozenBase, data: TokenizedData, lanes: int = 1, gauge: Gauge | None = None) -> None:
         """
         Args:
+            gauge: says what fits together; without one, everything does.
             lanes: on a CPU, passes that run side by side; each has an equal share of torch's threads, always the same,
                 for the last bits of a product may depend on how many threads it has.
         """
         self.base = base
         self.data = data
+        self._gauge = gauge
         self._tree = module_tree(base.model)
         self._peft: PeftModel | None = None
         self._trials: dict[str, ResidentTrial] = {}
         self._untrained: dict[str, Evaluation] = {}
         self.pack_limit: int | None = None
         """Most trials that go into one pass; None until memory has run out for the first time."""
+        self._evaluation_tokens = EVALUATION_TOKENS[base.device.type]
         self._lanes = Lanes(base.device, lanes)
         self._sites = self._attach_sites()
         self._places = {name: site.place for name, site in self._sites.items()}
@@ -64,6 +68,13 @@ class Engine:
     @property
     def residents(self) -> tuple[str, ...]:
         return tuple(self._trials)
+
+    def room(self, config: TrialConfig | None = None) -> int:
+        """Bytes left beside the residents, and a trial more where one is given; negative where it does not fit."""
+        if self._gauge is None:
+            return 0
+        configs = [trial.config for trial in self._trials.values()]
+        return self._gauge.room(configs if config is None else [*configs, config])
 
     def admit(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None = None) -> None:
         """Make a trial resident, at its start or where a checkpoint left it.
@@ -169,9 +180,7 @@ class Engine:
         finally:
             for trial in group.values():
                 trial.adapter.gradient_P.zero_()
-        # Outside of the handler: the exception holds the frames, and with them the tensors, of the failed pass.
-        if self.base.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._free_memory()  # outside of the handler: the exception holds the failed pass's frames and their tensors
         if len(names) == 1:
             step = group[names[0]].step + 1
             reason = f"{OUT_OF_MEMORY} at step {step}, with no other trial in the pass: {message}"
@@ -180,6 +189,10 @@ class Engine:
         self.pack_limit = min(half, self.pack_limit or half)
         logger.warning("out of memory with %d trials in one pass; from now on at most %d", len(names), self.pack_limit)
         return self._step_group(names[:half]) | self._step_group(names[half:])
+
+    def _free_memory(self) -> None:
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _accumulate(self, shares: dict[str, list[Share]]) -> dict[str, float]:
         """All forward and backward passes of a step; the trials' losses."""
@@ -227,6 +240,8 @@ class Engine:
             except TrialFailed as failure:
                 reports[name] = failure
             resident.window, resident.window_seconds = [], 0.0
+        if self._gauge is not None:
+            self._gauge.saw([trial.config for trial in self._trials.values()], peak_memory_bytes(self.base.device))
         return reports
 
     def _report(self, trial: ResidentTrial, evaluation: Evaluation) -> Report:
@@ -267,8 +282,20 @@ class Engine:
         return self._untrained[split]
 
     def _measure(self, adapters: Sequence[FlatAdapter | None], split: str) -> list[Evaluation]:
+        """The standing of each adapter on a split, in smaller passes from here on where memory runs out."""
         rows = {"validation": self.data.validation, "test": self.data.test}[split]
-        tokens = max(1, EVALUATION_TOKENS[self.base.device.type] // len(adapters))
+        while True:
+            try:
+                return self._measure_in_passes(adapters, rows)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error) or self._evaluation_tokens < int(rows.lengths_N.max()):
+                    raise
+            self._free_memory()
+            self._evaluation_tokens //= 2
+            logger.warning("out of memory in an evaluation; from now on %d tokens a pass", self._evaluation_tokens)
+
+    def _measure_in_passes(self, adapters: Sequence[FlatAdapter | None], rows: TokenSplit) -> list[Evaluation]:
+        tokens = max(1, self._evaluation_tokens // len(adapters))
 
         def measure(picked: list[int]) -> tuple[list[tuple[float, int]], int]:
             batch = flatten(rows, picked)

@@ -12,7 +12,17 @@ from lora_search.memory import BaseMemory, Corner, Setup, corners
 from lora_search.memory.corners import values
 from lora_search.memory.familiar import familiar_figures
 from lora_search.memory.refuse import refuse_what_never_fits
-from lora_search.plan.devices import GPUS, LAYER_KERNELS, PASS_SECONDS, SITE_KERNELS, UTILISATION, Device, this_machine
+from lora_search.placement import Node, most_trials, place_hosts
+from lora_search.plan.devices import (
+    GPUS,
+    LAYER_KERNELS,
+    PASS_SECONDS,
+    SITE_KERNELS,
+    UTILISATION,
+    Device,
+    gpu_count,
+    this_machine,
+)
 from lora_search.plan.rows import RowFacts, row_facts
 from lora_search.plan.schedule import Schedule, schedule
 from lora_search.plan.values import BasePlan, CornerPlan, DevicePlan, Plan, SweepPlan
@@ -22,10 +32,6 @@ from lora_search.targets import skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-HOSTS_PER_NODE = 4
-TRIALS_PER_HOST = 2
-"""What `hosts: auto` comes to on one machine (sweep/placement.py)."""
 
 
 class _Memories:
@@ -59,14 +65,16 @@ def plan_sweep(spec: SweepSpec) -> Plan:
     """
     model = _skeleton(spec)
     rows = row_facts(spec)
-    hosts, threads = _hosts_here(spec)
-    here = this_machine(spec.base.compute_dtype, use_gpu=spec.hosts.gpus_per_host > 0, hosts=hosts, threads=threads)
-    hosts = hosts if here.kind == "cpu" else 1
+    places = place_hosts([Node("here", os.cpu_count() or 1, gpu_count())], spec.hosts)
+    hosts = len(places)
+    here = this_machine(spec.base.compute_dtype, places[0])
     memories = _Memories(spec, rows)
     memory = memories.of(here, checkpointing=False)
     found = corners(spec, memory.tree, rows.longest)
     shown = here if here.kind == "cuda" or _fits(memories, here, found) else GPUS[-1]
-    per_host = TRIALS_PER_HOST if spec.hosts.trials_per_host == "auto" else spec.hosts.trials_per_host
+    per_host = most_trials(places[0], spec.hosts)
+    if spec.hosts.trials_per_host == "auto":
+        per_host = max(1, min(per_host, memory.together(found[-1].shape, here.usable)))
     work = base_work(model.config, memory.tree, memory.weights.vocabulary)
     sweep = _sweep(spec, rows, work, memory, found, schedule(spec, hosts * per_host))
     plain = memories.of(shown, checkpointing=spec.base.gradient_checkpointing)
@@ -102,18 +110,6 @@ def _refused(spec: SweepSpec, memory: BaseMemory, found: Sequence[Corner], devic
     except InputError as error:
         return str(error)
     return None
-
-
-def _hosts_here(spec: SweepSpec) -> tuple[int, int]:
-    """Hosts on this machine without a GPU, and the threads of each."""
-    cores = os.cpu_count() or 1
-    if spec.hosts.cpus_per_host != "auto":
-        threads = min(cores, spec.hosts.cpus_per_host)
-    else:
-        wanted = HOSTS_PER_NODE if spec.hosts.count == "auto" else spec.hosts.count
-        threads = max(1, cores // wanted)
-    most = max(1, cores // threads)
-    return (most if spec.hosts.count == "auto" else min(most, spec.hosts.count)), threads
 
 
 def _fits(memories: _Memories, device: Device, found: Sequence[Corner]) -> bool:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from typing import Literal
+
+from lora_search.memory.gauge import GAPS, usable_bytes
+from lora_search.placement import HostPlace
 
 MIB = 1 << 20
 
 CONTEXT_BYTES = 512 * MIB
 """What CUDA takes of a GPU for itself, with its kernels loaded."""
-
-GAPS = 0.04
-"""Share of a GPU that torch's allocator cannot use because free pieces are too small."""
 
 UTILISATION = {"cuda": 0.35, "cpu": 0.35}
 """Share of a device's rate at matrix products that a sweep reaches: de-quantising, norms, attention, dropout and the
@@ -65,26 +64,32 @@ GPUS = (
 """Memory as torch finds it, dense rate as the makers state it. A T4 has no bfloat16, so that `auto` is float32."""
 
 
-def this_machine(compute_dtype: str, *, use_gpu: bool, hosts: int, threads: int) -> Device:
+def gpu_count() -> int:
+    """GPUs of this machine."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def this_machine(compute_dtype: str, place: HostPlace) -> Device:
     """What one host of a sweep has on this machine.
 
     Args:
         compute_dtype: of the sweep file.
-        hosts: that share this machine's memory, where it has no GPU.
-        threads: of each host.
     """
     import torch
 
     from lora_search.model.precision import compute_dtype as chosen
 
-    if use_gpu and torch.cuda.is_available():
+    if place.gpus:
         properties = torch.cuda.get_device_properties(0)
         dtype = _name(chosen(compute_dtype, torch.device("cuda", 0)))
         known = [gpu for gpu in GPUS if gpu.name.split()[0] in properties.name]
         flops = known[0].flops if known else 100e12
         return Device(properties.name, "cuda", properties.total_memory, dtype, flops, here=True)
     dtype = _name(chosen(compute_dtype, torch.device("cpu")))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // hosts
+    threads = place.threads
+    memory = usable_bytes(torch.device("cpu"), place.neighbours)
     name = f"a host here ({threads} core{'s' * (threads > 1)})"
     return Device(name, "cpu", memory, dtype, _measured_flops(dtype) * threads, threads, here=True)
 

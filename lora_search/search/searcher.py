@@ -14,8 +14,12 @@ import optuna
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
+from lora_search.errors import OUT_OF_MEMORY
 from lora_search.search.study import decode, distributions
 from lora_search.spec import SweepSpec
+
+MEMORY = "memory"
+"""Optuna's constraint: above zero where a trial alone is too large for its device."""
 
 
 class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's base class is untyped
@@ -27,6 +31,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's base class is unty
         self._distributions = distributions(self._space)
         self._study = study
         self._trials: dict[str, optuna.Trial] = {}
+        self._failed: dict[int, optuna.Trial] = {}
+        """Not told yet: Tune says that a trial failed before it says why."""
         self._reported: dict[int, int] = {}
 
     def suggest(self, trial_id: str) -> dict[str, Any]:
@@ -38,18 +44,40 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's base class is unty
         self._report(self._trials[trial_id], result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell the study COMPLETE for a trial trained to its last step, PRUNED for a stopped one, else FAIL."""
+        """Tell the study COMPLETE for a trial trained to its last step, PRUNED for a stopped one.
+
+        A failed one is told as soon as it is known why: see `explain_failure`.
+        """
         trial = self._trials.pop(trial_id, None)
         if trial is None:
             return
         if error or not result or self.metric not in result:
-            self._study.tell(trial, state=TrialState.FAIL)
+            self._failed[trial.number] = trial
             return
         self._report(trial, result)
         if result["step"] >= result["steps_total"]:
             self._study.tell(trial, result[self.metric])
         else:
             self._study.tell(trial, state=TrialState.PRUNED)
+
+    def explain_failure(self, number: int, reason: str | None) -> None:
+        """Tell the study of a failed trial: FAIL; but of one too large for its device, that it is infeasible.
+
+        TPE does not look at failed trials. What it avoids is a trial that violates a constraint, PRUNED.
+        """
+        trial = self._failed.pop(number, None)
+        if trial is None:
+            return
+        if reason is not None and reason.startswith(OUT_OF_MEMORY):
+            trial.set_constraint(MEMORY, 1.0)
+            self._study.tell(trial, state=TrialState.PRUNED)
+        else:
+            self._study.tell(trial, state=TrialState.FAIL)
+
+    def close(self) -> None:
+        """Tell FAIL of every failed trial that nobody has explained."""
+        for number in list(self._failed):
+            self.explain_failure(number, None)
 
     def _report(self, trial: optuna.Trial, result: dict[str, Any]) -> None:
         step = int(result["step"])

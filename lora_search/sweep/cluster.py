@@ -15,8 +15,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lora_search.errors import SweepError
 from lora_search.host import Host, TrainsTrials
+from lora_search.placement import HostPlace, Node, most_trials, place_hosts
 from lora_search.spec import SweepSpec
-from lora_search.sweep.placement import HostPlace, Node, place_hosts, trials_per_host
+from lora_search.sweep.capacity import device_of, gauge
 
 if TYPE_CHECKING:
     from lora_search.data import TokenizedData
@@ -144,7 +145,7 @@ def start_hosts(spec: SweepSpec, build: Build) -> Hosts:
         build: makes the engine on the host.
     """
     places = place_hosts(nodes(), spec.hosts)
-    capacity = trials_per_host(spec.hosts)
+    capacities = [most_trials(place, spec.hosts) for place in places]
     actor_class = ray.remote(Host)
     actors = tuple(
         actor_class.options(
@@ -153,9 +154,9 @@ def start_hosts(spec: SweepSpec, build: Build) -> Hosts:
             max_concurrency=HOST_CONCURRENCY,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=place.node, soft=False),
         ).remote(place.name, capacity, partial(build, spec, place, capacity))
-        for place in places
+        for place, capacity in zip(places, capacities, strict=True)
     )
-    return Hosts(places, actors, capacity * len(actors))
+    return Hosts(places, actors, sum(capacities))
 
 
 def build_engine(spec: SweepSpec, place: HostPlace, capacity: int, data: TokenizedData) -> TrainsTrials:
@@ -166,9 +167,9 @@ def build_engine(spec: SweepSpec, place: HostPlace, capacity: int, data: Tokeniz
     from lora_search.model import load_base
 
     torch.set_num_threads(place.threads)
-    device = "cuda" if place.gpus and torch.cuda.is_available() else "cpu"
-    base = load_base(spec.base, device)
-    return Engine(base, data, lanes=min(place.threads, capacity))
+    lanes = min(place.threads, capacity)
+    fits = gauge(spec, place, lanes, data) if spec.hosts.trials_per_host == "auto" else None
+    return Engine(load_base(spec.base, device_of(place)), data, lanes, fits)
 
 
 def import_engine() -> None:

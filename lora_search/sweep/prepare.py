@@ -1,6 +1,6 @@
 """What is done once before any trial: the data is tokenised, and the space held against the base's real modules.
 
-Runs in a worker of its own, so that the driver never imports torch.
+Runs on a host, so that the driver never imports torch.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lora_search.errors import InputError
+from lora_search.placement import HostPlace
 from lora_search.spec import SweepSpec
 from lora_search.spec.schema import Lora
+from lora_search.sweep.capacity import refuse_too_large
 
 if TYPE_CHECKING:
     from lora_search.data import TokenizedData
@@ -29,11 +31,11 @@ class DataSummary:
     fingerprint: str
 
 
-def prepare(spec: SweepSpec) -> tuple[DataSummary, TokenizedData]:
-    """Tokenise the data and check every target set of the space.
+def prepare(spec: SweepSpec, place: HostPlace) -> tuple[DataSummary, TokenizedData]:
+    """Tokenise the data, and check every target set of the space and that each trial fits, on a host at that place.
 
     Raises:
-        InputError: the base, the data or a target set cannot be used.
+        InputError: the base, the data or a target set cannot be used, or a trial can never fit.
     """
     from lora_search.data import tokenize_data
     from lora_search.model import load_tokenizer
@@ -52,6 +54,7 @@ def prepare(spec: SweepSpec) -> tuple[DataSummary, TokenizedData]:
                 "adapts without dropout only; set dropout: 0"
             )
     data = tokenize_data(spec.data, load_tokenizer(spec.base))
+    refuse_too_large(spec, place, data)
     summary = DataSummary(
         len(data.train),
         len(data.validation),

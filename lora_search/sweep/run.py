@@ -98,7 +98,7 @@ def _run(spec: SweepSpec, run: RunDirectory, observers: Sequence[Observer], addr
         say("preparing the data and the hosts")
         hosts = start_hosts(spec, build_engine)
         try:
-            summary, data = hosts.prepare(partial(prepare, spec), import_engine)
+            summary, data = hosts.prepare(partial(prepare, spec, hosts.places[0]), import_engine)
             say(_data_line(summary))
             ready = hosts.load(data)
             write_provenance(run.provenance, facts | {"data": asdict(summary), "hosts": ready})
@@ -129,7 +129,8 @@ def search(spec: SweepSpec, run: RunDirectory, hosts: Hosts, observers: Sequence
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     planned = planned_trials(spec)
     record = RunRecord(run.trials)
-    told = [record, _Release(hosts), *observers]
+    searcher = StudySearcher(spec, create_study(spec, run.path))
+    told = [record, _Release(hosts), _Explain(searcher), *observers]
     try:
         with _sigterm_as_sigusr1():
             # tune.run, not Tuner: that one pickles every callback and searcher into the run directory.
@@ -137,7 +138,7 @@ def search(spec: SweepSpec, run: RunDirectory, hosts: Hosts, observers: Sequence
                 tune.with_resources(
                     tune.with_parameters(Seat, spec=spec, hosts=hosts.actors), seat_resources(hosts.capacity)
                 ),
-                search_alg=StudySearcher(spec, create_study(spec, run.path)),
+                search_alg=searcher,
                 scheduler=_scheduler(spec),
                 num_samples=planned,
                 max_concurrent_trials=hosts.capacity,
@@ -152,6 +153,7 @@ def search(spec: SweepSpec, run: RunDirectory, hosts: Hosts, observers: Sequence
                 verbose=0,
             )
     finally:
+        searcher.close()
         record.close()
     ended = sum(row["state"] != "running" for row in run_rows(run))
     if ended < planned:
@@ -197,6 +199,17 @@ class _Release(Observer):
 
     def trial_ended(self, trial: int, state: str, reason: str | None) -> None:
         self._hosts.release(trial)
+
+
+class _Explain(Observer):
+    """Tells the searcher why a trial failed."""
+
+    def __init__(self, searcher: StudySearcher) -> None:
+        self._searcher = searcher
+
+    def trial_ended(self, trial: int, state: str, reason: str | None) -> None:
+        if state == "failed":
+            self._searcher.explain_failure(trial, reason)
 
 
 @contextmanager

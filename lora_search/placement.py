@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora_search.errors import InputError
 from lora_search.spec import Hosts
@@ -13,8 +14,12 @@ HOSTS_PER_NODE = 4
 of many: OpenMP's threads wait for each other at every product, and where another program takes one of their cores for
 a moment all of them stand still (analysis/benchmarks/NOTES.md)."""
 
-TRIALS_PER_HOST = 2
-"""Trials resident on a host, where the sweep file leaves it open: one trains while the other is reported."""
+TRIALS_PER_CORE = 2
+"""Trials resident on a host without a GPU for each of its threads, where the sweep file leaves it open: a longer pack
+gains little there (analysis/benchmarks/NOTES.md), and the more trials run at once, the less the search learns."""
+
+TRIALS_PER_GPU = 16
+"""The same for a GPU, where memory does not say less."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class HostPlace:
     cpus: int
     """Cores that Ray sets aside for it; none where a node has fewer cores than GPUs."""
     gpus: int
+    neighbours: int = 1
+    """Hosts on the same node, this one among them."""
 
     @property
     def threads(self) -> int:
@@ -68,12 +75,16 @@ def place_hosts(nodes: Sequence[Node], hosts: Hosts) -> tuple[HostPlace, ...]:
             f"hosts.count: found {hosts.count}, but the cluster ({has}) has room for {len(places)} hosts "
             f"with gpus_per_host {hosts.gpus_per_host} and cpus_per_host {hosts.cpus_per_host}"
         )
-    return tuple(places[:wanted])
+    chosen = places[:wanted]
+    on_node = Counter(place.node for place in chosen)
+    return tuple(replace(place, neighbours=on_node[place.node]) for place in chosen)
 
 
-def trials_per_host(hosts: Hosts) -> int:
-    """Trials resident on a host at once."""
-    return TRIALS_PER_HOST if hosts.trials_per_host == "auto" else hosts.trials_per_host
+def most_trials(place: HostPlace, hosts: Hosts) -> int:
+    """Trials resident on a host at once, at most; where the sweep file leaves it open, its memory has a say too."""
+    if hosts.trials_per_host != "auto":
+        return hosts.trials_per_host
+    return TRIALS_PER_GPU * place.gpus if place.gpus else TRIALS_PER_CORE * place.threads
 
 
 def _group(cores: int, hosts: Hosts, nodes: int) -> int:

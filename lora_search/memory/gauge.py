@@ -1,0 +1,84 @@
+"""A host's own view of its memory: what its trials would take, corrected by what they have been seen to take."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lora_search.memory.corners import corners, largest
+from lora_search.memory.estimate import BaseMemory
+from lora_search.memory.values import TrialShape
+from lora_search.space import TrialConfig
+from lora_search.spec import SweepSpec
+from lora_search.targets import resolve
+
+if TYPE_CHECKING:
+    import torch
+
+GAPS = 0.04
+"""Share of a GPU that torch's allocator cannot use because free pieces are too small."""
+
+BOUNDS = (0.5, 2.0)
+"""Of the correction: beyond, something else than these trials has been measured."""
+
+
+class Gauge:
+    """Says whether trials fit together on one host, and how much room is left."""
+
+    def __init__(self, spec: SweepSpec, memory: BaseMemory, capacity: int, longest: int) -> None:
+        """
+        Args:
+            capacity: bytes that the host may take.
+            longest: tokens of the longest row.
+        """
+        self.capacity = capacity
+        self.correction = 1.0
+        """What was measured, of what was predicted."""
+        self._memory = memory
+        self._longest = longest
+        self._largest = largest(corners(spec, memory.tree, longest)).shape
+        self._most_predicted = 0
+
+    def room(self, configs: Sequence[TrialConfig]) -> int:
+        """Bytes that a host with these trials has left; negative where they do not fit together.
+
+        Where so many of the largest trials of the space would fit, it is not looked at more closely.
+        """
+        at_most = int(self.correction * self._memory.host([self._largest] * len(configs)).total)
+        if at_most <= self.capacity:
+            return self.capacity - at_most
+        return self.capacity - int(self.correction * self._predicted(configs))
+
+    def saw(self, configs: Sequence[TrialConfig], peak: int) -> None:
+        """Learn from the most bytes that the host has ever taken, the last time with these trials.
+
+        The peak is compared with the largest prediction so far: neither ever falls.
+        """
+        if 2 * self._memory.host([self._largest] * len(configs)).total <= self.capacity:
+            return  # there is room enough, however wrong a prediction is
+        self._most_predicted = max(self._most_predicted, self._predicted(configs))
+        low, high = BOUNDS
+        self.correction = min(high, max(low, peak / self._most_predicted))
+
+    def _predicted(self, configs: Sequence[TrialConfig]) -> int:
+        return self._memory.host([self._shape(config) for config in configs]).total
+
+    def _shape(self, config: TrialConfig) -> TrialShape:
+        return TrialShape(
+            targets=resolve(self._memory.tree, config.lora.target_modules),
+            rank=config.lora.rank,
+            dropout=config.lora.dropout > 0,
+            batch_size=config.training.batch_size,
+            length=self._longest,
+        )
+
+
+def usable_bytes(device: torch.device, hosts: int) -> int:
+    """What one of so many hosts on this machine may take: of the GPU's free memory, or of the machine's."""
+    if device.type == "cuda":
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(device)
+        return int((free + torch.cuda.memory_reserved(device)) * (1 - GAPS))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // hosts

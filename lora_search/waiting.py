@@ -1,0 +1,63 @@
+"""Who is let in next: trials that wait for room on a host. Values only; the host says what fits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FORGOTTEN_S = 1.0
+"""A trial that has not asked for so long has found room elsewhere."""
+
+PATIENCE = 4
+"""So many later trials may be let in before a trial; then it goes before all others."""
+
+
+@dataclass
+class _Waiter:
+    size: int
+    since: float
+    asked: float
+    overtaken: int = 0
+    refused_at: int = -1
+    """The state of the room in which it did not fit."""
+
+
+class WaitingRoom:
+    """The largest trial that fits goes first, so that small ones fill what is left; but nobody waits for ever."""
+
+    def __init__(self) -> None:
+        self._waiters: dict[str, _Waiter] = {}
+        self._state = 0
+
+    def may_enter(self, trial: str, size: int, *, fits: bool, now: float) -> bool:
+        """Whether a trial that asks is let in; where it is not, it waits, and asks again.
+
+        Args:
+            size: of whatever unit.
+            fits: whether there is room for it at present.
+            now: seconds on any clock.
+        """
+        self._waiters = {name: other for name, other in self._waiters.items() if now - other.asked <= FORGOTTEN_S}
+        waiter = self._waiters.setdefault(trial, _Waiter(size, now, now))
+        waiter.asked = now
+        if not fits:
+            waiter.refused_at = self._state
+            return False
+        if self._next() != trial:
+            return False
+        del self._waiters[trial]
+        for other in self._waiters.values():
+            other.overtaken += other.since < waiter.since
+        self.changed()
+        return True
+
+    def changed(self) -> None:
+        """There is more or less room than before: who did not fit may ask again."""
+        self._state += 1
+
+    def _next(self) -> str:
+        """Who waits too long already, else the largest of those that may fit."""
+        overdue = [name for name, waiter in self._waiters.items() if waiter.overtaken >= PATIENCE]
+        if overdue:
+            return min(overdue, key=lambda name: self._waiters[name].since)
+        may_fit = [name for name, waiter in self._waiters.items() if waiter.refused_at != self._state]
+        return max(may_fit, key=lambda name: (self._waiters[name].size, -self._waiters[name].since))
