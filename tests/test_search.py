@@ -71,7 +71,7 @@ def test_trial_too_large_for_its_device_is_told_infeasible(tiny_spec: SweepSpec,
 
 
 def test_sampler_learns_to_avoid_what_is_infeasible(tiny: Path, tmp_path: Path) -> None:
-    """Ranks above 32 run out of memory, and would else be the best; TPE must come to propose them seldom."""
+    """Ranks above 32 run out of memory; TPE must come to propose them seldom."""
     space = {"rank": {"int_uniform": [1, 64]}, "target_modules": "all-linear"}
     search = searcher(make_spec(tiny, search={"space": space, "trials": 60}), tmp_path)
     ranks = []
@@ -82,8 +82,8 @@ def test_sampler_learns_to_avoid_what_is_infeasible(tiny: Path, tmp_path: Path) 
             search.on_trial_complete(str(number), error=True)
             search.explain_failure(number, OUT_OF_MEMORY)
         else:
-            search.on_trial_complete(str(number), result(8, 3.0 - rank / 64))
-    assert sum(rank > 32 for rank in ranks[30:]) < 10
+            search.on_trial_complete(str(number), result(8, 3.0 + abs(rank - 16) / 64))
+    assert sum(rank > 32 for rank in ranks[30:]) <= 4  # by chance it would be 15
 
 
 def test_trial_that_ends_twice_is_told_once(tiny_spec: SweepSpec, tmp_path: Path) -> None:
