@@ -58,12 +58,14 @@ class Round:
 
 def pack_step(setting: Setting, trials: int) -> Callable[[], int]:
     """A step of a pack; tokens trained on."""
+    import torch
     from bases import make_base, make_data, trial
 
     from lora_search.engine import Engine, StepMetrics
 
     base = make_base(setting.base, setting.device, setting.dtype)
-    engine = Engine(base, make_data(setting.data, setting.base, SEQUENCE))
+    lanes = min(torch.get_num_threads(), trials)  # as a host has them
+    engine = Engine(base, make_data(setting.data, setting.base, SEQUENCE), lanes)
     names = [str(index) for index in range(trials)]
     for index, name in enumerate(names):
         engine.admit(name, trial(index, setting.rank, setting.dropout, setting.batch_size))
