@@ -132,6 +132,10 @@ class Host:
             self._bytes_left = left
         return True
 
+    async def forget(self, trial: str) -> None:
+        """A trial that waited here has been admitted by another host."""
+        self._waiting.forget(trial)
+
     @property
     def _has_place(self) -> bool:
         return len(self._residents) < self._capacity
