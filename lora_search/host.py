@@ -8,6 +8,7 @@ that trials join and leave a running host.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import logging
 import os
@@ -24,6 +25,11 @@ from lora_search.space import TrialConfig
 from lora_search.waiting import WaitingRoom
 
 T = TypeVar("T")
+
+M_ARENA_MAX = -8
+"""Of glibc's mallopt(3)."""
+
+HEAPS = 2
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +80,7 @@ class Host:
         self._asked: list[Callable[[], None]] = []
         self._wake = threading.Condition()
         self._build = build
+        _share_heaps()
         self._engine: TrainsTrials
         self._thread = threading.Thread(target=self._train_for_ever, name="training", daemon=True)
         self._thread.start()
@@ -131,6 +138,10 @@ class Host:
             self._residents.add(trial)
             self._bytes_left = left
         return True
+
+    async def forget(self, trial: str) -> None:
+        """A trial that waited here has been admitted by another host."""
+        self._waiting.forget(trial)
 
     @property
     def _has_place(self) -> bool:
@@ -223,3 +234,11 @@ class Host:
             goal.report.set_exception(outcome)
         else:
             goal.report.set_result(outcome.to_dict() | {"host": self.name})
+
+
+def _share_heaps() -> None:
+    """Let this process's threads share two heaps: glibc gives each its own, and what one has free no other can use."""
+    try:
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, HEAPS)
+    except (OSError, AttributeError):  # another C library
+        return

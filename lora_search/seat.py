@@ -73,6 +73,9 @@ class Seat(tune.Trainable):  # type: ignore[misc]  # Ray's base class is untyped
             for index in sorted(range(len(rooms)), key=lambda i: rooms[i], reverse=True):
                 host = self._hosts[index]
                 if _get(host.admit.remote(self._trial, self._config, self._checkpoint)):
+                    for other in self._hosts:
+                        if other is not host:
+                            other.forget.remote(self._trial)
                     return host
             time.sleep(ADMISSION_RETRY_S)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FORGOTTEN_S = 1.0
-"""A trial that has not asked for so long has found room elsewhere."""
+FORGOTTEN_S = 60.0
+"""A trial that has not asked for so long will not come any more: its seat is lost."""
 
 PATIENCE = 4
 """So many later trials may be let in before a trial; then it goes before all others."""
@@ -49,6 +49,10 @@ class WaitingRoom:
             other.overtaken += other.since < waiter.since
         self.changed()
         return True
+
+    def forget(self, trial: str) -> None:
+        """A trial has found room elsewhere."""
+        self._waiters.pop(trial, None)
 
     def changed(self) -> None:
         """There is more or less room than before: who did not fit may ask again."""

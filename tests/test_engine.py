@@ -290,3 +290,40 @@ def test_frozen_base_is_never_changed(engine: Engine, tiny_spec: SweepSpec, tiny
     after = {name.replace(".base_layer", ""): parameter for name, parameter in tiny_base.model.named_parameters()}
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_optimisers_step_together_as_each_would_alone() -> None:
+    """Against torch's own AdamW, five steps, every hyperparameter different."""
+    from lora_search.engine.adamw import clip_together, step_together
+
+    settings: list[dict[str, Any]] = [
+        {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0},
+        {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1},
+        {"lr": 1e-1, "betas": (0.0, 0.5), "eps": 1e-3, "weight_decay": 0.5},
+    ]
+    limits = [0.0, 0.5, 100.0]
+
+    def made() -> list[torch.nn.Parameter]:
+        torch.manual_seed(0)
+        return [torch.nn.Parameter(torch.randn(size)) for size in (5, 17, 64)]
+
+    ours, theirs = made(), made()
+    together = [torch.optim.AdamW([p], **one) for p, one in zip(ours, settings, strict=True)]
+    alone = [torch.optim.AdamW([p], **one, foreach=False) for p, one in zip(theirs, settings, strict=True)]
+    for step in range(5):
+        torch.manual_seed(step)
+        for mine, other in zip(ours, theirs, strict=True):
+            other.grad = torch.randn_like(other)
+            mine.grad = other.grad.clone()
+        gradients = [parameter.grad for parameter in ours if parameter.grad is not None]
+        clip_together(gradients, [float(gradient.norm()) for gradient in gradients], limits)
+        step_together(together[:2] if step == 2 else together)  # one may sit a step out
+        for parameter, limit, optimizer in zip(theirs, limits, alone, strict=True):
+            if limit:
+                torch.nn.utils.clip_grad_norm_([parameter], limit)
+            if step != 2 or optimizer is not alone[2]:
+                optimizer.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+    state, expected = (optimizers[1].state_dict()["state"][0] for optimizers in (together, alone))
+    assert state.keys() == expected.keys() == {"step", "exp_avg", "exp_avg_sq"}

@@ -43,4 +43,13 @@ def test_trial_that_found_room_elsewhere_holds_nobody_up() -> None:
     assert not room.may_enter("large", 9, fits=False, now=0.0)
     room.changed()
     assert not room.may_enter("small", 1, fits=True, now=0.1)
+    room.forget("large")
+    assert room.may_enter("small", 1, fits=True, now=0.2)
+
+
+def test_trial_whose_seat_was_lost_holds_nobody_up_for_ever() -> None:
+    room = WaitingRoom()
+    assert not room.may_enter("large", 9, fits=False, now=0.0)
+    room.changed()
+    assert not room.may_enter("small", 1, fits=True, now=0.1)
     assert room.may_enter("small", 1, fits=True, now=0.1 + FORGOTTEN_S)

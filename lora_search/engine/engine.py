@@ -14,6 +14,7 @@ from torch import nn
 
 from lora_search.checkpoint import Checkpoint
 from lora_search.data import TokenizedData, TokenSplit, flatten, rows_by_length
+from lora_search.engine.adamw import clip_together, step_together
 from lora_search.engine.adapter import FlatAdapter, Places
 from lora_search.engine.evaluate import Evaluation
 from lora_search.engine.forward import PackedBase
@@ -210,16 +211,25 @@ class Engine:
     ) -> dict[str, StepMetrics | TrialFailed]:
         """Check each trial's loss and gradient, and step its optimiser."""
         start = time.perf_counter()
-        norms = torch.stack([trial.adapter.gradient_P.norm() for trial in group.values()]).tolist()
+        gradients = [trial.adapter.gradient_P for trial in group.values()]
+        norms = dict(zip(group, torch.stack(torch._foreach_norm(gradients)).tolist(), strict=True))
         tokens = {name: sum(len(share.rows.tokens_N) for share in of_trial) for name, of_trial in shares.items()}
         outcomes: dict[str, StepMetrics | TrialFailed] = {}
-        for (name, trial), norm in zip(group.items(), norms, strict=True):
+        for name, trial in group.items():
             try:
                 _require_finite("loss", losses[name], trial.step + 1)
-                _require_finite("gradient norm", norm, trial.step + 1)
-                outcomes[name] = trial.update(losses[name], norm, tokens[name])
+                _require_finite("gradient norm", norms[name], trial.step + 1)
             except TrialFailed as failure:
                 outcomes[name] = failure
+        sound = {name: trial for name, trial in group.items() if name not in outcomes}
+        clip_together(
+            [trial.adapter.gradient_P for trial in sound.values()],
+            [norms[name] for name in sound],
+            [trial.config.training.max_grad_norm for trial in sound.values()],
+        )
+        step_together([trial.optimizer for trial in sound.values()])
+        for name, trial in sound.items():
+            outcomes[name] = trial.stepped(losses[name], norms[name], tokens[name])
         seconds += time.perf_counter() - start
         for name, trial in group.items():
             trial.window_seconds += seconds * tokens[name] / sum(tokens.values())

@@ -63,20 +63,21 @@ class ResidentTrial:
         """This trial's share, by tokens, of the time that its packs took since the last report."""
         self._model = model
         training = config.training
-        self._optimizer = torch.optim.AdamW(
+        self.optimizer = torch.optim.AdamW(
             [adapter.vector_P],
             lr=training.learning_rate,
             betas=(training.adam_beta1, training.adam_beta2),
             eps=training.adam_epsilon,
             weight_decay=training.weight_decay,
-            fused=True,
         )
         self._schedule = get_scheduler(
             training.lr_schedule,
-            self._optimizer,
+            self.optimizer,
             num_warmup_steps=math.ceil(training.steps * training.warmup_ratio),
             num_training_steps=training.steps,
         )
+        # The schedule warns where nobody has called the optimiser's own step; ours is `adamw.step_together`.
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
 
     @property
     def rows_read(self) -> int:
@@ -103,13 +104,9 @@ class ResidentTrial:
             for part, batch in enumerate(batches)
         ]
 
-    def update(self, loss: float, grad_norm: float, tokens: int) -> StepMetrics:
-        """Clip the gradient and take the optimiser's step."""
-        limit = self.config.training.max_grad_norm
-        if limit and grad_norm > limit:
-            self.adapter.gradient_P.mul_(limit / (grad_norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+    def stepped(self, loss: float, grad_norm: float, tokens: int) -> StepMetrics:
+        """The optimiser has taken a step: move the schedule on, and note what the step was."""
         lr = float(self._schedule.get_last_lr()[0])
-        self._optimizer.step()
         self._schedule.step()
         self.adapter.refresh()
         self.step += 1
@@ -120,7 +117,7 @@ class ResidentTrial:
 
     def snapshot(self) -> Checkpoint:
         """Everything that the rest of the trial follows from."""
-        optimizer = self._optimizer.state.get(self.adapter.vector_P, {})
+        optimizer = self.optimizer.state.get(self.adapter.vector_P, {})
         schedule = {key: value for key, value in self._schedule.state_dict().items() if key != "lr_lambdas"}
         adapter = get_peft_model_state_dict(
             self._model, state_dict=dict(self.adapter.parameters), adapter_name=self.name, save_embedding_layers=False
@@ -154,9 +151,11 @@ class ResidentTrial:
         self.adapter.refresh()
         moments = load_tensors(checkpoint[OPTIMIZER])
         if moments:
-            self._optimizer.state[vector] = {name: tensor.to(vector.device) for name, tensor in moments.items()}
+            self.optimizer.state[vector] = {
+                name: tensor if name == "step" else tensor.to(vector.device) for name, tensor in moments.items()
+            }
         # The lambdas are functions of the configuration, made anew with the schedule.
-        groups: Sequence[dict[str, Any]] = self._optimizer.param_groups
+        groups: Sequence[dict[str, Any]] = self.optimizer.param_groups
         self._schedule.load_state_dict({**state["schedule"], "lr_lambdas": [None] * len(groups)})
         for group, lr in zip(groups, self._schedule.get_last_lr(), strict=True):
             group["lr"] = lr
