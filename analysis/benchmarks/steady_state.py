@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
@@ -165,6 +166,7 @@ def worker(pipe: Connection, setting: Setting, way: str, threads: int) -> None:
     from processes import proportional_bytes
 
     torch.set_num_threads(threads)
+    warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other
     kind, _, count = way.partition(" ")
     make: dict[str, Callable[[], Callable[[], int]]] = {
         "pack": lambda: pack_step(setting, int(count)),

@@ -4,7 +4,6 @@ from lora_search.best.card import merge_line, write_card
 from lora_search.best.conclude import (
     Conclusion,
     adapter_losses,
-    conclusion,
     export_adapter,
     merge_best,
     merge_trial,
@@ -16,7 +15,6 @@ from lora_search.best.conclude import (
 __all__ = [
     "Conclusion",
     "adapter_losses",
-    "conclusion",
     "export_adapter",
     "merge_best",
     "merge_line",

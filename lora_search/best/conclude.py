@@ -81,24 +81,39 @@ def write_config(spec: SweepSpec, parameters: Mapping[str, Any], file: Path) -> 
     file.write_text(yaml.safe_dump(alone, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def test_adapter(config: TrialConfig, checkpoint: Checkpoint, engine: Engine) -> dict[str, Evaluation]:
-    """A trial on each split, under its name, and the untrained base, under `untrained_NAME`; on a host's engine."""
-    losses = {f"untrained_{name}": engine.untrained(name) for name in SPLITS}
+def test_adapter(config: TrialConfig, checkpoint: Checkpoint, engine: Engine) -> dict[str, float]:
+    """What a Conclusion says of a trial and of the untrained base, by its fields' names; on a host's engine."""
+    untrained = {f"untrained_{name}_loss": engine.untrained(name).loss for name in SPLITS}
     engine.admit(TESTED, config, checkpoint)
     try:
-        return losses | {name: engine.evaluate([TESTED], name)[TESTED] for name in SPLITS}
+        return untrained | {f"{name}_loss": engine.evaluate([TESTED], name)[TESTED].loss for name in SPLITS}
     finally:
         engine.release(TESTED)
 
 
-def merge_best(spec: SweepSpec, run: RunDirectory, adapter_loss: float, gpu: bool, data: TokenizedData) -> Merged:
-    """Merge the adapter in `best/adapter` into `best/merged`, on this process's device."""
+def merge_best(
+    spec: SweepSpec, run: RunDirectory, adapter_loss: float, gpu: bool, data: TokenizedData
+) -> dict[str, Any]:
+    """Merge the adapter in `best/adapter` into `best/merged`, on this process's device.
+
+    Plain values, as the driver gets them: what is of `merge` or of the engine would make it import torch.
+
+    Returns:
+        What a Conclusion says of the merge, by its fields' names.
+    """
     import torch
 
     from lora_search.merge import merge_adapter
 
     device = torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu")
-    return merge_adapter(spec.base, run.best / "adapter", data, adapter_loss, run.best / "merged", device)
+    merged = merge_adapter(spec.base, run.best / "adapter", data, adapter_loss, run.best / "merged", device)
+    return {
+        "merged_onto": merged.onto,
+        "merged_loss": merged.loss,
+        "merge_losses": merged.losses,
+        "merge_drift": merged.drift,
+        "merge_within_tolerance": merged.within_tolerance,
+    }
 
 
 def merge_trial(spec: SweepSpec, run: RunDirectory, trial: int, out: Path) -> Merged:
@@ -135,22 +150,6 @@ def adapter_losses(
     losses = {f"untrained_{name}": evaluate(base, split, data.pad_token_id) for name, split in rows.items()}
     PeftModel.from_pretrained(base.model, str(adapter))  # puts the adapter into base.model
     return losses | {name: evaluate(base, split, data.pad_token_id) for name, split in rows.items()}
-
-
-def conclusion(trial: int, losses: Mapping[str, Evaluation], merged: Merged) -> Conclusion:
-    """What test and merge came to."""
-    return Conclusion(
-        trial=trial,
-        validation_loss=losses["validation"].loss,
-        untrained_validation_loss=losses["untrained_validation"].loss,
-        test_loss=losses["test"].loss,
-        untrained_test_loss=losses["untrained_test"].loss,
-        merged_onto=merged.onto,
-        merged_loss=merged.loss,
-        merge_losses=dict(merged.losses),
-        merge_drift=merged.drift,
-        merge_within_tolerance=merged.within_tolerance,
-    )
 
 
 def require_trial(rows: list[dict[str, Any]], trial: int) -> dict[str, Any]:

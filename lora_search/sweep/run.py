@@ -18,7 +18,6 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 
 from lora_search.best import (
     Conclusion,
-    conclusion,
     export_adapter,
     merge_best,
     test_adapter,
@@ -166,12 +165,12 @@ def conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts, data: 
     write_config(spec, best, run.best / "config.yaml")
     checkpoint = export_adapter(run, best["trial"], run.best / "adapter")
     config = trial_config(spec, {name: best[name] for name in spec.search.space})
-    losses, merged = hosts.finish(
+    tested, merged = hosts.finish(
         partial(test_adapter, config, checkpoint),
         partial(merge_best, spec, run, best["eval_loss"], hosts.places[-1].gpus > 0),
         data,
     )
-    return conclusion(best["trial"], losses, merged)
+    return Conclusion(trial=best["trial"], **tested, **merged)
 
 
 def _scheduler(spec: SweepSpec) -> TrialScheduler:
