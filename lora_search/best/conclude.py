@@ -81,7 +81,7 @@ def write_config(spec: SweepSpec, parameters: Mapping[str, Any], file: Path) -> 
     file.write_text(yaml.safe_dump(alone, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
-def test_adapter(config: TrialConfig, checkpoint: Checkpoint, engine: Engine) -> dict[str, float]:
+def test_adapter(config: TrialConfig, checkpoint: Checkpoint, engine: Engine) -> dict[str, Any]:
     """What a Conclusion says of a trial and of the untrained base, by its fields' names; on a host's engine."""
     untrained = {f"untrained_{name}_loss": engine.untrained(name).loss for name in SPLITS}
     engine.admit(TESTED, config, checkpoint)

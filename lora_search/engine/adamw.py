@@ -22,7 +22,7 @@ def step_together(optimizers: Sequence[torch.optim.AdamW]) -> None:
         return
     groups: list[dict[str, Any]] = [optimizer.param_groups[0] for optimizer in optimizers]
     parameters: list[torch.Tensor] = [group["params"][0] for group in groups]
-    gradients = [parameter.grad for parameter in parameters]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     states = [_state(optimizer, p) for optimizer, p in zip(optimizers, parameters, strict=True)]
     for state in states:
         state["step"] += 1

@@ -180,7 +180,7 @@ class _Enter(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None, None]:
         meeting: _Meeting = ctx.meeting
         grad_NI, meeting.grad_NI = meeting.grad_NI, None
-        x_NI, *keeps = ctx.saved_tensors or (grad_NI,)
+        x_NI, *keeps = ctx.saved_tensors or (torch.empty(0),)
         for index, (one, keep_nI) in enumerate(zip(meeting.adapted, keeps, strict=True)):
             grad_down_nS = meeting.grads_down_nS.pop(index)
             _accumulate(one.down.grad_a_SI, grad_down_nS.t(), _dropped(x_NI[one.rows], keep_nI), 1.0)
