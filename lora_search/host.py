@@ -45,6 +45,10 @@ class TrainsTrials(Protocol):
         ...
 
     def admit(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None = None) -> None: ...
+    def size(self, config: TrialConfig) -> int:
+        """Bytes that a trial takes by itself."""
+        ...
+
     def release(self, trial: str) -> None: ...
     def position(self, trial: str) -> int: ...
     def snapshot(self, trial: str) -> Checkpoint: ...
@@ -129,9 +133,12 @@ class Host:
         if trial in self._residents:
             await self.release(trial)
         async with self._door:
-            left = await self._ask(lambda: self._engine.room(config)) if self._has_place else -1
-            size = self._bytes_left - left
-            fits = self._has_place and (left >= 0 or not self._residents)
+            has_place = len(self._residents) < self._capacity
+            left = await self._ask(lambda: self._engine.room(config)) if has_place else -1
+            fits = has_place and (left >= 0 or not self._residents)
+            size = 0  # known from when it first asked, or of no matter: nobody else waits
+            if not (self._waiting.knows(trial) or (fits and self._waiting.empty)):
+                size = await self._ask(lambda: self._engine.size(config))
             if not self._waiting.may_enter(trial, size, fits=fits, now=time.monotonic()):
                 return False
             await self._ask(lambda: self._engine.admit(trial, config, checkpoint))
@@ -142,10 +149,6 @@ class Host:
     async def forget(self, trial: str) -> None:
         """A trial that waited here has been admitted by another host."""
         self._waiting.forget(trial)
-
-    @property
-    def _has_place(self) -> bool:
-        return len(self._residents) < self._capacity
 
     async def advance(self, trial: str, until: int) -> dict[str, Any]:
         """Train a resident trial up to a step, evaluate it, and return its report.

@@ -28,11 +28,19 @@ class WaitingRoom:
         self._waiters: dict[str, _Waiter] = {}
         self._state = 0
 
+    @property
+    def empty(self) -> bool:
+        return not self._waiters
+
+    def knows(self, trial: str) -> bool:
+        """Whether a trial waits already, and with it its size is known."""
+        return trial in self._waiters
+
     def may_enter(self, trial: str, size: int, *, fits: bool, now: float) -> bool:
         """Whether a trial that asks is let in; where it is not, it waits, and asks again.
 
         Args:
-            size: of whatever unit.
+            size: of whatever unit; only looked at where the trial does not wait yet.
             fits: whether there is room for it at present.
             now: seconds on any clock.
         """

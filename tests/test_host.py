@@ -48,6 +48,9 @@ class CountingEngine:
         """Each trial takes its rank, and there are 100 of them."""
         return 100 - sum(self.ranks.values()) - (config.lora.rank if config else 0)
 
+    def size(self, config: TrialConfig) -> int:
+        return config.lora.rank
+
     def release(self, trial: str) -> None:
         del self.ranks[trial]
         del self.steps[trial]
@@ -136,6 +139,18 @@ def test_trials_are_admitted_by_the_bytes_they_take() -> None:
         return [*said, await host.room(), await host.admit("b", ranked(60))]
 
     assert asyncio.run(story()) == [True, False, True, (6, 0), (7, 60), True]
+
+
+def test_largest_goes_first_though_all_came_to_a_full_host() -> None:
+    async def story() -> list[bool]:
+        host = await make_host(CountingEngine(), capacity=1)
+        await host.admit("first", ranked(10))
+        waiting = [("small", ranked(5)), ("large", ranked(50))]
+        said = [await host.admit(*one) for one in waiting]
+        await host.release("first")
+        return said + [await host.admit(*one) for one in waiting]
+
+    assert asyncio.run(story()) == [False, False, False, True]
 
 
 def test_trial_larger_than_the_estimate_allows_is_tried_alone() -> None:

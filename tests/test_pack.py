@@ -212,6 +212,7 @@ def test_tolerances_are_not_slack(engine: Engine, spec: SweepSpec) -> None:
 def short_of_memory(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """Makes a pass run out of memory where it holds more than so many trials."""
     train, measure = engine._packed.train, engine._packed.measure
+    tokens = engine._evaluation_tokens
 
     def limit(trials: int) -> None:
         def checked(run: Callable[[Pack], Any], pack: Pack) -> Any:
@@ -225,6 +226,7 @@ def short_of_memory(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
     yield limit
     engine.pack_limit = None
+    engine._evaluation_tokens = tokens
     for trial in engine.residents:
         engine.release(trial)
 
@@ -250,3 +252,17 @@ def test_trial_too_large_alone_fails_with_that_reason_and_no_other(
     assert engine.position("a") == 0
     short_of_memory(1)
     assert losses_of(engine.step(["a"]))  # the engine lives on
+
+
+@pytest.mark.parametrize("fitting", [1, 3])
+def test_evaluation_that_runs_out_of_memory_measures_fewer_at_once(
+    engine: Engine, spec: SweepSpec, short_of_memory: Callable[[int], None], fitting: int
+) -> None:
+    names = [str(index) for index in range(8)]
+    for index, name in enumerate(names):
+        engine.admit(name, trial_config(spec, {"rank": 4 + index, "seed": index}))
+    losses_of(engine.step(names))
+    undisturbed = {name: found.loss for name, found in engine.evaluate(names).items()}
+    short_of_memory(fitting)
+    found = engine.evaluate(names)
+    assert {name: found[name].loss for name in names} == pytest.approx(undisturbed, rel=1e-6)

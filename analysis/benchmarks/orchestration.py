@@ -55,6 +55,9 @@ class IdleEngine:
     def admit(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None = None) -> None:
         self._steps[trial] = 0
 
+    def size(self, config: TrialConfig) -> int:
+        return 0
+
     def room(self, config: TrialConfig | None = None) -> int:
         return 0
 

@@ -1,6 +1,6 @@
 """The best trial: its adapter exported, tested, merged and described. Never imports Ray."""
 
-from lora_search.best.card import merge_line, write_card
+from lora_search.best.card import merge_line, signed, write_card
 from lora_search.best.conclude import (
     Conclusion,
     adapter_losses,
@@ -20,6 +20,7 @@ __all__ = [
     "merge_line",
     "merge_trial",
     "require_trial",
+    "signed",
     "test_adapter",
     "write_card",
     "write_config",

@@ -102,14 +102,14 @@ def merge_line(conclusion: Conclusion) -> str:
     ways = ", ".join(f"{way} weights {loss:.4f}" for way, loss in conclusion.merge_losses.items())
     line = (
         f"Merged onto the {conclusion.merged_onto} weights: validation loss {conclusion.merged_loss:.4f}, "
-        f"{_signed(conclusion.merge_drift)} from the adapter's (measured: {ways})."
+        f"{signed(conclusion.merge_drift)} from the adapter's (measured: {ways})."
     )
     if conclusion.merge_within_tolerance:
         return line
     return f"WARNING: the merged model differs from the adapter by more than 1 %. {line}"
 
 
-def _signed(share: float) -> str:
+def signed(share: float) -> str:
     """A relative difference, one that rounds to nothing without a sign."""
     return f"{share:+.2%}" if abs(share) >= 5e-5 else "0.00%"
 

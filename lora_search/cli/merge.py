@@ -28,17 +28,16 @@ def merge(run: str, trial: str, out: str) -> None:
         number = int(trial)
     else:
         raise InputError(f"--trial {trial}: must be best or a trial's number")
-    from lora_search.best import merge_trial, require_trial
+    from lora_search.best import merge_trial, require_trial, signed
 
     require_trial(rows, number)
     print(f"lora-search: merging trial {number} of {directory.path}", file=sys.stderr)
     folder.parent.mkdir(parents=True, exist_ok=True)
     merged = merge_trial(spec, directory, number, folder)
-    difference = f"{merged.drift:+.2%}" if abs(merged.drift) >= 5e-5 else "0.00%"
     ways = ", ".join(f"{way} {loss:.4f}" for way, loss in merged.losses.items())
     print(
         f"{folder}: trial {number} merged onto the {merged.onto} weights; validation loss {merged.loss:.4f}, "
-        f"{difference} from the adapter's {merged.adapter_loss:.4f} (measured: {ways})"
+        f"{signed(merged.drift)} from the adapter's {merged.adapter_loss:.4f} (measured: {ways})"
     )
     if not merged.within_tolerance:
         print("lora-search: WARNING: the merged model differs from the adapter by more than 1 %", file=sys.stderr)

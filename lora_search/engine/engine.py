@@ -77,6 +77,10 @@ class Engine:
         configs = [trial.config for trial in self._trials.values()]
         return self._gauge.room(configs if config is None else [*configs, config])
 
+    def size(self, config: TrialConfig) -> int:
+        """Bytes that a trial takes by itself, as far as is known."""
+        return 0 if self._gauge is None else self._gauge.size(config)
+
     def admit(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None = None) -> None:
         """Make a trial resident, at its start or where a checkpoint left it.
 
@@ -292,15 +296,23 @@ class Engine:
         return self._untrained[split]
 
     def _measure(self, adapters: Sequence[FlatAdapter | None], split: str) -> list[Evaluation]:
-        """The standing of each adapter on a split, in smaller passes from here on where memory runs out."""
+        """The standing of each adapter on a split.
+
+        Where memory runs out, passes have fewer rows from here on, and where they have one of each, fewer adapters.
+        """
         rows = {"validation": self.data.validation, "test": self.data.test}[split]
+        one_row_each = len(adapters) * int(rows.lengths_N.max())
         while True:
             try:
                 return self._measure_in_passes(adapters, rows)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error) or self._evaluation_tokens < int(rows.lengths_N.max()):
+                smallest = len(adapters) == 1 and self._evaluation_tokens < one_row_each
+                if smallest or not _is_out_of_memory(error):
                     raise
             self._free_memory()
+            if self._evaluation_tokens < one_row_each:
+                half = len(adapters) // 2
+                return self._measure(adapters[:half], split) + self._measure(adapters[half:], split)
             self._evaluation_tokens //= 2
             logger.warning("out of memory in an evaluation; from now on %d tokens a pass", self._evaluation_tokens)
 

@@ -50,6 +50,10 @@ class Gauge:
             return self.capacity - at_most
         return self.capacity - int(self.correction * self._predicted(configs))
 
+    def size(self, config: TrialConfig) -> int:
+        """Bytes that a trial adds to its host."""
+        return self._memory.trial(self._shape(config)).total
+
     def saw(self, configs: Sequence[TrialConfig], peak: int) -> None:
         """Learn from the most bytes that the host has ever taken, the last time with these trials.
 
