@@ -133,13 +133,14 @@ class Host:
         if trial in self._residents:
             await self.release(trial)
         async with self._door:
+            judged = self._waiting.state
             has_place = len(self._residents) < self._capacity
             left = await self._ask(lambda: self._engine.room(config)) if has_place else -1
             fits = has_place and (left >= 0 or not self._residents)
             size = 0  # known from when it first asked, or of no matter: nobody else waits
             if not (self._waiting.knows(trial) or (fits and self._waiting.empty)):
                 size = await self._ask(lambda: self._engine.size(config))
-            if not self._waiting.may_enter(trial, size, fits=fits, now=time.monotonic()):
+            if not self._waiting.may_enter(trial, size, fits=fits, judged=judged, now=time.monotonic()):
                 return False
             await self._ask(lambda: self._engine.admit(trial, config, checkpoint))
             self._residents.add(trial)
@@ -167,7 +168,8 @@ class Host:
         return await self._ask(lambda: self._engine.snapshot(trial))
 
     async def release(self, trial: str) -> None:
-        """Let a trial go; nothing happens where it is not resident."""
+        """Let a trial go, whether it is resident, or waits; nothing happens where it does neither."""
+        self._waiting.forget(trial)
         if trial not in self._residents:
             return
         self._bytes_left = await self._ask(lambda: self._let_go(trial))

@@ -26,7 +26,8 @@ class WaitingRoom:
 
     def __init__(self) -> None:
         self._waiters: dict[str, _Waiter] = {}
-        self._state = 0
+        self.state = 0
+        """Counts the changes of the room. Who is judged notes it first: the room may change meanwhile."""
 
     @property
     def empty(self) -> bool:
@@ -36,21 +37,20 @@ class WaitingRoom:
         """Whether a trial waits already, and with it its size is known."""
         return trial in self._waiters
 
-    def may_enter(self, trial: str, size: int, *, fits: bool, now: float) -> bool:
+    def may_enter(self, trial: str, size: int, *, fits: bool, judged: int, now: float) -> bool:
         """Whether a trial that asks is let in; where it is not, it waits, and asks again.
 
         Args:
             size: of whatever unit; only looked at where the trial does not wait yet.
-            fits: whether there is room for it at present.
+            fits: whether there is room for it.
+            judged: the state in which that was found; room may have been given up since, but not taken.
             now: seconds on any clock.
         """
         self._waiters = {name: other for name, other in self._waiters.items() if now - other.asked <= FORGOTTEN_S}
         waiter = self._waiters.setdefault(trial, _Waiter(size, now, now))
         waiter.asked = now
-        if not fits:
-            waiter.refused_at = self._state
-            return False
-        if self._next() != trial:
+        waiter.refused_at = -1 if fits else judged
+        if not fits or self._next() != trial:
             return False
         del self._waiters[trial]
         for other in self._waiters.values():
@@ -59,17 +59,17 @@ class WaitingRoom:
         return True
 
     def forget(self, trial: str) -> None:
-        """A trial has found room elsewhere."""
+        """A trial has found room elsewhere, or has ended."""
         self._waiters.pop(trial, None)
 
     def changed(self) -> None:
         """There is more or less room than before: who did not fit may ask again."""
-        self._state += 1
+        self.state += 1
 
     def _next(self) -> str:
         """Who waits too long already, else the largest of those that may fit."""
         overdue = [name for name, waiter in self._waiters.items() if waiter.overtaken >= PATIENCE]
         if overdue:
             return min(overdue, key=lambda name: self._waiters[name].since)
-        may_fit = [name for name, waiter in self._waiters.items() if waiter.refused_at != self._state]
+        may_fit = [name for name, waiter in self._waiters.items() if waiter.refused_at != self.state]
         return max(may_fit, key=lambda name: (self._waiters[name].size, -self._waiters[name].since))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -151,6 +152,42 @@ def test_largest_goes_first_though_all_came_to_a_full_host() -> None:
         return said + [await host.admit(*one) for one in waiting]
 
     assert asyncio.run(story()) == [False, False, False, True]
+
+
+def test_trial_that_was_judged_while_another_left_is_let_in() -> None:
+    """The host is full when the trial is judged, and has a place when the trial is told that it does not fit."""
+    engine = CountingEngine()
+    let_go, leave = threading.Event(), engine.release
+
+    def slow_release(trial: str) -> None:
+        let_go.wait(5)
+        leave(trial)
+
+    async def story() -> list[bool]:
+        host = await make_host(engine, capacity=1)
+        await host.admit("first", ranked(10))
+        engine.release = slow_release  # type: ignore[method-assign]
+        leaving = asyncio.ensure_future(host.release("first"))
+        await asyncio.sleep(0.05)
+        second = asyncio.ensure_future(host.admit("second", ranked(5)))
+        await asyncio.sleep(0.05)
+        let_go.set()
+        await leaving
+        return [await second, await host.admit("second", ranked(5))]
+
+    assert asyncio.run(story()) == [False, True]
+
+
+def test_trial_that_ends_while_it_waits_holds_nobody_up() -> None:
+    async def story() -> bool:
+        host = await make_host(CountingEngine(), capacity=1)
+        await host.admit("first", ranked(10))
+        assert not await host.admit("large", ranked(50))
+        await host.release("large")  # stopped, or failed, before it was ever admitted
+        await host.release("first")
+        return await host.admit("small", ranked(5))
+
+    assert asyncio.run(story())
 
 
 def test_trial_larger_than_the_estimate_allows_is_tried_alone() -> None:

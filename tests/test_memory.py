@@ -364,3 +364,24 @@ def test_peak_on_a_gpu_is_predicted(tmp_path: Path) -> None:
     predicted = memory.host([shape] * 4).total
     print(f"allocated at most {measured / 1e9:.2f} GB, predicted {predicted / 1e9:.2f} GB")
     assert 0.95 * measured < predicted < 1.15 * measured
+
+
+def test_gauge_admits_by_bytes_and_learns_from_what_it_sees(tiny_spec: SweepSpec) -> None:
+    from lora_search.memory.gauge import Gauge
+    from lora_search.space import trial_config
+
+    memory = BaseMemory(skeleton(tiny_spec.base.model), CPU)
+    small = trial_config(tiny_spec, {"rank": 2, "target_modules": "attention-qv"})
+    large = trial_config(tiny_spec, {"rank": 8, "target_modules": "all-linear"})
+    largest = corners(tiny_spec, memory.tree, 32)[-1].shape
+    capacity = memory.host([largest] * 3).total
+    gauge = Gauge(tiny_spec, memory, capacity, longest=32, most=8)
+    assert gauge.room([large] * 3) >= 0 > gauge.room([large] * 6)
+    assert gauge.room([small] * 4) > gauge.room([large] * 4)
+    assert gauge.size(large) > gauge.size(small) > 0
+    assert Gauge(tiny_spec, memory, capacity, longest=32, most=3).size(large) == 0  # bytes will never matter
+    gauge.saw([large] * 2, int(1.5 * memory.host([largest] * 2).total))
+    assert gauge.correction == pytest.approx(1.5, rel=0.05)
+    assert gauge.room([large] * 3) < 0
+    gauge.saw([large], int(1.5 * memory.host([largest] * 2).total))  # a peak never falls, nor does what explains it
+    assert gauge.correction == pytest.approx(1.5, rel=0.05)

@@ -26,17 +26,19 @@ BOUNDS = (0.5, 2.0)
 class Gauge:
     """Says whether trials fit together on one host, and how much room is left."""
 
-    def __init__(self, spec: SweepSpec, memory: BaseMemory, capacity: int, longest: int) -> None:
+    def __init__(self, spec: SweepSpec, memory: BaseMemory, capacity: int, longest: int, most: int) -> None:
         """
         Args:
             capacity: bytes that the host may take.
             longest: tokens of the longest row.
+            most: trials that will ever be together.
         """
         self.capacity = capacity
         self.correction = 1.0
         """What was measured, of what was predicted."""
         self._memory = memory
         self._longest = longest
+        self._most = most
         self._largest = largest(corners(spec, memory.tree, longest)).shape
         self._most_predicted = 0
 
@@ -45,13 +47,19 @@ class Gauge:
 
         Where so many of the largest trials of the space would fit, it is not looked at more closely.
         """
-        at_most = int(self.correction * self._memory.host([self._largest] * len(configs)).total)
-        if at_most <= self.capacity:
-            return self.capacity - at_most
+        at_least = self.room_for_largest(len(configs))
+        if at_least >= 0:
+            return at_least
         return self.capacity - int(self.correction * self._predicted(configs))
 
+    def room_for_largest(self, count: int) -> int:
+        """Bytes that so many of the largest trials of the space leave."""
+        return self.capacity - int(self.correction * self._memory.host([self._largest] * count).total)
+
     def size(self, config: TrialConfig) -> int:
-        """Bytes that a trial adds to its host."""
+        """Bytes that a trial adds to its host; 0 where as many of the largest fit as will ever be together."""
+        if self.room_for_largest(self._most) >= 0:
+            return 0
         return self._memory.trial(self._shape(config)).total
 
     def saw(self, configs: Sequence[TrialConfig], peak: int) -> None:

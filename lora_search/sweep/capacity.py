@@ -23,9 +23,10 @@ def device_of(place: HostPlace) -> torch.device:
     return torch.device("cuda" if place.gpus and torch.cuda.is_available() else "cpu")
 
 
-def gauge(spec: SweepSpec, place: HostPlace, lanes: int, data: TokenizedData) -> Gauge:
+def gauge(spec: SweepSpec, place: HostPlace, lanes: int, most: int, data: TokenizedData) -> Gauge:
     """How a host tells which trials fit together. Made before the base is loaded."""
-    return Gauge(spec, _memory(spec, place, lanes, data), usable_bytes(device_of(place), place.neighbours), _rows(data))
+    usable = usable_bytes(device_of(place), place.neighbours)
+    return Gauge(spec, _memory(spec, place, lanes, data), usable, _rows(data), most)
 
 
 def refuse_too_large(spec: SweepSpec, place: HostPlace, data: TokenizedData) -> None:

@@ -168,7 +168,7 @@ def build_engine(spec: SweepSpec, place: HostPlace, capacity: int, data: Tokeniz
 
     torch.set_num_threads(place.threads)
     lanes = min(place.threads, capacity)
-    fits = gauge(spec, place, lanes, data) if spec.hosts.trials_per_host == "auto" else None
+    fits = gauge(spec, place, lanes, capacity, data) if spec.hosts.trials_per_host == "auto" else None
     return Engine(load_base(spec.base, device_of(place)), data, lanes, fits)
 
 
