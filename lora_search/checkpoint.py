@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass
+from typing import Any
 
 from lora_search.errors import SweepError
+from lora_search.storage import Folder
 
 Checkpoint = Mapping[str, bytes]
 
@@ -20,6 +22,12 @@ OPTIMIZER = "optimizer.safetensors"
 TRIAL = "trial.json"
 """Step, counters, schedule, and the digests of the other files; written last."""
 
+REPORT = "report.json"
+"""What the trial reported at that step, if it did."""
+
+KEPT = 2
+"""Checkpoints of a trial: the newest, and the one before should the newest be damaged."""
+
 
 def seal(files: Mapping[str, bytes], state: Mapping[str, object]) -> Checkpoint:
     """`files` with their TRIAL file: `state`, and the digests by which damage is noticed."""
@@ -27,27 +35,28 @@ def seal(files: Mapping[str, bytes], state: Mapping[str, object]) -> Checkpoint:
     return {**files, TRIAL: json.dumps({**state, "sha256": digests}, indent=1).encode()}
 
 
-def write_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write all files; the one that names the digests of the others comes last, each complete or not there."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_checkpoint(checkpoint: Checkpoint, folder: Folder) -> None:
+    """Write all files; the one that names the digests of the others comes last.
+
+    Raises:
+        OSError: there is no room, or no right to write.
+    """
     for name in sorted(checkpoint, key=lambda name: name == TRIAL):
-        part = folder / f".{name}.part"
-        part.write_bytes(checkpoint[name])
-        part.replace(folder / name)
+        folder.write(name, checkpoint[name])
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Folder) -> Checkpoint:
     """Read a checkpoint back.
 
     Raises:
         SweepError: a file is missing, or is not what was written.
     """
     try:
-        names = [*json.loads((folder / TRIAL).read_bytes())["sha256"], TRIAL]
-        checkpoint = {name: (folder / Path(name).name).read_bytes() for name in names}
+        names = [*json.loads(folder.read(TRIAL))["sha256"], TRIAL]
+        checkpoint = {name: folder.read(name.rpartition("/")[2]) for name in names}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SweepError(f"{folder}: the checkpoint is incomplete: {error}") from None
-    verify(checkpoint, str(folder))
+        raise SweepError(f"{folder.place}: the checkpoint is incomplete: {error}") from None
+    verify(checkpoint, folder.place)
     return checkpoint
 
 
@@ -61,3 +70,67 @@ def verify(checkpoint: Checkpoint, source: str = "checkpoint") -> None:
 def step_of(checkpoint: Checkpoint) -> int:
     """The optimiser steps that the checkpointed trial had done."""
     return int(json.loads(checkpoint[TRIAL])["step"])
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Where a trial goes on."""
+
+    checkpoint: Checkpoint
+    report: dict[str, Any] | None
+    """What it reported there, if it did; whoever was to hear it may have been lost."""
+    damaged: tuple[str, ...]
+    """What is wrong with later checkpoints, by which it comes that this is not the newest."""
+
+
+class Shelf:
+    """The checkpoints of one trial."""
+
+    def __init__(self, run: Folder, trial: int) -> None:
+        """
+        Args:
+            run: the run directory.
+        """
+        self._run = run
+        self._path = f"tune/{trial_folder(trial)}"
+        self._folder = run.below(self._path)
+
+    def put(self, checkpoint: Checkpoint, report: Mapping[str, Any] | None = None) -> str:
+        """Keep a checkpoint, and let old ones go; its path in the run directory.
+
+        One that is there already, with its report, stays.
+
+        Raises:
+            OSError: there is no room, or no right to write.
+        """
+        name = f"checkpoint_{step_of(checkpoint):06d}"
+        folder = self._folder.below(name)
+        if report is not None:
+            write_checkpoint({REPORT: json.dumps(report).encode(), **checkpoint}, folder)
+        elif TRIAL not in folder.names():
+            write_checkpoint(checkpoint, folder)
+        for old in self._names()[:-KEPT]:
+            self._folder.remove(old)
+        return f"{self._path}/{name}"
+
+    def newest(self) -> Saved | None:
+        """The newest checkpoint that is whole; None where there is none."""
+        damaged: list[str] = []
+        for name in reversed(self._names()):
+            folder = self._folder.below(name)
+            try:
+                checkpoint = read_checkpoint(folder)
+                report = json.loads(folder.read(REPORT)) if REPORT in folder.names() else None
+            except (SweepError, OSError, ValueError) as error:
+                damaged.append(str(error))
+            else:
+                return Saved(checkpoint, report, tuple(damaged))
+        return None
+
+    def _names(self) -> list[str]:
+        return [name for name in self._folder.names() if name.startswith("checkpoint_")]
+
+
+def trial_folder(trial: int) -> str:
+    """Of a trial, below `tune/`."""
+    return f"trial-{trial:04d}"

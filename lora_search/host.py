@@ -19,9 +19,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from lora_search.checkpoint import Checkpoint
+from lora_search.checkpoint import Checkpoint, Shelf, step_of
 from lora_search.errors import TrialFailed
 from lora_search.space import TrialConfig
+from lora_search.storage import Folder
 from lora_search.waiting import WaitingRoom
 
 T = TypeVar("T")
@@ -80,6 +81,7 @@ class Host:
         self._waiting = WaitingRoom()
         self._door = asyncio.Lock()
         self._bytes_left = 0
+        self._loaded = False
         self._goals: dict[str, _Goal] = {}
         self._asked: list[Callable[[], None]] = []
         self._wake = threading.Condition()
@@ -101,6 +103,7 @@ class Host:
             return self._engine.room()
 
         self._bytes_left = await self._ask(load)
+        self._loaded = True
         return {"name": self.name, "pid": os.getpid(), "capacity": self._capacity}
 
     async def unload(self) -> None:
@@ -110,6 +113,7 @@ class Host:
             del self._engine
             gc.collect()
 
+        self._loaded = False
         await self._ask(unload)
         self._residents.clear()
 
@@ -121,15 +125,21 @@ class Host:
         """Do other work with the engine."""
         return await self._ask(lambda: work(self._engine))
 
+    async def live(self) -> None:
+        """Is never answered: whoever asks learns of the host's end."""
+        await asyncio.Event().wait()
+
     async def room(self) -> tuple[int, int]:
         """How many more trials may come, and the bytes that are left for them."""
-        return self._capacity - len(self._residents), self._bytes_left
+        return (self._capacity if self._loaded else 0) - len(self._residents), self._bytes_left
 
     async def admit(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None = None) -> bool:
         """Make a trial resident, at its start or where a checkpoint left it; False where it has to wait, and ask again.
 
         A trial that is resident already (its seat was lost) starts over from the checkpoint.
         """
+        if not self._loaded:
+            return False
         if trial in self._residents:
             await self.release(trial)
         async with self._door:
@@ -147,10 +157,6 @@ class Host:
             self._bytes_left = left
         return True
 
-    async def forget(self, trial: str) -> None:
-        """A trial that waited here has been admitted by another host."""
-        self._waiting.forget(trial)
-
     async def advance(self, trial: str, until: int) -> dict[str, Any]:
         """Train a resident trial up to a step, evaluate it, and return its report.
 
@@ -166,6 +172,23 @@ class Host:
     async def snapshot(self, trial: str) -> Checkpoint:
         """The checkpoint of a resident trial."""
         return await self._ask(lambda: self._engine.snapshot(trial))
+
+    async def save_all(self, run: Folder) -> list[tuple[int, int, str]]:
+        """End all training, and keep a checkpoint of every resident trial.
+
+        Args:
+            run: the run directory.
+
+        Returns:
+            Trial, step and the checkpoint's path in the run directory.
+        """
+
+        def save() -> list[tuple[int, int, str]]:
+            self._goals.clear()
+            checkpoints = {trial: self._engine.snapshot(trial) for trial in sorted(self._residents)}
+            return [(int(trial), step_of(c), Shelf(run, int(trial)).put(c)) for trial, c in checkpoints.items()]
+
+        return await self._ask(save)
 
     async def release(self, trial: str) -> None:
         """Let a trial go, whether it is resident, or waits; nothing happens where it does neither."""

@@ -83,12 +83,6 @@ def best_row(rows: Iterable[Mapping[str, Any]], metric: str, mode: Literal["min"
     return dict(min(ended, key=lambda row: (sign * row[metric], row["trial"])))
 
 
-def checkpoint_of(events: Iterable[Row], trial: int) -> str | None:
-    """Where a trial's last checkpoint lies, relative to the run directory; None where it has none."""
-    paths = [event["path"] for event in events if event["event"] == "checkpoint" and event["trial"] == trial]
-    return paths[-1] if paths else None
-
-
 def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     """Rows as a table."""
     import pandas as pd

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import glob
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from lora_search.errors import InputError
 
@@ -31,6 +38,11 @@ class RunDirectory:
     def trials(self) -> Path:
         """One line a trial and report."""
         return self.path / "trials.jsonl"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that writes to the run directory."""
+        return self.path / ".lock"
 
     @property
     def tune(self) -> Path:
@@ -62,6 +74,43 @@ def create_run(output: Path, name: str, *, exact: bool) -> RunDirectory:
                 number += 1
     except OSError as error:
         raise InputError(f"output: cannot make a run directory in {output}: {error}") from None
+
+
+def newest_run(output: Path, name: str) -> RunDirectory | None:
+    """The latest of the run directories `name`, `name-2`, `name-3`, ...; None where there is none."""
+    numbered = {
+        int(path.name.removeprefix(name).removeprefix("-") or 1): path
+        for path in output.glob(f"{glob.escape(name)}*")
+        if re.fullmatch(r"(-\d+)?", path.name.removeprefix(name)) and (path / "sweep.yaml").is_file()
+    }
+    return RunDirectory(numbered[max(numbered)]) if numbered else None
+
+
+def run_identity(folder: Path) -> str | None:
+    """What no other run directory is called, wherever it is moved; None where it has no provenance."""
+    try:
+        found = json.loads((folder / "provenance.json").read_text(encoding="utf-8")).get("id")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, str) else None
+
+
+@contextmanager
+def locked(run: RunDirectory) -> Iterator[None]:
+    """Keep other processes from writing to a run directory.
+
+    Raises:
+        InputError: another one does.
+    """
+    lock = FileLock(run.lock)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"{run.path}: another lora-search run is writing to it") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def find_run(run: str, output: Path = Path("runs")) -> RunDirectory:

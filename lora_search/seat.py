@@ -3,31 +3,48 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray import tune
 from ray.actor import ActorHandle
 
-from lora_search.checkpoint import Checkpoint, read_checkpoint, step_of, write_checkpoint
+from lora_search.checkpoint import Checkpoint, Shelf, step_of
 from lora_search.errors import TrialFailed
-from lora_search.space import report_steps, trial_config
+from lora_search.space import TrialConfig, report_steps, trial_config
 from lora_search.spec import SweepSpec
+from lora_search.storage import Folder
 
 ADMISSION_RETRY_S = 0.05
+
+ANSWER_S = 5.0
+"""A host that takes longer to say whether it has room is passed over, this time."""
 
 
 class Seat(tune.Trainable):  # type: ignore[misc]  # Ray's base class is untyped
     """Asks a host for the next stretch of its trial and reports the result.
 
-    Its config is `{"trial": number, "params": {name: value}}`, as the searcher proposes it.
+    Its config is `{"trial": number, "params": {name: value}}`, as the searcher proposes it. A trial that has
+    checkpoints goes on from the newest, whatever ended the seat, or the sweep, that it had before.
+
+    A result is the engine's report of the trial, and besides:
+
+    - checkpoint: where the trial's checkpoint of this step lies in the run directory.
+    - resumed: the first time after a checkpoint was read, its step, and what was wrong with later ones.
+    - failure: in place of a report, why the trial cannot go on. It is not raised, since Ray Tune tries again whatever
+      raises: that is for what happens to machines.
+    - unsaved: in place of a report, why the run directory cannot be written to.
     """
 
-    def setup(self, config: dict[str, Any], spec: SweepSpec, hosts: Sequence[ActorHandle]) -> None:
+    def setup(self, config: dict[str, Any], spec: SweepSpec, run: Folder, hosts: str) -> None:
+        """
+        Args:
+            run: the run directory.
+            hosts: what the names of the sweep's hosts begin with.
+        """
         self._spec = spec
-        self._hosts = hosts
+        self._run = run
+        self._lobby = Lobby(hosts)
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -39,49 +56,94 @@ class Seat(tune.Trainable):  # type: ignore[misc]  # Ray's base class is untyped
         self._trial = str(config["trial"])
         self._config = trial_config(self._spec, config["params"])
         self._steps = report_steps(self._spec, self._config)
-        self._position = 0
-        self._checkpoint: Checkpoint | None = None
+        self._shelf = Shelf(self._run, config["trial"])
         self._host: ActorHandle | None = None
+        saved = self._shelf.newest()
+        self._checkpoint = saved.checkpoint if saved else None
+        self._untold = saved.report if saved else None
+        """Reported when the checkpoint was taken; whoever was to hear it may have been lost since."""
+        step = step_of(saved.checkpoint) if saved else 0
+        self._reported = step if self._untold else step - 1  # what is between the two may be a report step itself
+        self._resumed = {"step": step, "damaged": list(saved.damaged)} if saved else None
 
     def step(self) -> dict[str, Any]:
-        """Train up to the next report step.
+        """Train up to the next report step, or say once more what was reported where the trial goes on."""
+        news = {"resumed": self._resumed} if self._resumed else {}
+        self._resumed = None
+        try:
+            report, self._untold = self._untold or self._train(), None
+        except TrialFailed as failure:
+            return news | {"step": max(0, self._reported), "failure": str(failure), "done": True}
+        except OSError as error:
+            return news | {"step": max(0, self._reported), "unsaved": str(error)}
+        last = self._steps[-1]
+        return news | report | {"steps_total": last, "done": report["step"] >= last}
 
-        Raises:
-            TrialFailed: the trial ended for a reason of its own.
-        """
+    def _train(self) -> dict[str, Any]:
         if self._host is None:
-            self._host = self._find_host()
-        until = next(step for step in self._steps if step > self._position)
+            self._host = self._lobby.admit(self._trial, self._config, self._checkpoint)
+            self._checkpoint = None
+        until = next(step for step in self._steps if step > self._reported)
         report: dict[str, Any] = _get(self._host.advance.remote(self._trial, until))
-        self._position = report["step"]
-        return report | {"done": self._position >= self._steps[-1]}
+        path = self._shelf.put(_get(self._host.snapshot.remote(self._trial)), report)
+        self._reported = until
+        return report | {"checkpoint": path}
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        if self._host is None:
-            raise TrialFailed(f"trial {self._trial} has no host to take a checkpoint from")
-        write_checkpoint(_get(self._host.snapshot.remote(self._trial)), Path(checkpoint_dir))
 
-    def load_checkpoint(self, checkpoint: dict[str, Any] | str | None) -> None:
-        self._checkpoint = read_checkpoint(Path(str(checkpoint)))
-        self._position = step_of(self._checkpoint)
-        self._host = None
+class Lobby:
+    """The hosts of a sweep, which come and go: they are named actors."""
 
-    def _find_host(self) -> ActorHandle:
+    def __init__(self, prefix: str) -> None:
+        """
+        Args:
+            prefix: what their names begin with.
+        """
+        self._prefix = prefix
+        self._known: dict[str, ActorHandle] = {}
+
+    def admit(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None) -> ActorHandle:
         """The host with most room that admits the trial; waits while all are full."""
+        given = None if checkpoint is None else ray.put(checkpoint)
         while True:
-            rooms: list[tuple[int, int]] = ray.get([host.room.remote() for host in self._hosts])
-            for index in sorted(range(len(rooms)), key=lambda i: rooms[i], reverse=True):
-                host = self._hosts[index]
-                if _get(host.admit.remote(self._trial, self._config, self._checkpoint)):
-                    for other in self._hosts:
+            hosts = self._by_room()
+            for host in hosts:
+                try:
+                    admitted = _get(host.admit.remote(trial, config, given))
+                except ray.exceptions.RayActorError:
+                    continue  # lost meanwhile
+                if admitted:
+                    for other in hosts:
                         if other is not host:
-                            other.forget.remote(self._trial)
+                            other.release.remote(trial)  # it waits there; or trained there, for a seat that was lost
                     return host
             time.sleep(ADMISSION_RETRY_S)
 
+    def _by_room(self) -> list[ActorHandle]:
+        """The hosts that answer, the one with most room first."""
+        asked = {host.room.remote(): host for host in self._hosts()}
+        answers, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S) if asked else ([], [])
+        rooms: list[tuple[tuple[int, int], ActorHandle]] = []
+        for answer in answers:
+            try:
+                rooms.append((ray.get(answer), asked[answer]))
+            except ray.exceptions.RayActorError:
+                continue
+        return [host for _, host in sorted(rooms, key=lambda pair: pair[0], reverse=True)]
+
+    def _hosts(self) -> list[ActorHandle]:
+        names = [name for name in ray.util.list_named_actors() if name.startswith(self._prefix)]
+        self._known = {name: host for name, host in self._known.items() if name in names}
+        for name in names:
+            if name not in self._known:
+                try:
+                    self._known[name] = ray.get_actor(name)
+                except ValueError:  # it has died since
+                    continue
+        return list(self._known.values())
+
 
 def _get(reference: Any) -> Any:
-    """`ray.get` that raises what the host raised, without Ray's wrapping."""
+    """`ray.get` that raises a trial's failure as the host raised it, without Ray's wrapping."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:

@@ -14,6 +14,7 @@ from lora_search.checkpoint import ADAPTER_WEIGHTS, OPTIMIZER, TRIAL, read_check
 from lora_search.engine import Engine, Report, StepMetrics
 from lora_search.errors import InputError, SweepError, TrialFailed
 from lora_search.space import TrialConfig, trial_config
+from lora_search.storage import Folder
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -127,12 +128,12 @@ def test_restored_trial_goes_on_to_the_bit(
     engine.admit("part", mine)
     first = train(engine, "part", 4)
     report_of(engine, "part")
-    write_checkpoint(engine.snapshot("part"), tmp_path / "checkpoint")
+    write_checkpoint(engine.snapshot("part"), Folder(tmp_path / "checkpoint"))
     engine.release("part")
 
     engine.admit("other", config(tiny_spec, rank=2))  # somebody else has the host in between
     train(engine, "other", 1)
-    engine.admit("part", mine, read_checkpoint(tmp_path / "checkpoint"))
+    engine.admit("part", mine, read_checkpoint(Folder(tmp_path / "checkpoint")))
     assert engine.position("part") == 4
     assert first + train(engine, "part", 4) == whole
     report = report_of(engine, "part")
@@ -159,7 +160,7 @@ def test_checkpoint_holds_no_pickle_and_peft_loads_its_adapter(
     engine.admit("a", config(tiny_spec))
     train(engine, "a", 3)
     loss = report_of(engine, "a").eval_loss
-    write_checkpoint(engine.snapshot("a"), tmp_path)
+    write_checkpoint(engine.snapshot("a"), Folder(tmp_path))
     assert {file.suffix for file in tmp_path.iterdir()} == {".json", ".safetensors"}
     base = load_base(tiny_spec.base, "cpu")
     PeftModel.from_pretrained(base.model, str(tmp_path))
@@ -169,15 +170,15 @@ def test_checkpoint_holds_no_pickle_and_peft_loads_its_adapter(
 @pytest.mark.parametrize("name", [ADAPTER_WEIGHTS, OPTIMIZER])
 def test_damaged_checkpoint_is_noticed(engine: Engine, tiny_spec: SweepSpec, tmp_path: Path, name: str) -> None:
     engine.admit("a", config(tiny_spec))
-    write_checkpoint(engine.snapshot("a"), tmp_path)
+    write_checkpoint(engine.snapshot("a"), Folder(tmp_path))
     content = bytearray((tmp_path / name).read_bytes())
     content[-1] ^= 1
     (tmp_path / name).write_bytes(bytes(content))
     with pytest.raises(SweepError, match=f"{name} is damaged"):
-        read_checkpoint(tmp_path)
+        read_checkpoint(Folder(tmp_path))
     (tmp_path / name).unlink()
     with pytest.raises(SweepError, match="incomplete"):
-        read_checkpoint(tmp_path)
+        read_checkpoint(Folder(tmp_path))
 
 
 def test_position_in_the_data_is_in_the_checkpoint(engine: Engine, tiny_spec: SweepSpec) -> None:

@@ -17,6 +17,7 @@ FLOORS = {
     "spec": 0,
     "rundir": 1,
     "checkpoint": 1,
+    "storage": 1,
     "space": 1,
     "targets": 1,
     "memory": 1,

@@ -20,6 +20,7 @@ from lora_search.errors import SweepError
 from lora_search.merge import Merged, merge_adapter
 from lora_search.model import load_base, load_tokenizer
 from lora_search.space import trial_config
+from lora_search.storage import Folder
 
 if TYPE_CHECKING:
     from lora_search.data import TokenizedData
@@ -47,7 +48,7 @@ def trained_adapter(spec: SweepSpec, folder: Path, **sampled: Any) -> tuple[Toke
     for _ in range(20):
         engine.step(["a"])
     loss = engine.evaluate(["a"])["a"].loss
-    write_checkpoint(engine.snapshot("a"), folder)
+    write_checkpoint(engine.snapshot("a"), Folder(folder))
     return data, loss
 
 

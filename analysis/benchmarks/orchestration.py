@@ -28,7 +28,7 @@ from lora_search.placement import HostPlace
 from lora_search.rundir import create_run
 from lora_search.space import TrialConfig
 from lora_search.spec import SweepSpec, parse_spec
-from lora_search.sweep.cluster import cluster, start_hosts
+from lora_search.sweep.cluster import Hosts, cluster
 from lora_search.sweep.run import search
 from lora_search.tracking import Observer
 from lora_search.tracking.wandb import WandbRuns
@@ -115,9 +115,9 @@ def run_round(way: str, spec: SweepSpec, folder: Path) -> Round:
     observers: list[Observer] = []
     if way == "with W&B":
         observers.append(WandbRuns(spec.tracking.wandb, run.name, run.path, {}, lambda line: None))
-    hosts = start_hosts(spec, build_idle)
+    hosts = Hosts(spec, build_idle)
     try:
-        hosts.load(None)
+        hosts.load()
         start = time.perf_counter()
         search(spec, run, hosts, observers)
         for observer in observers:

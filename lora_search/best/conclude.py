@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lora_search.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, read_checkpoint
-from lora_search.errors import InputError
-from lora_search.results import checkpoint_of, read_events
+from lora_search.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, Shelf
+from lora_search.errors import InputError, SweepError
 from lora_search.rundir import RunDirectory
 from lora_search.space import TrialConfig
 from lora_search.spec import SweepSpec
+from lora_search.storage import Folder
 
 if TYPE_CHECKING:
     from lora_search.data import TokenizedData
@@ -57,17 +57,18 @@ def export_adapter(run: RunDirectory, trial: int, out: Path) -> Checkpoint:
 
     Raises:
         InputError: the trial has no checkpoint.
-        SweepError: its checkpoint is damaged.
+        SweepError: its last checkpoint is damaged.
     """
-    path = checkpoint_of(read_events(run.trials), trial)
-    if path is None:
+    saved = Shelf(Folder(run.path), trial).newest()
+    if saved is None:
         raise InputError(f"--trial {trial}: {run.path} has no checkpoint of such a trial")
-    checkpoint = read_checkpoint(run.path / path)
+    if saved.damaged:
+        raise SweepError(saved.damaged[0])
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        (out / name).write_bytes(checkpoint[name])
-    return checkpoint
+        (out / name).write_bytes(saved.checkpoint[name])
+    return saved.checkpoint
 
 
 def write_config(spec: SweepSpec, parameters: Mapping[str, Any], file: Path) -> None:

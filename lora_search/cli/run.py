@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_search.rundir import create_run
+from lora_search.rundir import create_run, newest_run
 from lora_search.spec import load_spec
 
 if TYPE_CHECKING:
@@ -15,10 +15,18 @@ if TYPE_CHECKING:
     from lora_search.sweep import Outcome
 
 
-def run(sweep: str, overrides: Sequence[str], *, name: str | None, address: str | None) -> None:
-    """Check the sweep file, then run it, showing its progress on standard error and its result on standard output."""
+def run(sweep: str, overrides: Sequence[str], *, name: str | None, address: str | None, resume: bool) -> None:
+    """Check the sweep file, then run it, showing its progress on standard error and its result on standard output.
+
+    Args:
+        resume: go on with the newest run of that name, where there is one.
+    """
     spec = load_spec(sweep, [*overrides, *([f"name={name}"] if name else [])])
-    directory = create_run(Path(spec.output), spec.name, exact=name is not None)
+    output = Path(spec.output)
+    left = newest_run(output, spec.name) if resume else None
+    if resume and left is None:
+        print(f"lora-search: {output} has no run named {spec.name} to resume; starting one", file=sys.stderr)
+    directory = left or create_run(output, spec.name, exact=name is not None)
     print(f"lora-search: {spec.name} -> {directory.path}", file=sys.stderr)
     # Only now: Ray and Optuna take seconds to import, and a wrong sweep file has been told of by now.
     from lora_search.search.study import planned_trials
@@ -29,7 +37,7 @@ def run(sweep: str, overrides: Sequence[str], *, name: str | None, address: str 
     view = LiveView(spec.name, planned_trials(spec), spec.max_steps, spec.search.metric, spec.search.mode)
     with view:
         runs = WandbRuns(spec.tracking.wandb, directory.name, directory.path, spec.model_dump(mode="json"), view.say)
-        outcome = run_sweep(spec, directory, [runs, view], address=address, say=view.say)
+        outcome = run_sweep(spec, directory, [runs, view], address=address, resume=left is not None, say=view.say)
     _show(spec, outcome)
 
 

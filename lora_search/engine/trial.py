@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,7 @@ from lora_search.targets import Targets
 if TYPE_CHECKING:
     from peft import PeftModel
 
-FORMAT = 2
+FORMAT = 3
 """Version of the checkpoint's layout."""
 
 
@@ -135,6 +136,8 @@ class ResidentTrial:
                 "tokens": self.tokens,
                 "seconds": self.seconds,
                 "schedule": schedule,
+                "window": [asdict(metrics) for metrics in self.window],
+                "window_seconds": self.window_seconds,
             },
         )
 
@@ -160,6 +163,8 @@ class ResidentTrial:
         for group, lr in zip(groups, self._schedule.get_last_lr(), strict=True):
             group["lr"] = lr
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        self.window = [StepMetrics(**metrics) for metrics in state["window"]]
+        self.window_seconds = state["window_seconds"]
 
 
 def _config_json(config: LoraConfig) -> bytes:

@@ -6,8 +6,7 @@ such a trial is PRUNED with its intermediate values, which is what TPE ranks by 
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import optuna
@@ -15,7 +14,7 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from lora_search.errors import OUT_OF_MEMORY
-from lora_search.search.study import decode, distributions
+from lora_search.search.study import decode, distributions, sampler
 from lora_search.spec import SweepSpec
 
 MEMORY = "memory"
@@ -23,69 +22,73 @@ MEMORY = "memory"
 
 
 class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's base class is untyped
-    """Proposes configurations from a study: `{"trial": number, "params": {name: value}}`."""
+    """Proposes configurations from a study: `{"trial": number, "params": {name: value}}`.
 
-    def __init__(self, spec: SweepSpec, study: optuna.Study) -> None:
+    Trials that the study has as running, from an earlier process, come first, with their numbers. Each proposal is
+    drawn from the sampler's seed and the trial's number, so that a search goes on as if it had not been interrupted.
+    """
+
+    def __init__(self, spec: SweepSpec, study: optuna.Study, capacity: Callable[[], int]) -> None:
+        """
+        Args:
+            capacity: trials that may run at once, as it stands when a trial is asked for.
+        """
         super().__init__(metric=spec.search.metric, mode=spec.search.mode)
-        self._space = spec.search.space
-        self._distributions = distributions(self._space)
+        self._search = spec.search
+        self._distributions = distributions(spec.search.space)
         self._study = study
+        self._capacity = capacity
+        trials = study.get_trials(deepcopy=False)
+        self._unfinished = [trial for trial in trials if trial.state == TrialState.RUNNING]
+        self._asked = sum(trial.state != TrialState.WAITING for trial in trials)
         self._trials: dict[str, optuna.Trial] = {}
-        self._failed: dict[int, optuna.Trial] = {}
-        """Not told yet: Tune says that a trial failed before it says why."""
-        self._reported: dict[int, int] = {}
+        self._reported = {trial.number: max(trial.intermediate_values, default=0) for trial in self._unfinished}
 
-    def suggest(self, trial_id: str) -> dict[str, Any]:
-        trial = self._study.ask(self._distributions)
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        """A configuration; None while as many trials run as may."""
+        if len(self._trials) >= self._capacity():
+            return None
+        if self._unfinished:
+            trial = optuna.Trial(self._study, self._unfinished.pop(0)._trial_id)
+        else:
+            self._study.sampler = sampler(self._search, self._asked)
+            trial = self._study.ask(self._distributions)
+            self._asked += 1
         self._trials[trial_id] = trial
-        return {"trial": trial.number, "params": decode(self._space, trial.params)}
+        return {"trial": trial.number, "params": decode(self._search.space, trial.params)}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        self._report(self._trials[trial_id], result)
+        if self.metric in result:
+            self._report(self._trials[trial_id], result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell the study COMPLETE for a trial trained to its last step, PRUNED for a stopped one.
+        """Tell the study COMPLETE for a trial trained to its last step, PRUNED for a stopped one, else FAIL.
 
-        A failed one is told as soon as it is known why: see `explain_failure`.
+        One too large for its device is infeasible. TPE does not look at failed trials; what it avoids is a trial that
+        violates a constraint, PRUNED.
         """
         trial = self._trials.pop(trial_id, None)
         if trial is None:
             return
-        if error or not result or self.metric not in result:
-            self._failed[trial.number] = trial
-            return
-        self._report(trial, result)
-        if result["step"] >= result["steps_total"]:
-            self._study.tell(trial, result[self.metric])
-        else:
-            self._study.tell(trial, state=TrialState.PRUNED)
-
-    def explain_failure(self, number: int, reason: str | None) -> None:
-        """Tell the study of a failed trial: FAIL; but of one too large for its device, that it is infeasible.
-
-        TPE does not look at failed trials. What it avoids is a trial that violates a constraint, PRUNED.
-        """
-        trial = self._failed.pop(number, None)
-        if trial is None:
-            return
-        if reason is not None and reason.startswith(OUT_OF_MEMORY):
+        failure = (result or {}).get("failure")
+        if failure is not None and failure.startswith(OUT_OF_MEMORY):
             trial.set_constraint(MEMORY, 1.0)
             self._study.tell(trial, state=TrialState.PRUNED)
-        else:
+        elif error or not result or self.metric not in result:
             self._study.tell(trial, state=TrialState.FAIL)
-
-    def close(self) -> None:
-        """Tell FAIL of every failed trial that nobody has explained."""
-        for number in list(self._failed):
-            self.explain_failure(number, None)
+        else:
+            self._report(trial, result)
+            if result["step"] >= result["steps_total"]:
+                self._study.tell(trial, result[self.metric])
+            else:
+                self._study.tell(trial, state=TrialState.PRUNED)
 
     def _report(self, trial: optuna.Trial, result: dict[str, Any]) -> None:
+        """A result may come twice: Tune hands over a trial's last one again, and so does a trial that goes on."""
         step = int(result["step"])
-        if self._reported.get(trial.number, 0) < step:  # Tune may hand over a trial's last result twice
+        if self._reported.get(trial.number, 0) < step:
             trial.report(float(result[self.metric]), step)
             self._reported[trial.number] = step
 
     def save(self, checkpoint_path: str) -> None:
-        """Which Tune trial stands for which of the study's; the study itself is on disk already."""
-        numbers = {trial_id: trial.number for trial_id, trial in self._trials.items()}
-        Path(checkpoint_path).write_text(json.dumps(numbers), encoding="utf-8")
+        """The study is on disk already."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.distributions import (
     BaseDistribution,
@@ -30,12 +31,12 @@ STARTUP_TRIALS = 10
 
 
 def create_study(spec: SweepSpec, folder: Path) -> optuna.Study:
-    """A new study in the run directory, with the configurations to try first waiting in it."""
+    """The study in the run directory, a new one where there is none, with the configurations to try first waiting."""
     study = optuna.create_study(
         storage=_storage(folder),
         study_name=spec.name,
         direction="minimize" if spec.search.mode == "min" else "maximize",
-        sampler=sampler(spec.search),
+        load_if_exists=True,
     )
     for configuration in first_trials(spec):
         study.enqueue_trial(encode(spec.search.space, configuration), skip_if_exists=True)
@@ -59,23 +60,24 @@ def planned_trials(spec: SweepSpec) -> int:
     return spec.search.trials
 
 
-def sampler(search: Search) -> optuna.samplers.BaseSampler:
-    """The sampler that the sweep file names.
+def sampler(search: Search, number: int) -> optuna.samplers.BaseSampler:
+    """The sampler that the sweep file names, for one trial's proposal.
 
     TPE is multivariate and grouped, since rank, alpha and learning rate act together (Falkner et al., BOHB, 2018),
     and takes a running trial for a bad one (constant liar), so that trials started together differ.
+
+    Args:
+        number: of the trial. What is drawn for it follows from the seed, its number and what the study knows by then,
+            not from what this process has drawn before.
     """
+    seed = int(np.random.SeedSequence((search.sampler.seed, number)).generate_state(1)[0])
     if search.sampler.name == "tpe":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             return optuna.samplers.TPESampler(
-                multivariate=True,
-                group=True,
-                constant_liar=True,
-                n_startup_trials=STARTUP_TRIALS,
-                seed=search.sampler.seed,
+                multivariate=True, group=True, constant_liar=True, n_startup_trials=STARTUP_TRIALS, seed=seed
             )
-    return optuna.samplers.RandomSampler(seed=search.sampler.seed)  # a grid stands in the queue and samples nothing
+    return optuna.samplers.RandomSampler(seed=seed)  # a grid stands in the queue and samples nothing
 
 
 def distributions(space: Mapping[str, Domain]) -> dict[str, BaseDistribution]:

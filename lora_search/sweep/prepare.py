@@ -5,8 +5,9 @@ Runs on a host, so that the driver never imports torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_search.errors import InputError
 from lora_search.placement import HostPlace
@@ -65,3 +66,19 @@ def prepare(spec: SweepSpec, place: HostPlace) -> tuple[DataSummary, TokenizedDa
         data.fingerprint,
     )
     return summary, data
+
+
+def refuse_other_data(before: Mapping[str, Any], fingerprint: str) -> None:
+    """
+    Args:
+        before: the provenance of the sweep that is resumed.
+
+    Raises:
+        InputError: it was started on other data.
+    """
+    was = before.get("data", {}).get("fingerprint", fingerprint)
+    if was != fingerprint:
+        raise InputError(
+            f"--resume: the data has changed since the sweep began: found {fingerprint[:12]}, was {was[:12]} "
+            "(fingerprints of the tokens)"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -28,10 +29,18 @@ PACKAGES = (
 )
 
 
-def provenance(spec: SweepSpec) -> dict[str, Any]:
-    """Versions, commit, seeds and machine, as known when a sweep starts; nothing of the user's environment."""
+def provenance(spec: SweepSpec, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions, commit, seeds and machine, as known when a sweep starts; nothing of the user's environment.
+
+    Args:
+        before: what was written when the sweep was started, where it is resumed; kept are the sweep's id and the
+            starts of all its processes.
+    """
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "id": before.get("id") or uuid.uuid4().hex[:12],
+        "started": before.get("started", now),
+        "resumed": [*before.get("resumed", ()), *([now] if before else [])],
         "lora_search": lora_search.__version__,
         "git_commit": _git_commit(),
         "python": platform.python_version(),
@@ -39,6 +48,15 @@ def provenance(spec: SweepSpec) -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "seeds": {"sampler": spec.search.sampler.seed, "training": spec.training.seed},
     }
+
+
+def read_provenance(file: Path) -> dict[str, Any]:
+    """What `write_provenance` wrote; nothing where it is not there, or damaged."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def write_provenance(file: Path, facts: Mapping[str, Any]) -> None:

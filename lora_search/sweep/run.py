@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any
 import optuna
 from ray import tune
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from lora_search.best import (
     Conclusion,
@@ -24,29 +25,33 @@ from lora_search.best import (
     write_card,
     write_config,
 )
+from lora_search.checkpoint import trial_folder
 from lora_search.errors import Interrupted, SweepError
 from lora_search.results import Row, best_row, run_rows
-from lora_search.rundir import RunDirectory
+from lora_search.rundir import RunDirectory, locked
 from lora_search.search import StudySearcher, create_study
-from lora_search.search.study import planned_trials
+from lora_search.search.asha import StepAsha
+from lora_search.search.study import JOURNAL, planned_trials
 from lora_search.seat import Seat
-from lora_search.space import first_rung, trial_config
+from lora_search.space import trial_config
 from lora_search.spec import SweepSpec, dump_spec
-from lora_search.sweep.cluster import Hosts, build_engine, cluster, import_engine, seat_resources, start_hosts
-from lora_search.sweep.prepare import DataSummary, prepare
-from lora_search.sweep.provenance import provenance, write_provenance
+from lora_search.storage import Folder
+from lora_search.sweep.cluster import Hosts, build_engine, cluster, import_engine, seat_resources
+from lora_search.sweep.prepare import DataSummary, prepare, refuse_other_data
+from lora_search.sweep.provenance import provenance, read_provenance, write_provenance
+from lora_search.sweep.resume import Past, mend_last_line, reconcile, refuse_other_sweep
 from lora_search.tracking import Observer, RunRecord
 from lora_search.tracking.relay import Relay
-
-KEPT_CHECKPOINTS = 2
-"""Of each trial: the newest, and the one before should the newest be damaged."""
 
 TUNE_ENV = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials.jsonl is the record
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a result may say why there is no metric
 }
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 
 Say = Callable[[str], None]
 
@@ -67,60 +72,100 @@ def run_sweep(
     observers: Sequence[Observer] = (),
     *,
     address: str | None = None,
+    resume: bool = False,
     say: Say = lambda line: None,
 ) -> Outcome:
     """Search, then test, export and merge the best.
 
     Args:
-        run: a run directory that is empty yet.
+        run: a run directory that is empty yet, unless `resume`.
         observers: told of every trial, besides the run directory's own record.
         address: of a Ray cluster; None starts one on this machine.
+        resume: go on with what an earlier process has left in the run directory.
         say: prints one line to the user.
 
     Raises:
-        InputError: the base, the data, a target set or the hosts cannot be used.
-        Interrupted: by a signal; what was recorded stays.
-        SweepError: no trial came to a result, or a host was lost.
+        InputError: the base, the data, a target set or the hosts cannot be used; or what is to be resumed is another
+            sweep, or runs.
+        Interrupted: by a signal; the sweep can be resumed.
+        SweepError: no trial came to a result, all hosts were lost, or the run directory cannot be written to.
     """
     try:
-        return _run(spec, run, observers, address, say)
+        with locked(run):
+            return _run(spec, run, observers, address, resume, say)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise SweepError(f"{run.path} cannot be written to: {error}; mend it, then --resume") from error
     finally:
         for observer in observers:
             observer.close()
 
 
-def _run(spec: SweepSpec, run: RunDirectory, observers: Sequence[Observer], address: str | None, say: Say) -> Outcome:
+def _run(
+    spec: SweepSpec, run: RunDirectory, observers: Sequence[Observer], address: str | None, resume: bool, say: Say
+) -> Outcome:
+    before: dict[str, Any] = {}
+    if resume:
+        refuse_other_sweep(spec, run)
+        before = read_provenance(run.provenance)
+        if (outcome := _concluded(spec, run, before)) is not None:
+            say("the sweep is finished; nothing is left to do")
+            return outcome
+        for file in (run.trials, run.path / JOURNAL):
+            if (mended := mend_last_line(file)) is not None:
+                say(mended)
     run.spec.write_text(dump_spec(spec), encoding="utf-8")
-    facts = provenance(spec)
+    facts = provenance(spec, before)
     write_provenance(run.provenance, facts)
     with cluster(address):
         say("preparing the data and the hosts")
-        hosts = start_hosts(spec, build_engine)
+        hosts = Hosts(spec, build_engine, say)
         try:
-            summary, data = hosts.prepare(partial(prepare, spec, hosts.places[0]), import_engine)
+            summary = hosts.prepare(partial(prepare, spec), import_engine)
+            refuse_other_data(before, summary.fingerprint)
             say(_data_line(summary))
-            ready = hosts.load(data)
+            ready = hosts.load()
             write_provenance(run.provenance, facts | {"data": asdict(summary), "hosts": ready})
-            search(spec, run, hosts, observers)
+            search(spec, run, hosts, observers, say)
             rows = run_rows(run)
             best = best_row(rows, spec.search.metric, spec.search.mode)
             if best is None:
                 raise SweepError(_why_nothing(rows))
             say(f"trial {best['trial']} is best; testing and merging its adapter")
-            found = conclude(spec, run, best, hosts, data)
+            found = conclude(spec, run, best, hosts)
         finally:
             hosts.end()
     write_card(spec, run, rows, best, found)
+    write_provenance(run.provenance, read_provenance(run.provenance) | {"conclusion": found.to_dict()})
     for observer in observers:
         observer.concluded(rows, best, run.best / "adapter")
     return Outcome(run, rows, best, found)
 
 
-def search(spec: SweepSpec, run: RunDirectory, hosts: Hosts, observers: Sequence[Observer] = ()) -> None:
-    """Run all trials of a sweep on its hosts.
+def _concluded(spec: SweepSpec, run: RunDirectory, before: Mapping[str, Any]) -> Outcome | None:
+    """What a sweep came to, if it has come to its end and no more trials are asked for."""
+    if "conclusion" not in before:
+        return None
+    rows = run_rows(run)
+    if sum(row["state"] != "running" for row in rows) < planned_trials(spec):
+        return None
+    conclusion = Conclusion(**before["conclusion"])
+    return Outcome(run, rows, next(row for row in rows if row["trial"] == conclusion.trial), conclusion)
+
+
+def search(
+    spec: SweepSpec,
+    run: RunDirectory,
+    hosts: Hosts,
+    observers: Sequence[Observer] = (),
+    say: Say = lambda line: None,
+) -> None:
+    """Run all trials of a sweep on its hosts, or those that are left of it.
 
     Raises:
-        Interrupted: by a signal.
+        Interrupted: by a signal; what the running trials had come to is saved.
+        SweepError: all hosts were lost, or the run directory cannot be written to.
     """
     os.environ.update(TUNE_ENV)
     for name in ("ray.tune", "ray.train", "ray.air"):
@@ -128,38 +173,59 @@ def search(spec: SweepSpec, run: RunDirectory, hosts: Hosts, observers: Sequence
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     planned = planned_trials(spec)
     record = RunRecord(run.trials)
-    searcher = StudySearcher(spec, create_study(spec, run.path))
-    told = [record, _Release(hosts), _Explain(searcher), *observers]
     try:
-        with _sigterm_as_sigusr1():
-            # tune.run, not Tuner: that one pickles every callback and searcher into the run directory.
-            tune.run(
-                tune.with_resources(
-                    tune.with_parameters(Seat, spec=spec, hosts=hosts.actors), seat_resources(hosts.capacity)
-                ),
-                search_alg=searcher,
-                scheduler=_scheduler(spec),
-                num_samples=planned,
-                max_concurrent_trials=hosts.capacity,
-                reuse_actors=True,
-                name=run.tune.name,
-                storage_path=str(run.path.resolve()),
-                callbacks=[Relay(spec, run.path, told)],
-                checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1, num_to_keep=KEPT_CHECKPOINTS),
-                trial_name_creator=_trial_name,
-                trial_dirname_creator=_trial_name,
-                raise_on_failed_trial=False,
-                verbose=0,
+        study = create_study(spec, run.path)
+        past = reconcile(run, study, record)
+        left = planned - past.ended
+        if past.rows:
+            say(f"{past.ended} of {planned} trials have ended, {len(past.rows) - past.ended} go on")
+            for observer in observers:
+                observer.past(past.rows)
+        if left > 0:
+            _tune(spec, run, hosts, [record, _Attend(hosts), *observers], study, past, left)
+        ended = sum(row["state"] != "running" for row in run_rows(run))
+        if ended < planned:
+            for trial, step, path in hosts.save_all(Folder(run.path)):
+                record.trial_saved(trial, step, path)
+            raise Interrupted(
+                f"interrupted after {ended} of {planned} trials; what they came to is in {run.path}, and "
+                "the same command with --resume goes on"
             )
     finally:
-        searcher.close()
         record.close()
-    ended = sum(row["state"] != "running" for row in run_rows(run))
-    if ended < planned:
-        raise Interrupted(f"interrupted after {ended} of {planned} trials; what they came to is in {run.path}")
 
 
-def conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts, data: Any) -> Conclusion:
+def _tune(
+    spec: SweepSpec,
+    run: RunDirectory,
+    hosts: Hosts,
+    told: Sequence[Observer],
+    study: optuna.Study,
+    past: Past,
+    trials: int,
+) -> None:
+    """Have Ray Tune run so many trials."""
+    seat = tune.with_parameters(Seat, spec=spec, run=Folder(run.path.resolve()), hosts=hosts.prefix)
+    with _sigterm_as_sigusr1():
+        # tune.run, not Tuner: that one pickles every callback and searcher into the run directory.
+        tune.run(
+            tune.with_resources(seat, seat_resources(hosts.capacity)),
+            search_alg=StudySearcher(spec, study, lambda: hosts.capacity),
+            scheduler=_scheduler(spec, past),
+            num_samples=trials,
+            reuse_actors=True,
+            max_failures=spec.hosts.max_retries,
+            name=run.tune.name,
+            storage_path=str(run.path.resolve()),
+            callbacks=[Relay(spec, told, past.rows)],
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+            raise_on_failed_trial=False,
+            verbose=0,
+        )
+
+
+def conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts) -> Conclusion:
     """Export, test and merge the best trial's adapter, on hosts: their processes have all they need."""
     run.best.mkdir(exist_ok=True)
     write_config(spec, best, run.best / "config.yaml")
@@ -168,30 +234,26 @@ def conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts, data: 
     tested, merged = hosts.finish(
         partial(test_adapter, config, checkpoint),
         partial(merge_best, spec, run, best["eval_loss"], hosts.places[-1].gpus > 0),
-        data,
     )
     return Conclusion(trial=best["trial"], **tested, **merged)
 
 
-def _scheduler(spec: SweepSpec) -> TrialScheduler:
+def _scheduler(spec: SweepSpec, past: Past) -> TrialScheduler:
     if spec.search.scheduler.name == "none":
         return FIFOScheduler()
-    return AsyncHyperBandScheduler(
-        time_attr="step",
-        metric=spec.search.metric,
-        mode=spec.search.mode,
-        max_t=spec.max_steps,
-        grace_period=first_rung(spec),
-        reduction_factor=spec.search.scheduler.reduction_factor,
-    )
+    scheduler = StepAsha(spec)
+    scheduler.replay(past.events)
+    return scheduler
 
 
 def _trial_name(trial: Trial) -> str:
-    return f"trial-{trial.config['trial']:04d}"
+    return trial_folder(trial.config["trial"])
 
 
-class _Release(Observer):
-    """Frees a trial's memory on its host as soon as the trial is over."""
+class _Attend(Observer):
+    """Frees a trial's memory on its host as soon as the trial is over, and looks after the hosts."""
+
+    essential = True
 
     def __init__(self, hosts: Hosts) -> None:
         self._hosts = hosts
@@ -199,16 +261,8 @@ class _Release(Observer):
     def trial_ended(self, trial: int, state: str, reason: str | None) -> None:
         self._hosts.release(trial)
 
-
-class _Explain(Observer):
-    """Tells the searcher why a trial failed."""
-
-    def __init__(self, searcher: StudySearcher) -> None:
-        self._searcher = searcher
-
-    def trial_ended(self, trial: int, state: str, reason: str | None) -> None:
-        if state == "failed":
-            self._searcher.explain_failure(trial, reason)
+    def tick(self) -> None:
+        self._hosts.look()
 
 
 @contextmanager

@@ -20,8 +20,18 @@ class Observer:
     essential = False
     """Whether the sweep must end where this observer fails; any other is only told no more."""
 
+    def past(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The trials that earlier processes have run, where the sweep is resumed. Told before anything else."""
+
     def trial_started(self, trial: int, parameters: Mapping[str, Any]) -> None:
         """A trial begins."""
+
+    def trial_resumed(self, trial: int, parameters: Mapping[str, Any], step: int, damaged: Sequence[str]) -> None:
+        """A trial goes on from its checkpoint of a step, 0 where it has none, after its seat or the sweep was lost.
+
+        Args:
+            damaged: what is wrong with later checkpoints of it.
+        """
 
     def trial_reported(self, trial: int, report: Mapping[str, Any]) -> None:
         """A trial was evaluated."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -117,8 +117,21 @@ class LiveView(Observer):
         """Print one line, above the display where there is one."""
         self._console.print(escape(line), highlight=False, soft_wrap=True)
 
+    def past(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        for row in rows:
+            if row["state"] != "running":
+                self._progress.ended[row["state"]] += 1
+                self._compare(row[self._metric], row["trial"], row)
+
     def trial_started(self, trial: int, parameters: Mapping[str, Any]) -> None:
         self._progress.running[trial] = _Running(parameters)
+
+    def trial_resumed(self, trial: int, parameters: Mapping[str, Any], step: int, damaged: Sequence[str]) -> None:
+        running = self._progress.running.setdefault(trial, _Running(parameters))
+        running.step = step
+        for what in damaged:
+            self.say(what)
+        self.say(f"trial {trial} goes on from step {step}")
 
     def trial_reported(self, trial: int, report: Mapping[str, Any]) -> None:
         progress = self._progress
@@ -126,8 +139,7 @@ class LiveView(Observer):
         progress.tokens.append((self._clock(), report["tokens"] - running.tokens))
         running.step, running.steps_total = report["step"], report["steps_total"]
         running.value, running.tokens = report[self._metric], report["tokens"]
-        if progress.best is None or progress.sign * running.value < progress.sign * progress.best[0]:
-            progress.best = (running.value, trial, running.parameters)
+        self._compare(running.value, trial, running.parameters)
 
     def trial_ended(self, trial: int, state: State, reason: str | None) -> None:
         running = self._progress.running.pop(trial, _Running({}))
@@ -137,6 +149,11 @@ class LiveView(Observer):
         elif self._live is None:
             value = "" if running.value is None else f", {self._metric} {running.value:.4f}"
             self.say(f"trial {trial} {state} at step {running.step}{value} ({_short(running.parameters)})")
+
+    def _compare(self, value: float | None, trial: int, parameters: Mapping[str, Any]) -> None:
+        best = self._progress.best
+        if value is not None and (best is None or self._progress.sign * value < self._progress.sign * best[0]):
+            self._progress.best = (value, trial, parameters)
 
     def tick(self) -> None:
         if self._live is None and self._clock() - self._said >= PLAIN_EVERY_S:

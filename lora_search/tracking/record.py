@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ class RunRecord(Observer):
     """Appends to a run directory's trials.jsonl.
 
     Events: `start` (parameters), `report` (the report's figures, `history` an entry a step), `checkpoint` (step and
-    path), `end` (state, reason). Every line has `event`, `trial` and `time`, in seconds since 1970.
+    path), `resume` (the step from which a trial goes on, and which later checkpoints were damaged), `end` (state,
+    reason). Every line has `event`, `trial` and `time`, in seconds since 1970.
     """
 
     essential = True
@@ -27,6 +28,9 @@ class RunRecord(Observer):
 
     def trial_started(self, trial: int, parameters: Mapping[str, Any]) -> None:
         self._append("start", trial, parameters=parameters)
+
+    def trial_resumed(self, trial: int, parameters: Mapping[str, Any], step: int, damaged: Sequence[str]) -> None:
+        self._append("resume", trial, step=step, damaged=list(damaged))
 
     def trial_reported(self, trial: int, report: Mapping[str, Any]) -> None:
         self._append("report", trial, **report)

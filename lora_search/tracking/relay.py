@@ -10,7 +10,8 @@ from typing import Any
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
-from lora_search.errors import TrialFailed
+from lora_search.errors import SweepError
+from lora_search.results import Row
 from lora_search.space import trial_config
 from lora_search.spec import SweepSpec
 from lora_search.tracking.events import Observer, State
@@ -40,44 +41,64 @@ REPORT_KEYS = (
 class Relay(Callback):  # type: ignore[misc]  # Ray's base class is untyped
     """Tells every observer what happens. One that raises is told no more, and the sweep goes on without it."""
 
-    def __init__(self, spec: SweepSpec, folder: Path, observers: Sequence[Observer]) -> None:
+    def __init__(self, spec: SweepSpec, observers: Sequence[Observer], past: Sequence[Row] = ()) -> None:
+        """
+        Args:
+            past: rows of the trials that earlier processes have run.
+        """
         self._spec = spec
-        self._folder = folder.resolve()
         self._observers = list(observers)
-        self._started: set[int] = set()
+        self._steps = {int(row["trial"]): int(row["steps"]) for row in past}
+        """Of each trial that has been told of, the last step that has been."""
+        self._lost = {int(row["trial"]) for row in past if row["state"] == "running"}
+        """Trials whose observers have not been told yet that they go on."""
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         self._tell(lambda observer: observer.tick())
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        number, params = trial.config["trial"], trial.config["params"]
-        if number not in self._started:
-            self._started.add(number)
-            parameters = trial_config(self._spec, params).parameters() | params
+        number = trial.config["trial"]
+        if number not in self._steps:
+            self._steps[number] = 0
+            parameters = self._parameters(trial)
             self._tell(lambda observer: observer.trial_started(number, parameters))
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
+        number, step = trial.config["trial"], result["step"]
+        resumed = result.get("resumed")
+        if resumed is not None or number in self._lost:
+            self._lost.discard(number)
+            parameters, where = self._parameters(trial), resumed or {"step": 0, "damaged": []}
+            self._tell(lambda observer: observer.trial_resumed(number, parameters, **where))
+        if "unsaved" in result:
+            raise SweepError(f"the run directory cannot be written to: {result['unsaved']}; mend it, then --resume")
+        if "failure" in result or step <= self._steps[number]:
+            return  # what is reported again has been told
+        self._steps[number] = step
         report = {key: result[key] for key in REPORT_KEYS if key in result}
-        self._tell(lambda observer: observer.trial_reported(trial.config["trial"], report))
-
-    def on_checkpoint(self, iteration: int, trials: list[Trial], trial: Trial, checkpoint: Any, **info: Any) -> None:
-        path = Path(checkpoint.path)
-        relative = path.relative_to(self._folder) if path.is_relative_to(self._folder) else path
-        step = int(trial.last_result["step"])
-        self._tell(lambda observer: observer.trial_saved(trial.config["trial"], step, relative.as_posix()))
+        self._tell(lambda observer: observer.trial_reported(number, report))
+        if "checkpoint" in result:
+            self._tell(lambda observer: observer.trial_saved(number, step, result["checkpoint"]))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         result = trial.last_result
-        done = result.get("step", 0) >= result.get("steps_total", 1)
-        self._ended(trial, "completed" if done else "stopped", None)
+        if "failure" in result:
+            self._ended(trial, "failed", result["failure"])
+        else:
+            done = result.get("step", 0) >= result.get("steps_total", 1)
+            self._ended(trial, "completed" if done else "stopped", None)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._ended(trial, "failed", failure_reason(trial))
+        tries = f"given up after {self._spec.hosts.max_retries} retries: " if self._spec.hosts.max_retries else ""
+        self._ended(trial, "failed", tries + failure_reason(trial))
 
     def _ended(self, trial: Trial, state: State, reason: str | None) -> None:
         self._tell(lambda observer: observer.trial_ended(trial.config["trial"], state, reason))
+
+    def _parameters(self, trial: Trial) -> dict[str, Any]:
+        return trial_config(self._spec, trial.config["params"]).parameters() | dict(trial.config["params"])
 
     def _tell(self, event: Callable[[Observer], None]) -> None:
         for observer in list(self._observers):
@@ -100,4 +121,4 @@ def failure_reason(trial: Trial) -> str:
     except (OSError, TypeError):
         return "unknown: Ray Tune kept no error of it"
     cause, _, message = lines[-1].partition(": ") if lines else ("", "", "")
-    return message if cause.endswith(TrialFailed.__name__) else f"{cause.rpartition('.')[2]}: {message}"
+    return f"{cause.rpartition('.')[2]}: {message}"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlparse
 
+from lora_search.rundir import run_identity
 from lora_search.spec import Wandb
 from lora_search.tracking.events import Observer, State
 
@@ -58,6 +59,7 @@ class WandbRuns(Observer):
         self._say = say
         self._mode = wandb_mode(config.mode)
         self._runs: dict[int, wandb.Run] = {}
+        self._opened: set[int] = set()
         self._work: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._broken = False
         self._thread: threading.Thread | None = None
@@ -67,7 +69,13 @@ class WandbRuns(Observer):
 
     def trial_started(self, trial: int, parameters: Mapping[str, Any]) -> None:
         config = {"trial": trial, **parameters}
-        self._later(lambda: self._runs.update({trial: self._init("trial", f"{self._sweep}-{trial}", config)}))
+        self._opened.add(trial)
+        self._later(lambda: self._runs.update({trial: self._init("trial", str(trial), config)}))
+
+    def trial_resumed(self, trial: int, parameters: Mapping[str, Any], step: int, damaged: Sequence[str]) -> None:
+        """Open the trial's run again, where it is not open in this process."""
+        if trial not in self._opened:
+            self.trial_started(trial, parameters)
 
     def trial_reported(self, trial: int, report: Mapping[str, Any]) -> None:
         report = dict(report)
@@ -112,7 +120,10 @@ class WandbRuns(Observer):
             self._say(line)
 
     def _init(self, kind: str, name: str, config: Mapping[str, Any]) -> wandb.Run:
+        """A run. Its id follows from the run directory's, so that a resumed trial goes on in the run that it has."""
         import wandb
+
+        identity = run_identity(self._folder)
 
         self._folder.joinpath("wandb").mkdir(exist_ok=True)
         run = wandb.init(
@@ -120,7 +131,9 @@ class WandbRuns(Observer):
             project=self._config.project,
             group=self._sweep,
             job_type=kind,
-            name=name,
+            name=f"{self._sweep}-{name}",
+            id=None if identity is None else f"{identity}-{name}",
+            resume="allow" if identity is not None and self._mode == "online" else None,
             config=dict(config),
             mode="offline" if self._mode == "offline" else "online",
             dir=str(self._folder),
@@ -155,7 +168,7 @@ class WandbRuns(Observer):
     def _summary(self, rows: Sequence[dict[str, Any]], best: Mapping[str, Any], adapter: Path) -> None:
         import wandb
 
-        run = self._init("summary", f"{self._sweep}-summary", self._settings)
+        run = self._init("summary", "summary", self._settings)
         columns = list(dict.fromkeys(key for row in rows for key in row))
         table = wandb.Table(columns=columns, data=[[_cell(row.get(column)) for column in columns] for row in rows])
         run.log({"trials": table})

@@ -1,0 +1,119 @@
+"""What an earlier process left of a sweep, made whole, so that a new one can go on with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from lora_search.errors import InputError
+from lora_search.results import Row, read_events, trial_rows
+from lora_search.rundir import RunDirectory
+from lora_search.search.searcher import MEMORY
+from lora_search.spec import SweepSpec, load_spec
+from lora_search.tracking import RunRecord
+
+MAY_CHANGE = ("name", "output", "hosts", "tracking", "search.trials", "training.steps")
+"""Keys of the sweep file that may differ when a sweep is resumed."""
+
+UNKNOWN_REASON = "not recorded: the sweep was interrupted when the trial had just failed"
+
+
+@dataclass(frozen=True)
+class Past:
+    """The trials that earlier processes have run."""
+
+    events: tuple[Row, ...] = ()
+    rows: tuple[Row, ...] = ()
+
+    @property
+    def ended(self) -> int:
+        return sum(row["state"] != "running" for row in self.rows)
+
+
+def refuse_other_sweep(spec: SweepSpec, run: RunDirectory) -> None:
+    """
+    Raises:
+        InputError: the run directory is of another search space, other data or another base; it says what changed.
+    """
+    before = dict(_flat(load_spec(run.spec).model_dump(mode="json")))
+    now = dict(_flat(spec.model_dump(mode="json")))
+    changed = [
+        f"{key}: found {_shown(now.get(key))}, was {_shown(before.get(key))}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    if changed:
+        raise InputError(
+            f"--resume: {run.path} is of another sweep: {'; '.join(changed)}; "
+            f"allowed to change: {', '.join(MAY_CHANGE)}"
+        )
+
+
+def mend_last_line(file: Path) -> str | None:
+    """Cut off a last line that was not written to its end; what there is to say of it."""
+    if not file.exists():
+        return None
+    content = file.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    last = whole[whole[:-1].rfind(b"\n") + 1 :]
+    try:
+        json.loads(last or b"{}")
+    except ValueError:
+        whole = whole[: -len(last)]
+    if whole == content:
+        return None
+    part = file.with_name(f".{file.name}.part")
+    part.write_bytes(whole)
+    part.replace(file)
+    return f"{file}: the last line was damaged, and is left out ({len(content) - len(whole)} bytes)"
+
+
+def reconcile(run: RunDirectory, study: optuna.Study, record: RunRecord) -> Past:
+    """Tell the study or the record of the ends that only the other has heard of; the trials as they stand then."""
+    known = {row["trial"]: row for row in trial_rows(read_events(run.trials))}
+    for trial in study.get_trials(deepcopy=False):
+        row = known.get(trial.number)
+        if row is None:
+            continue  # proposed, and never started
+        if trial.state.is_finished() and row["state"] == "running":
+            state = _state(trial)
+            record.trial_ended(trial.number, state, UNKNOWN_REASON if state == "failed" else None)
+        elif trial.state == TrialState.RUNNING and row["state"] != "running":
+            _tell(study, trial, row)
+    events = tuple(read_events(run.trials))
+    return Past(events, tuple(trial_rows(events)))
+
+
+def _state(trial: FrozenTrial) -> Any:
+    if trial.state == TrialState.COMPLETE:
+        return "completed"
+    infeasible = trial.constraints.get(MEMORY, 0) > 0
+    return "stopped" if trial.state == TrialState.PRUNED and not infeasible else "failed"
+
+
+def _tell(study: optuna.Study, trial: FrozenTrial, row: Mapping[str, Any]) -> None:
+    match row["state"]:
+        case "completed":
+            study.tell(trial.number, trial.intermediate_values[max(trial.intermediate_values)])
+        case "stopped":
+            study.tell(trial.number, state=TrialState.PRUNED)
+        case _:
+            study.tell(trial.number, state=TrialState.FAIL)
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from _flat(item, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value is None else repr(value)
