@@ -12,16 +12,27 @@ from optuna.trial import TrialState
 
 from lora_search.errors import OUT_OF_MEMORY
 from lora_search.search import StudySearcher, create_study, open_study
-from lora_search.search.study import planned_trials
+from lora_search.search.study import planned_trials, sampler
 from lora_search.spec import SweepSpec
 
 
-def searcher(spec: SweepSpec, folder: Path) -> StudySearcher:
-    return StudySearcher(spec, create_study(spec, folder))
+def searcher(spec: SweepSpec, folder: Path, capacity: int = 100) -> StudySearcher:
+    return StudySearcher(spec, create_study(spec, folder), lambda: capacity)
 
 
 def result(step: int, loss: float, total: int = 8) -> dict[str, Any]:
     return {"step": step, "steps_total": total, "eval_loss": loss}
+
+
+def failure(reason: str) -> dict[str, Any]:
+    return {"step": 2, "failure": reason, "done": True}
+
+
+def proposal(search: StudySearcher, name: str) -> dict[str, Any]:
+    proposed = search.suggest(name)
+    assert proposed is not None
+    params: dict[str, Any] = proposed["params"]
+    return params
 
 
 def test_stopped_trial_is_told_pruned(tiny_spec: SweepSpec, tmp_path: Path) -> None:
@@ -47,24 +58,32 @@ def test_failed_trial_is_told_fail(tiny_spec: SweepSpec, tmp_path: Path) -> None
     search = searcher(tiny_spec, tmp_path)
     search.suggest("a")
     search.on_trial_result("a", result(2, 3.0))
-    search.on_trial_complete("a", error=True)
-    search.explain_failure(0, "loss is nan at step 3")
+    search.on_trial_complete("a", failure("loss is nan at step 3"))
     assert open_study(tmp_path).trials[0].state == TrialState.FAIL
 
 
-def test_failed_trial_that_nobody_explains_is_told_fail(tiny_spec: SweepSpec, tmp_path: Path) -> None:
-    search = searcher(tiny_spec, tmp_path)
-    search.suggest("a")
+def test_trial_whose_machine_is_lost_is_proposed_again_but_not_for_ever(tiny: Path, tmp_path: Path) -> None:
+    search = searcher(make_spec(tiny, hosts={"max_retries": 1}, search={"trials": 2}), tmp_path)
+    first = search.suggest("a")
     search.on_trial_complete("a", error=True)
-    search.close()
+    assert search.retries(0)
+    assert search.suggest("b") == first
+    search.on_trial_result("b", result(2, 3.0))  # what has come further may be lost again
+    search.on_trial_complete("b", error=True)
+    assert search.suggest("c") == first
+    search.on_trial_complete("c", error=True)
+    assert not search.retries(0)
     assert open_study(tmp_path).trials[0].state == TrialState.FAIL
+    search.suggest("d")
+    assert search.suggest("e") is None
+    search.on_trial_complete("d", result(8, 1.0))
+    assert search.suggest("e") == "FINISHED"
 
 
 def test_trial_too_large_for_its_device_is_told_infeasible(tiny_spec: SweepSpec, tmp_path: Path) -> None:
     search = searcher(tiny_spec, tmp_path)
     search.suggest("a")
-    search.on_trial_complete("a", error=True)
-    search.explain_failure(0, f"{OUT_OF_MEMORY} at step 1, with no other trial in the pass: ...")
+    search.on_trial_complete("a", failure(f"{OUT_OF_MEMORY} at step 1, with no other trial in the pass: ..."))
     (trial,) = open_study(tmp_path).trials
     assert trial.state == TrialState.PRUNED
     assert trial.constraints == {"memory": 1.0}
@@ -76,21 +95,52 @@ def test_sampler_learns_to_avoid_what_is_infeasible(tiny: Path, tmp_path: Path) 
     search = searcher(make_spec(tiny, search={"space": space, "trials": 60}), tmp_path)
     ranks = []
     for number in range(60):
-        rank = search.suggest(str(number))["params"]["rank"]
+        rank = proposal(search, str(number))["rank"]
         ranks.append(rank)
         if rank > 32:
-            search.on_trial_complete(str(number), error=True)
-            search.explain_failure(number, OUT_OF_MEMORY)
+            search.on_trial_complete(str(number), failure(OUT_OF_MEMORY))
         else:
             search.on_trial_complete(str(number), result(8, 3.0 + abs(rank - 16) / 64))
     assert sum(rank > 32 for rank in ranks[30:]) <= 4  # by chance it would be 15
+
+
+def test_no_more_trials_run_than_the_hosts_hold(tiny_spec: SweepSpec, tmp_path: Path) -> None:
+    search = searcher(tiny_spec, tmp_path, capacity=2)
+    assert [search.suggest(name) is None for name in "abc"] == [False, False, True]
+    search.on_trial_complete("a", result(8, 1.0))
+    assert search.suggest("c") is not None
+
+
+def test_search_goes_on_as_if_it_had_not_been_interrupted(tiny: Path, tmp_path: Path) -> None:
+    """A process ends while trial 12 runs: the next one proposes trial 12 again, and then what the first would have."""
+
+    def loss(params: dict[str, Any]) -> float:
+        return float(params["rank"] + params["dropout"])
+
+    spec = make_spec(tiny, search={"trials": 18})
+    proposals = []
+    for name, end in (("undisturbed", 0), ("interrupted", 13)):
+        (tmp_path / name).mkdir()
+        search = searcher(spec, tmp_path / name)
+        row = []
+        for index in range(18):
+            row.append(proposal(search, str(index)))
+            search.on_trial_result(str(index), result(2, loss(row[-1])))
+            if len(row) == end:
+                search = searcher(spec, tmp_path / name)
+                assert proposal(search, str(index)) == row[-1]
+                search.on_trial_result(str(index), result(2, loss(row[-1])))  # what is told twice counts once
+            search.on_trial_complete(str(index), result(8, loss(row[-1])))
+        proposals.append(row)
+    assert proposals[0] == proposals[1]
+    assert [trial.number for trial in open_study(tmp_path / "interrupted").trials] == list(range(18))
 
 
 def test_trial_that_ends_twice_is_told_once(tiny_spec: SweepSpec, tmp_path: Path) -> None:
     search = searcher(tiny_spec, tmp_path)
     search.suggest("a")
     search.on_trial_complete("a", result(8, 1.0))
-    search.on_trial_complete("a", error=True)
+    search.on_trial_complete("a", result(8, 2.0))
     assert [trial.state for trial in open_study(tmp_path).trials] == [TrialState.COMPLETE]
 
 
@@ -106,13 +156,13 @@ def test_common_first_guess_comes_first(tmp_path: Path, tiny: Path) -> None:
             }
         },
     )
-    params = searcher(spec, tmp_path).suggest("a")["params"]
+    params = proposal(searcher(spec, tmp_path), "a")
     assert params == {"rank": 16, "alpha": 32.0, "dropout": 0.05, "target_modules": "all-linear"}
 
 
 def test_first_guess_keeps_to_the_space(tmp_path: Path, tiny: Path) -> None:
     spec = make_spec(tiny, search={"space": {"rank": {"choice": [2, 4]}, "dropout": {"uniform": [0.1, 0.2]}}})
-    params = searcher(spec, tmp_path).suggest("a")["params"]
+    params = proposal(searcher(spec, tmp_path), "a")
     assert params["rank"] in (2, 4)
     assert 0.1 <= params["dropout"] <= 0.2
 
@@ -121,7 +171,7 @@ def test_enqueued_configurations_come_first_and_in_order(tmp_path: Path, tiny: P
     first = [{"rank": 8, "learning_rate": 2e-3}, {"rank": 2, "learning_rate": 5e-4}]
     spec = make_spec(tiny, search={"enqueue": first})
     search = searcher(spec, tmp_path)
-    proposed = [search.suggest(name)["params"] for name in "ab"]
+    proposed = [proposal(search, name) for name in "ab"]
     assert [{key: p[key] for key in ("rank", "learning_rate")} for p in proposed] == first
 
 
@@ -137,7 +187,7 @@ def test_grid_is_every_combination_once(tmp_path: Path, tiny: Path) -> None:
     search = searcher(spec, tmp_path)
     proposed = []
     for index in range(12):
-        proposed.append(search.suggest(str(index))["params"])
+        proposed.append(proposal(search, str(index)))
         search.on_trial_complete(str(index), result(8, 1.0))
     keys = {(p["rank"], str(p["target_modules"]), p["batch_size"]) for p in proposed}
     assert len(keys) == 12
@@ -146,14 +196,15 @@ def test_grid_is_every_combination_once(tmp_path: Path, tiny: Path) -> None:
     assert all(trial.state.is_finished() for trial in open_study(tmp_path).trials)
 
 
-def test_same_seed_proposes_the_same(tmp_path: Path, tiny_spec: SweepSpec) -> None:
+def test_same_seed_proposes_the_same(tmp_path: Path, tiny: Path) -> None:
+    spec = make_spec(tiny, search={"trials": 14})
     proposals = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        search = searcher(tiny_spec, tmp_path / name)
+        search = searcher(spec, tmp_path / name)
         row = []
         for index in range(14):  # past the random start, into TPE's model
-            row.append(search.suggest(str(index))["params"])
+            row.append(proposal(search, str(index)))
             search.on_trial_complete(str(index), result(8, row[-1]["rank"] + row[-1]["dropout"]))
         proposals.append(row)
     assert proposals[0] == proposals[1]
@@ -170,7 +221,7 @@ def test_tpe_finds_what_is_good(tmp_path: Path, tiny: Path) -> None:
         search = searcher(spec, folder)
         losses = []
         for index in range(60):
-            params = search.suggest(str(index))["params"]
+            params = proposal(search, str(index))
             losses.append(
                 abs(math.log10(params["learning_rate"]) + 2.5) + 5 * params["dropout"] + 0.3 * (params["rank"] != 8)
             )
@@ -181,9 +232,10 @@ def test_tpe_finds_what_is_good(tmp_path: Path, tiny: Path) -> None:
 
 
 def test_sampler_is_the_one_that_the_sweep_file_names(tmp_path: Path, tiny: Path) -> None:
-    study = create_study(make_spec(tiny), tmp_path)
-    assert isinstance(study.sampler, optuna.samplers.TPESampler)
-    assert study.direction == optuna.study.StudyDirection.MINIMIZE
+    assert isinstance(sampler(make_spec(tiny).search, 0), optuna.samplers.TPESampler)
+    random = make_spec(tiny, search={"sampler": {"name": "random"}})
+    assert isinstance(sampler(random.search, 0), optuna.samplers.RandomSampler)
+    assert create_study(make_spec(tiny), tmp_path).direction == optuna.study.StudyDirection.MINIMIZE
 
 
 @pytest.mark.parametrize("metric", ["token_accuracy"])

@@ -6,6 +6,7 @@ such a trial is PRUNED with its intermediate values, which is what TPE ranks by 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from lora_search.errors import OUT_OF_MEMORY
-from lora_search.search.study import decode, distributions, sampler
+from lora_search.search.study import decode, distributions, planned_trials, sampler
 from lora_search.spec import SweepSpec
 
 MEMORY = "memory"
@@ -24,8 +25,10 @@ MEMORY = "memory"
 class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's base class is untyped
     """Proposes configurations from a study: `{"trial": number, "params": {name: value}}`.
 
-    Trials that the study has as running, from an earlier process, come first, with their numbers. Each proposal is
-    drawn from the sampler's seed and the trial's number, so that a search goes on as if it had not been interrupted.
+    Trials that the study has as running, from an earlier process, come first, with their numbers. So does one whose
+    seat, host or machine was lost: Ray Tune's own retries do not reach a trial that was lost before its first step.
+    Each proposal is drawn from the sampler's seed and the trial's number, so that a search goes on as if it had not
+    been interrupted.
     """
 
     def __init__(self, spec: SweepSpec, study: optuna.Study, capacity: Callable[[], int]) -> None:
@@ -35,27 +38,39 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's base class is unty
         """
         super().__init__(metric=spec.search.metric, mode=spec.search.mode)
         self._search = spec.search
+        self._planned = planned_trials(spec)
+        self._max_retries = spec.hosts.max_retries
         self._distributions = distributions(spec.search.space)
         self._study = study
         self._capacity = capacity
         trials = study.get_trials(deepcopy=False)
-        self._unfinished = [trial for trial in trials if trial.state == TrialState.RUNNING]
+        running = [trial for trial in trials if trial.state == TrialState.RUNNING]
+        self._waiting = [optuna.Trial(study, trial._trial_id) for trial in running]
+        """Have been proposed, and are not with Ray Tune."""
+        self._losses: Counter[int] = Counter()
+        """Of a trial, since it last reported."""
         self._asked = sum(trial.state != TrialState.WAITING for trial in trials)
         self._trials: dict[str, optuna.Trial] = {}
-        self._reported = {trial.number: max(trial.intermediate_values, default=0) for trial in self._unfinished}
+        self._reported = {trial.number: max(trial.intermediate_values, default=0) for trial in running}
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """A configuration; None while as many trials run as may."""
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """A configuration; None while as many trials run as may, FINISHED when all have ended."""
         if len(self._trials) >= self._capacity():
             return None
-        if self._unfinished:
-            trial = optuna.Trial(self._study, self._unfinished.pop(0)._trial_id)
-        else:
+        if self._waiting:
+            trial = self._waiting.pop(0)
+        elif self._asked < self._planned:
             self._study.sampler = sampler(self._search, self._asked)
             trial = self._study.ask(self._distributions)
             self._asked += 1
+        else:
+            return None if self._trials else str(Searcher.FINISHED)
         self._trials[trial_id] = trial
         return {"trial": trial.number, "params": decode(self._search.space, trial.params)}
+
+    def retries(self, number: int) -> bool:
+        """Whether a trial that was lost is to be proposed again."""
+        return any(trial.number == number for trial in self._waiting)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         if self.metric in result:
@@ -70,6 +85,11 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's base class is unty
         trial = self._trials.pop(trial_id, None)
         if trial is None:
             return
+        if error:  # what is a trial's own fault comes as a result
+            self._losses[trial.number] += 1
+            if self._losses[trial.number] <= self._max_retries:
+                self._waiting.append(trial)
+                return
         failure = (result or {}).get("failure")
         if failure is not None and failure.startswith(OUT_OF_MEMORY):
             trial.set_constraint(MEMORY, 1.0)
@@ -88,6 +108,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's base class is unty
         step = int(result["step"])
         if self._reported.get(trial.number, 0) < step:
             trial.report(float(result[self.metric]), step)
+            self._losses.pop(trial.number, None)
             self._reported[trial.number] = step
 
     def save(self, checkpoint_path: str) -> None:

@@ -176,13 +176,12 @@ def search(
     try:
         study = create_study(spec, run.path)
         past = reconcile(run, study, record)
-        left = planned - past.ended
         if past.rows:
             say(f"{past.ended} of {planned} trials have ended, {len(past.rows) - past.ended} go on")
             for observer in observers:
                 observer.past(past.rows)
-        if left > 0:
-            _tune(spec, run, hosts, [record, _Attend(hosts), *observers], study, past, left)
+        if past.ended < planned:
+            _tune(spec, run, hosts, [record, _Attend(hosts), *observers], study, past)
         ended = sum(row["state"] != "running" for row in run_rows(run))
         if ended < planned:
             for trial, step, path in hosts.save_all(Folder(run.path)):
@@ -202,22 +201,21 @@ def _tune(
     told: Sequence[Observer],
     study: optuna.Study,
     past: Past,
-    trials: int,
 ) -> None:
-    """Have Ray Tune run so many trials."""
+    """Have Ray Tune run the trials that are left."""
+    searcher = StudySearcher(spec, study, lambda: hosts.capacity)
     seat = tune.with_parameters(Seat, spec=spec, run=Folder(run.path.resolve()), hosts=hosts.prefix)
     with _sigterm_as_sigusr1():
         # tune.run, not Tuner: that one pickles every callback and searcher into the run directory.
         tune.run(
             tune.with_resources(seat, seat_resources(hosts.capacity)),
-            search_alg=StudySearcher(spec, study, lambda: hosts.capacity),
+            search_alg=searcher,
             scheduler=_scheduler(spec, past),
-            num_samples=trials,
+            num_samples=-1,  # the searcher says when all have ended, those that are tried again among them
             reuse_actors=True,
-            max_failures=spec.hosts.max_retries,
             name=run.tune.name,
             storage_path=str(run.path.resolve()),
-            callbacks=[Relay(spec, told, past.rows)],
+            callbacks=[Relay(spec, told, past.rows, searcher.retries)],
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
             raise_on_failed_trial=False,

@@ -41,27 +41,31 @@ REPORT_KEYS = (
 class Relay(Callback):  # type: ignore[misc]  # Ray's base class is untyped
     """Tells every observer what happens. One that raises is told no more, and the sweep goes on without it."""
 
-    def __init__(self, spec: SweepSpec, observers: Sequence[Observer], past: Sequence[Row] = ()) -> None:
+    def __init__(
+        self,
+        spec: SweepSpec,
+        observers: Sequence[Observer],
+        past: Sequence[Row] = (),
+        retries: Callable[[int], bool] = lambda trial: False,
+    ) -> None:
         """
         Args:
             past: rows of the trials that earlier processes have run.
+            retries: whether a trial whose machine was lost is tried again.
         """
+        self._retries = retries
         self._spec = spec
         self._observers = list(observers)
         self._steps = {int(row["trial"]): int(row["steps"]) for row in past}
         """Of each trial that has been told of, the last step that has been."""
         self._lost = {int(row["trial"]) for row in past if row["state"] == "running"}
-        """Trials whose observers have not been told yet that they go on."""
+        """Trials whose seat or process was lost, and of which nobody has been told yet that they go on."""
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         self._tell(lambda observer: observer.tick())
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        number = trial.config["trial"]
-        if number not in self._steps:
-            self._steps[number] = 0
-            parameters = self._parameters(trial)
-            self._tell(lambda observer: observer.trial_started(number, parameters))
+        self._started(trial)
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
@@ -91,10 +95,22 @@ class Relay(Callback):  # type: ignore[misc]  # Ray's base class is untyped
             self._ended(trial, "completed" if done else "stopped", None)
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        tries = f"given up after {self._spec.hosts.max_retries} retries: " if self._spec.hosts.max_retries else ""
-        self._ended(trial, "failed", tries + failure_reason(trial))
+        number = trial.config["trial"]
+        if self._retries(number):
+            self._lost.add(number)
+            return
+        tried = self._spec.hosts.max_retries
+        self._ended(trial, "failed", (f"given up after {tried} retries: " if tried else "") + failure_reason(trial))
+
+    def _started(self, trial: Trial) -> None:
+        number = trial.config["trial"]
+        if number not in self._steps:
+            self._steps[number] = 0
+            parameters = self._parameters(trial)
+            self._tell(lambda observer: observer.trial_started(number, parameters))
 
     def _ended(self, trial: Trial, state: State, reason: str | None) -> None:
+        self._started(trial)  # it may have been lost before that
         self._tell(lambda observer: observer.trial_ended(trial.config["trial"], state, reason))
 
     def _parameters(self, trial: Trial) -> dict[str, Any]:

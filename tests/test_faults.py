@@ -1,0 +1,281 @@
+"""Faults injected into a running sweep: no trial is lost or counted twice, none that had a checkpoint starts over.
+
+The sweeps here are sequential, so that an undisturbed one has, to the bit, the results that a disturbed one must have.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+from conftest import make_spec
+
+from lora_search.errors import InputError, SweepError
+from lora_search.results import Row, read_events, run_rows
+from lora_search.rundir import RunDirectory, create_run
+from lora_search.search import open_study
+from lora_search.sweep import run_sweep
+from lora_search.tracking import Observer
+
+if TYPE_CHECKING:
+    from lora_search.spec import SweepSpec
+
+SEQUENTIAL = {"count": 1, "trials_per_host": 1}
+TRIALS = 5
+COMPARED = ("trial", "state", "steps", "rank", "target_modules", "learning_rate", "eval_loss", "train_loss", "tokens")
+
+
+def sequential(tiny: Path, name: str, output: Path, **sections: Any) -> SweepSpec:
+    search = {"trials": TRIALS} | sections.pop("search", {})
+    return make_spec(tiny, name=name, hosts=SEQUENTIAL, search=search, output=str(output), **sections)
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    import ray
+
+    from lora_search.sweep.cluster import cluster
+
+    with cluster(None):
+        yield ray
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray: Any, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    spec = sequential(tiny, "undisturbed", tmp_path_factory.mktemp("undisturbed"))
+    return compared(run_sweep(spec, create_run(Path(spec.output), spec.name, exact=True)).rows)
+
+
+def compared(rows: list[Row]) -> list[Row]:
+    return [{key: row[key] for key in COMPARED} for row in rows]
+
+
+def require_whole(run: RunDirectory, trials: int) -> None:
+    """Every planned trial once in the study, the record and the results; no step twice; no trial over again."""
+    numbers = list(range(trials))
+    study = open_study(run.path)
+    assert [trial.number for trial in study.trials if trial.state.is_finished()] == numbers
+    assert [row["trial"] for row in run_rows(run)] == numbers
+    events = list(read_events(run.trials))
+    for kind in ("start", "end"):
+        assert sorted(event["trial"] for event in events if event["event"] == kind) == numbers
+    told = Counter((event["trial"], event["step"]) for event in events if event["event"] == "report")
+    assert set(told.values()) == {1}
+    saved: dict[int, int] = {}
+    for event in events:
+        if event["event"] == "checkpoint":
+            saved[event["trial"]] = event["step"]
+        elif event["event"] == "resume" and event["trial"] in saved:
+            assert event["step"] > 0
+            if not event["damaged"]:
+                assert event["step"] >= saved[event["trial"]]
+
+
+def processes(title: str) -> list[int]:
+    """Processes whose name, as Ray sets it, begins so."""
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            try:
+                if (process / "cmdline").read_text().startswith(title):
+                    found.append(int(process.name))
+            except OSError:
+                continue
+    return found
+
+
+class Strike(Observer):
+    """Does something once, when a trial has reported a step."""
+
+    def __init__(self, trial: int, step: int, do: Callable[[], None]) -> None:
+        self._at = (trial, step)
+        self._do: Callable[[], None] | None = do
+        self.resumed: list[tuple[int, int, int]] = []
+
+    def trial_saved(self, trial: int, step: int, path: str) -> None:
+        if (trial, step) == self._at and self._do is not None:
+            self._do()
+            self._do = None
+
+    def trial_resumed(self, trial: int, parameters: Mapping[str, Any], step: int, damaged: Any) -> None:
+        self.resumed.append((trial, step, len(damaged)))
+
+
+def kill(title: str) -> None:
+    victims = processes(title)
+    assert victims, f"no process {title} to kill"
+    for victim in victims:
+        os.kill(victim, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("victim", ["ray::Host", "ray::Seat"])
+def test_sigkill_of_a_host_or_a_seat_loses_nothing(
+    ray: Any, tiny: Path, tmp_path: Path, undisturbed: list[Row], victim: str
+) -> None:
+    spec = sequential(tiny, "killed", tmp_path)
+    strike = Strike(0, 4, lambda: kill(victim))
+    outcome = run_sweep(spec, create_run(tmp_path, spec.name, exact=True), [strike])
+    require_whole(outcome.run, TRIALS)
+    assert strike.resumed == [(0, 4, 0)]
+    assert compared(outcome.rows) == undisturbed
+
+
+def test_damaged_checkpoint_is_noticed_and_the_one_before_is_used(
+    ray: Any, tiny: Path, tmp_path: Path, undisturbed: list[Row]
+) -> None:
+    spec = sequential(tiny, "damaged", tmp_path)
+    run = create_run(tmp_path, spec.name, exact=True)
+
+    def strike() -> None:
+        weights = run.tune / "trial-0000" / "checkpoint_000006" / "adapter_model.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+        kill("ray::Seat")
+
+    injected = Strike(0, 6, strike)
+    outcome = run_sweep(spec, run, [injected])
+    require_whole(run, TRIALS)
+    assert injected.resumed == [(0, 4, 1)]
+    assert compared(outcome.rows) == undisturbed
+
+
+def test_trial_that_loses_every_seat_is_given_up_and_harms_no_other(ray: Any, tiny: Path, tmp_path: Path) -> None:
+    """The machine's fault is tried again `hosts.max_retries` times."""
+
+    class Killer(Observer):
+        def trial_started(self, trial: int, parameters: Mapping[str, Any]) -> None:
+            if trial == 1:
+                kill("ray::Seat")
+
+        def trial_resumed(self, trial: int, parameters: Mapping[str, Any], step: int, damaged: Any) -> None:
+            if trial == 1:
+                kill("ray::Seat")
+
+    hosts = SEQUENTIAL | {"max_retries": 1}
+    search = {"trials": 3, "scheduler": {"name": "none"}}
+    spec = make_spec(tiny, name="killer", hosts=hosts, search=search, output=str(tmp_path))
+    outcome = run_sweep(spec, create_run(tmp_path, spec.name, exact=True), [Killer()])
+    require_whole(outcome.run, 3)
+    states = {row["trial"]: row["state"] for row in outcome.rows}
+    assert states[1] == "failed"
+    assert "failed" not in (states[0], states[2])
+    assert "given up after 1 retries" in outcome.rows[1]["reason"]
+
+
+def test_run_directory_that_cannot_be_written_to_ends_the_sweep_resumably(
+    ray: Any, tiny: Path, tmp_path: Path, undisturbed: list[Row]
+) -> None:
+    """A file where a trial's folder belongs: no right and no room look the same to the seat."""
+    spec = sequential(tiny, "full", tmp_path)
+    run = create_run(tmp_path, spec.name, exact=True)
+
+    def block() -> None:
+        (run.tune / "trial-0001").rename(run.tune / "aside")
+        (run.tune / "trial-0001").write_text("")
+
+    with pytest.raises(SweepError, match="cannot be written to"):
+        run_sweep(spec, run, [Strike(1, 2, block)])
+    (run.tune / "trial-0001").unlink()
+    (run.tune / "aside").rename(run.tune / "trial-0001")
+    outcome = run_sweep(spec, run, resume=True)
+    require_whole(run, TRIALS)
+    assert compared(outcome.rows) == undisturbed
+
+
+def command(spec: SweepSpec, *options: str) -> list[str]:
+    file = Path(spec.output) / f"{spec.name}.yaml"
+    file.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
+    return [sys.executable, "-m", "lora_search", "run", str(file), "--name", spec.name, *options]
+
+
+def wait_for(file: Path, what: str, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not (file.exists() and what in file.read_text()):
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_sweep_whose_driver_is_ended_goes_on_as_if_nothing_had_been(
+    tiny: Path, tmp_path: Path, undisturbed: list[Row], number: signal.Signals
+) -> None:
+    spec = sequential(tiny, "ended", tmp_path)
+    run = RunDirectory(tmp_path / "ended")
+    process = subprocess.Popen(command(spec), stderr=subprocess.PIPE, text=True)
+    wait_for(run.trials, '"event": "report", "trial": 2', process)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=90)
+    assert process.returncode == (130 if number == signal.SIGTERM else -number), said
+    if number == signal.SIGKILL:  # and what it was writing is torn
+        with run.trials.open("a") as record, (run.path / "study.journal").open("a") as journal:
+            record.write('{"event": "report", "tri')
+            journal.write('{"op_code": 6, "worker')
+
+    second = subprocess.run(command(spec, "--resume"), capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    if number == signal.SIGKILL:
+        assert second.stderr.count("the last line was damaged, and is left out") == 2
+    require_whole(run, TRIALS)
+    assert compared(run_rows(run)) == undisturbed
+
+    before = run.trials.read_bytes()
+    third = subprocess.run(command(spec, "--resume"), capture_output=True, text=True)
+    assert third.returncode == 0, third.stderr
+    assert "nothing is left to do" in third.stderr
+    assert third.stdout == second.stdout
+    assert run.trials.read_bytes() == before
+
+    if number == signal.SIGKILL:
+        return
+    more = sequential(tiny, "ended", tmp_path, search={"trials": TRIALS + 2})
+    fourth = subprocess.run(command(more, "--resume"), capture_output=True, text=True)
+    assert fourth.returncode == 0, fourth.stderr
+    require_whole(run, TRIALS + 2)
+    assert compared(run_rows(run))[:TRIALS] == undisturbed
+
+
+def test_another_sweep_is_not_resumed_and_what_changed_is_said(tiny: Path, tmp_path: Path) -> None:
+    spec = sequential(tiny, "other", tmp_path)
+    run = create_run(tmp_path, spec.name, exact=True)
+    from lora_search.spec import dump_spec
+
+    run.spec.write_text(dump_spec(spec))
+    other = sequential(
+        tiny, "other", tmp_path, search={"space": {"rank": {"choice": [2, 16]}}}, data={"max_length": 16}
+    )
+    with pytest.raises(InputError) as refused:
+        run_sweep(other, run, resume=True)
+    assert "data.max_length: found 16, was 32" in str(refused.value)
+    assert "search.space.rank.choice: found [2, 16], was [2, 4, 8]" in str(refused.value)
+
+
+def test_data_that_has_changed_is_not_resumed(ray: Any, tiny: Path, tmp_path: Path) -> None:
+    spec = sequential(tiny, "changed-data", tmp_path)
+    run = create_run(tmp_path, spec.name, exact=True)
+    from lora_search.spec import dump_spec
+
+    run.spec.write_text(dump_spec(spec))
+    run.provenance.write_text(json.dumps({"data": {"fingerprint": "0" * 64}}))
+    with pytest.raises(InputError, match="the data has changed since the sweep began"):
+        run_sweep(spec, run, resume=True)
+
+
+def test_second_run_on_one_run_directory_is_refused(tiny: Path, tmp_path: Path) -> None:
+    from lora_search.rundir import locked
+
+    spec = sequential(tiny, "twice", tmp_path)
+    run = create_run(tmp_path, spec.name, exact=True)
+    with locked(run), pytest.raises(InputError, match="another lora-search run is writing to it"):
+        run_sweep(spec, run)
