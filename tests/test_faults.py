@@ -173,21 +173,36 @@ def test_trial_that_loses_every_seat_is_given_up_and_harms_no_other(ray: Any, ti
     assert "given up after 1 retries" in outcome.rows[1]["reason"]
 
 
-def test_run_directory_that_cannot_be_written_to_ends_the_sweep_resumably(
-    ray: Any, tiny: Path, tmp_path: Path, undisturbed: list[Row]
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("needs the right to mount a small file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_full_disk_ends_the_sweep_and_with_room_it_goes_on(
+    ray: Any, tiny: Path, small_disk: Path, undisturbed: list[Row]
 ) -> None:
-    """A file where a trial's folder belongs: no right and no room look the same to the seat."""
-    spec = sequential(tiny, "full", tmp_path)
-    run = create_run(tmp_path, spec.name, exact=True)
+    spec = sequential(tiny, "full", small_disk)
+    run = create_run(small_disk, spec.name, exact=True)
+    filler = small_disk / "filler"
 
-    def block() -> None:
-        (run.tune / "trial-0001").rename(run.tune / "aside")
-        (run.tune / "trial-0001").write_text("")
+    def fill() -> None:
+        with filler.open("wb") as file:
+            while True:
+                try:
+                    os.write(file.fileno(), bytes(1 << 12))
+                except OSError:
+                    return
 
-    with pytest.raises(SweepError, match="cannot be written to"):
-        run_sweep(spec, run, [Strike(1, 2, block)])
-    (run.tune / "trial-0001").unlink()
-    (run.tune / "aside").rename(run.tune / "trial-0001")
+    with pytest.raises(SweepError, match=r"cannot be written to: .*No space left on device.*; mend it, then --resume"):
+        run_sweep(spec, run, [Strike(0, 4, fill)])
+    filler.unlink()
     outcome = run_sweep(spec, run, resume=True)
     require_whole(run, TRIALS)
     assert compared(outcome.rows) == undisturbed

@@ -212,8 +212,7 @@ def test_two_hosts_share_the_trials(ray: Any, tiny: Path) -> None:
     assert {row["host"] for row in outcome.rows} == {"host-0", "host-1"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_ends_the_sweep_cleanly(tiny: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_interrupt_ends_the_sweep_cleanly(tiny: Path, tmp_path: Path) -> None:
     endless = {"training": {"steps": 100_000}, "search": {"scheduler": {"name": "none"}}}
     spec = make_spec(tiny, name="interrupted", output=str(tmp_path), **endless)
     file = tmp_path / "sweep.yaml"
@@ -230,7 +229,7 @@ def test_signal_ends_the_sweep_cleanly(tiny: Path, tmp_path: Path, number: signa
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert "interrupted after 0 of 8 trials" in said

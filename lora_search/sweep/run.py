@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -205,27 +206,36 @@ def _tune(
     """Have Ray Tune run the trials that are left."""
     searcher = StudySearcher(spec, study, lambda: hosts.capacity)
     seat = tune.with_parameters(Seat, spec=spec, run=Folder(run.path.resolve()), hosts=hosts.prefix)
-    with _sigterm_as_sigusr1():
-        # tune.run, not Tuner: that one pickles every callback and searcher into the run directory.
-        tune.run(
-            tune.with_resources(seat, seat_resources(hosts.capacity)),
-            search_alg=searcher,
-            scheduler=_scheduler(spec, past),
-            num_samples=-1,  # the searcher says when all have ended, those that are tried again among them
-            reuse_actors=True,
-            name=run.tune.name,
-            storage_path=str(run.path.resolve()),
-            callbacks=[Relay(spec, told, past.rows, searcher.retries)],
-            trial_name_creator=_trial_name,
-            trial_dirname_creator=_trial_name,
-            raise_on_failed_trial=False,
-            verbose=0,
-        )
+    try:
+        with _sigterm_as_sigusr1():
+            # tune.run, not Tuner: that one pickles every callback and searcher into the run directory.
+            tune.run(
+                tune.with_resources(seat, seat_resources(hosts.capacity)),
+                search_alg=searcher,
+                scheduler=_scheduler(spec, past),
+                num_samples=-1,  # the searcher says when all have ended, those that are tried again among them
+                reuse_actors=True,
+                name=run.tune.name,
+                storage_path=str(run.path.resolve()),
+                callbacks=[Relay(spec, told, past.rows, searcher.retries)],
+                trial_name_creator=_trial_name,
+                trial_dirname_creator=_trial_name,
+                raise_on_failed_trial=False,
+                verbose=0,
+            )
+    except tune.TuneError as error:  # made of the traceback's text
+        cause: BaseException = error
+        while isinstance(cause, tune.TuneError) and cause.__context__ is not None:
+            cause = cause.__context__
+        raise cause from None
 
 
 def conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts) -> Conclusion:
     """Export, test and merge the best trial's adapter, on hosts: their processes have all they need."""
-    run.best.mkdir(exist_ok=True)
+    shutil.rmtree(
+        run.best, ignore_errors=True
+    )  # of when the sweep had fewer trials, or of a merge that was interrupted
+    run.best.mkdir()
     write_config(spec, best, run.best / "config.yaml")
     checkpoint = export_adapter(run, best["trial"], run.best / "adapter")
     config = trial_config(spec, {name: best[name] for name in spec.search.space})
