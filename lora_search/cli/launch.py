@@ -57,10 +57,15 @@ def _told(launch: Launch) -> Iterator[str]:
     many = f"{size.nodes} node{'s' * (size.nodes > 1)}"
     gpus = f"{size.gpus_per_node} x {size.gpu}" if size.gpu else "no GPU, taken to be as fast as this machine"
     yield f"{launch.out}: {many}, each with {gpus}"
-    yield f"- Expected: {duration(size.seconds)}, by `lora-search plan`. Ended after {duration(size.limit)}."
+    limit = duration(size.limit)
+    if size.seconds is None:
+        yield f"- Nothing was planned, as --nodes and --time-limit say all. Ended after {limit}."
+        hours = f"{size.limit / 3600:.3g} h at most"
+    else:
+        yield f"- Expected: {duration(size.seconds)}, by `lora-search plan`. Ended after {limit}."
+        hours = f"{size.seconds / 3600:.2g} h expected, {size.limit / 3600:.3g} h at most"
     if size.gpu:
         yield "- Assumed where you did not say: --gpu, --gpus-per-node, --nodes and --time-limit change it."
-    hours = size.seconds / 3600
-    yield f"- Cost: the price of a {launch.machine} for an hour x {size.nodes} x {hours:.2g} h, and of the head if any."
+    yield f"- Cost: {size.nodes} x the hourly price of a {launch.machine} x {hours}; a head apart is paid besides."
     yield from (f"- {note}" for note in launch.notes)
     yield from (f"Edit {launch.out}:{number}: {line}" for number, line in launch.edits)

@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,15 @@ import yaml
 import lora_search
 from lora_search.errors import InputError
 from lora_search.launch.machines import MACHINES, SKYPILOT, find_machine
-from lora_search.launch.size import Size, Wishes, size_cluster
+from lora_search.launch.size import START, Size, Wishes, size_cluster
 from lora_search.launch.template import Template, left_to_edit, load_template
-from lora_search.plan import plan_sweep
 from lora_search.spec import SweepSpec, dump_spec
 
 VOLUME = Path("/shared")
 """Where the pods of kuberay-job.yaml mount the volume that all of them see."""
+
+ENTRYPOINT = ("lora-search", "run", "/etc/lora-search/sweep.yaml", "--address", "auto")
+"""What the head pod runs."""
 
 TOKEN = "(umask 077; ray get-auth-token --generate > /dev/null)"
 """Makes sure that there is a token at ~/.ray/auth_token, and shows it to nobody."""
@@ -103,8 +105,10 @@ def compose(
         InputError: something of it cannot be; the message is complete.
     """
     platform = PLATFORMS[where]
-    size = size_cluster(spec, plan_sweep(spec), wishes)
     source = load_template(template, platform.template)
+    if wishes.nodes is None and where == "ray":
+        wishes = replace(wishes, nodes=_machines_of_ones_own(source))
+    size = size_cluster(spec, wishes)
     request = Request(
         spec=spec,
         sweep=sweep.resolve(),
@@ -150,7 +154,8 @@ def _kuberay(request: Request) -> _Filled:
         "name": request.label,
         "configmap": f"{{name: {request.label}}}",
         "sweep": dump_spec(spec),
-        "seconds": str(size.limit),
+        "entrypoint": shlex.join([*_until(size.limit), *ENTRYPOINT]),
+        "seconds": str(size.limit + START),
         "image": json.dumps(request.image),
         "nodes": str(size.nodes),
         "gpus": str(size.gpus_per_node),
@@ -181,15 +186,30 @@ def _on_volume(spec: SweepSpec) -> tuple[SweepSpec, list[tuple[Path, Path]]]:
     return spec.model_copy(update={"base": base, "data": data, "output": output}), copies
 
 
-def _ray(request: Request) -> _Filled:
+def _provider(template: Template) -> dict[str, Any]:
+    """Whose machines a file for `ray up` takes."""
     try:
-        provider = yaml.safe_load(request.template.text)["provider"]["type"]
+        provider = yaml.safe_load(template.text)["provider"]
+        if provider["type"] in (*MACHINES, "local"):
+            return dict(provider)
+        found = repr(provider["type"])
     except (yaml.YAMLError, KeyError, TypeError):
-        raise InputError(f"{request.template.path}: provider.type: not found; allowed: a file for `ray up`") from None
+        found = "nothing"
+    raise InputError(f"{template.path}: provider.type: found {found}; allowed: {', '.join(MACHINES)}, local")
+
+
+def _machines_of_ones_own(template: Template) -> int | None:
+    """How many machines a file for `ray up` names; none where it rents them."""
+    provider = _provider(template)
+    return 1 + len(provider.get("worker_ips", [])) if provider["type"] == "local" else None
+
+
+def _ray(request: Request) -> _Filled:
+    provider = _provider(request.template)["type"]
     size = request.size
     _check_output(request)
     values = {"name": request.label, "sweep": json.dumps(str(request.sweep)), "checkout": json.dumps(_checkout())}
-    machine, nodes = "machine of yours", ""
+    machine, nodes = "machine of yours", size.nodes
     if provider in MACHINES:
         if size.gpu is None:
             raise InputError(f"--gpus-per-node: found 0; allowed on {provider}: 1 or more")
@@ -200,12 +220,10 @@ def _ray(request: Request) -> _Filled:
             "machine": machine,
             "resources": f"{{CPU: {cores}, GPU: {size.gpus_per_node}}}",
         }
-        nodes = str(size.nodes + 1)
-    else:
-        nodes = str(1 + len(yaml.safe_load(request.template.text)["provider"].get("worker_ips", [])))
-    run = ["timeout", "--signal=TERM", str(size.limit), "lora-search", "run", "sweep.yaml", "--address", "auto"]
-    wait = ["python3", "-m", "lora_search.launch.wait", "--nodes", nodes]
-    work = f"export RAY_AUTH_MODE=token; {shlex.join(wait)} && {shlex.join([*run, *request.options])}"
+        nodes += 1  # the head
+    wait = ["python3", "-m", "lora_search.launch.wait", "--nodes", str(nodes)]
+    run = [*_until(size.limit), "lora-search", "run", "sweep.yaml", "--address", "auto", *request.options]
+    work = f"export RAY_AUTH_MODE=token; {shlex.join(wait)} && {shlex.join(run)}"
     # `ray exec --stop` ends with `sudo shutdown`: right for rented workers, never for a machine of the user's.
     stop = ["--stop"] if provider in MACHINES else []
     out = str(request.out)
@@ -234,6 +252,11 @@ def _skypilot(request: Request) -> _Filled:
     command = f"{TOKEN} && {launch} {secrets} {shlex.quote(str(request.out))}"
     machine = f"machine with {SKYPILOT[size.gpu]}:{size.gpus_per_node}"
     return _Filled(values, command, ("ray", "sky"), machine, _same_paths(request.spec))
+
+
+def _until(seconds: int) -> list[str]:
+    """Before a command: it is told to stop after so long, and says by its exit status that it did."""
+    return ["timeout", "--preserve-status", str(seconds)]
 
 
 def _check_output(request: Request) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from lora_search.errors import InputError
 from lora_search.launch.machines import find_gpu
 from lora_search.placement import HostPlace, most_trials
-from lora_search.plan import DevicePlan, Plan
+from lora_search.plan import DevicePlan, Plan, plan_sweep
 from lora_search.plan.schedule import schedule
 from lora_search.spec import SweepSpec
 
@@ -43,14 +44,15 @@ class Size:
     gpus_per_node: int
     gpu: str | None
     """None: the sweep trains on cores."""
-    seconds: float
-    """Expected duration."""
+    seconds: float | None
+    """Expected duration; None where nothing was planned."""
     limit: int
     """Seconds after which the sweep is ended; a whole number of minutes."""
 
 
-def size_cluster(spec: SweepSpec, plan: Plan, wishes: Wishes) -> Size:
-    """Choose what `wishes` leave open.
+def size_cluster(spec: SweepSpec, wishes: Wishes) -> Size:
+    """Choose what `wishes` leave open, by the sweep's plan. With nodes and a time limit nothing needs to be planned:
+    a base may be out of reach from where one submits.
 
     Raises:
         InputError: a wish cannot be, or the largest trial fits on no such GPU.
@@ -59,15 +61,19 @@ def size_cluster(spec: SweepSpec, plan: Plan, wishes: Wishes) -> Size:
         if value is not None and value < least:
             raise InputError(f"{option}: found {value}; allowed: a whole number from {least}")
     gpus = spec.hosts.gpus_per_host if wishes.gpus_per_node is None else wishes.gpus_per_node
+    per_host = spec.hosts.gpus_per_host
+    if gpus and per_host == 0:
+        raise InputError(f"--gpus-per-node: found {gpus}, but hosts.gpus_per_host is 0: the sweep would not use them")
+    if gpus % max(1, per_host):
+        raise InputError(f"--gpus-per-node: found {gpus}; allowed: multiples of hosts.gpus_per_host, {per_host}")
+    if wishes.nodes is not None and wishes.time_limit is not None:
+        gpu = find_gpu(wishes.gpu or USUAL[0]) if gpus else None
+        return Size(wishes.nodes, gpus, gpu, None, parse_limit(wishes.time_limit))
+    plan = _planned(spec)
     if gpus == 0:
         here = next(device for device in plan.devices if device.here)
         nodes = wishes.nodes or 1
         return _limited(wishes, nodes, 0, None, here.seconds / nodes)
-    per_host = spec.hosts.gpus_per_host
-    if per_host == 0:
-        raise InputError(f"--gpus-per-node: found {gpus}, but hosts.gpus_per_host is 0: the sweep would not use them")
-    if gpus % per_host:
-        raise InputError(f"--gpus-per-node: found {gpus}; allowed: multiples of hosts.gpus_per_host, {per_host}")
     device = _device(spec, plan, wishes.gpu)
     seats = _seats(spec, device)
     nodes = wishes.nodes or _nodes(spec, device, seats, gpus)
@@ -85,6 +91,15 @@ def parse_limit(text: str) -> int:
     if seconds < 60:
         raise InputError(f"--time-limit: found {text!r}; allowed: minutes, hours or days, such as 90m, 8h or 2d")
     return math.ceil(seconds / 60) * 60
+
+
+def _planned(spec: SweepSpec) -> Plan:
+    """The plan, made here for hosts elsewhere: how many this machine has room for does not matter."""
+    hosts = {"count": "auto", "cpus_per_host": "auto", "gpus_per_host": min(1, spec.hosts.gpus_per_host)}
+    try:
+        return plan_sweep(spec.model_copy(update={"hosts": spec.hosts.model_copy(update=hosts)}))
+    except InputError as error:
+        raise InputError(f"{error}\nWith --nodes and --time-limit, nothing is planned.") from None
 
 
 def _limited(wishes: Wishes, nodes: int, gpus: int, gpu: str | None, seconds: float) -> Size:
@@ -135,4 +150,8 @@ def _nodes(spec: SweepSpec, device: DevicePlan, seats: int, gpus: int) -> int:
     if spec.hosts.count != "auto":
         return math.ceil(spec.hosts.count / hosts_per_node)
     most = max(1, math.ceil(schedule(spec, 1).trials / seats / hosts_per_node))
-    return next((n for n in range(1, most) if _seconds(spec, device, seats, n * gpus) <= WORKING_DAY), most)
+
+    def in_time(nodes: int) -> bool:
+        return _seconds(spec, device, seats, nodes * gpus) <= WORKING_DAY
+
+    return 1 + bisect_left(range(1, most), True, key=in_time)
