@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from conftest import ROOT
 from lora_search.cli import main
 from lora_search.errors import InputError
 from lora_search.launch.machines import MACHINES, NAMES, SKYPILOT, find_gpu
-from lora_search.launch.size import WORKING_DAY, Wishes, parse_limit, size_cluster
+from lora_search.launch.size import WORKING_DAY, Size, Wishes, parse_limit, size_cluster
 from lora_search.launch.template import FOLDER, MARK, Template, left_to_edit
-from lora_search.plan import plan_sweep
-from lora_search.spec import SweepSpec, dump_spec, load_spec, parse_spec
+from lora_search.plan import Plan, plan_sweep
+from lora_search.spec import load_spec, parse_spec
 
 CLUSTER = ROOT / "cluster"
 RAY_FILES = ["ray-aws.yaml", "ray-gcp.yaml", "ray-ssh.yaml"]
@@ -400,43 +400,56 @@ def test_shellcheck_finds_nothing(name: str, sweep: str, capsys: pytest.CaptureF
 # How large, for how long
 
 
-def size(text: str, **wishes: Any) -> Any:
-    return size_cluster(parse_spec(text, source="sweep", folder=Path()), Wishes(**wishes))
+@pytest.fixture(scope="module")
+def demo_plan() -> Plan:
+    return plan_sweep(parse_spec("search: {trials: 12}", source="sweep", folder=Path()))
 
 
-def test_size_follows_the_plan_where_the_user_leaves_it_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    plans: dict[str, Any] = {}
+def test_size_follows_the_plan_where_the_user_leaves_it_open(demo_plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def size(text: str, hours: float, **wishes: Any) -> Size:
+        """Of a sweep that takes so many hours on any one GPU."""
+        devices = tuple(replace(device, seconds=3600 * hours) for device in demo_plan.devices)
+        monkeypatch.setattr("lora_search.launch.size.plan_sweep", lambda spec: replace(demo_plan, devices=devices))
+        return size_cluster(parse_spec(text, source="sweep", folder=Path()), Wishes(**wishes))
 
-    def planned_once(spec: SweepSpec) -> Any:  # a plan takes seconds
-        text = dump_spec(spec)
-        if text not in plans:
-            plans[text] = plan_sweep(spec)
-        return plans[text]
+    short = size("search: {trials: 12}", 1)
+    assert (short.nodes, short.gpus_per_node, short.gpu) == (1, 1, "L4")
+    assert short.limit >= 2 * short.seconds >= 7200
+    assert short.limit % 60 == 0
+    assert size("search: {trials: 12}", 1, time_limit="5h").limit == 18000
+    assert size("search: {trials: 12}", 100).nodes == 1  # a second host would find no trial
 
-    monkeypatch.setattr("lora_search.launch.size.plan_sweep", planned_once)
-    small = size("search: {trials: 12}")
-    assert (small.nodes, small.gpus_per_node, small.gpu) == (1, 1, "L4")
-    assert small.limit >= 2 * small.seconds
-    assert small.limit % 60 == 0
-
-    huge = "search: {trials: 2000, scheduler: {name: none}}\ntraining: {steps: 4000, batch_size: 16}"
-    on_one, chosen = size(huge, nodes=1), size(huge)
-    assert on_one.seconds > WORKING_DAY
-    assert chosen.seconds <= WORKING_DAY
-    assert size(huge, nodes=chosen.nodes - 1).seconds > WORKING_DAY
-    assert size(huge, nodes=1, gpus_per_node=8).seconds < on_one.seconds / 6
-    assert size("hosts: {count: 6, gpus_per_host: 2, cpus_per_host: 64}").nodes == 6
-    assert size("search: {trials: 12}\nhosts: {gpus_per_host: 0}").gpu is None
+    many = "search: {trials: 640, scheduler: {name: none}}"
+    on_one, chosen = size(many, 100, nodes=1), size(many, 100)
+    assert on_one.seconds == pytest.approx(360_000)
+    assert chosen.seconds <= WORKING_DAY < size(many, 100, nodes=chosen.nodes - 1).seconds
+    assert size(many, 100, nodes=1, gpus_per_node=8).seconds == pytest.approx(on_one.seconds / 8)
+    assert size(many, 10_000).nodes == 640 // 16
+    assert size("hosts: {count: 6, gpus_per_host: 2, cpus_per_host: 64}", 1).nodes == 6
+    assert size("hosts: {gpus_per_host: 0}", 1).gpu is None
 
 
-def test_gpu_that_cannot_hold_the_largest_trial_is_refused_and_skipped() -> None:
-    large = "data: {max_length: 256}\ntraining: {batch_size: 8000}\nsearch: {space: {rank: {choice: [8]}}}"
-    chosen = size(large)
-    assert chosen.gpu not in ("L4", None)
-    with pytest.raises(
-        InputError, match=r"--gpu: found 'L4'; allowed, as the largest trial fits there: .*" + chosen.gpu
-    ):
-        size(large, gpu="L4")
+def test_gpu_that_cannot_hold_the_largest_trial_is_refused_and_skipped(
+    demo_plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = [replace(device, largest=0) if device.name in ("T4", "L4") else device for device in demo_plan.devices]
+    monkeypatch.setattr("lora_search.launch.size.plan_sweep", lambda spec: replace(demo_plan, devices=tuple(devices)))
+    spec = parse_spec("search: {trials: 12}", source="sweep", folder=Path())
+    assert size_cluster(spec, Wishes()).gpu == "L40S"
+    said = r"--gpu: found 'L4'; allowed, as the largest trial fits there: RTX 4090, L40S, .*, or on more with base.grad"
+    with pytest.raises(InputError, match=said):
+        size_cluster(spec, Wishes(gpu="L4"))
+
+
+def test_plan_does_not_ask_this_machine_for_the_hosts_of_another(
+    sweep: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--set", "hosts.count=6", "--set", "hosts.gpus_per_host=2", "--set", "hosts.cpus_per_host=64"]
+    assert main(["launch", "--on", "slurm", sweep, *options]) == 0
+    text = Path("Tiny.sweep.slurm.sbatch").read_text(encoding="utf-8")
+    assert "#SBATCH --nodes=6 " in text
+    assert "#SBATCH --gpus-per-node=2 " in text
+    assert "by `lora-search plan`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90m", 5400), ("8h", 28800), ("1.5h", 5400), ("2d", 172800)])

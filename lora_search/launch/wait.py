@@ -16,7 +16,7 @@ def wait_for_nodes(address: str, nodes: int, seconds: float) -> int:
     """Wait until `nodes` nodes are alive, or `seconds` have passed; how many are."""
     ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     end = time.monotonic() + seconds
-    while (alive := sum(node["Alive"] for node in ray.nodes())) < nodes and time.monotonic() < end:
+    while (alive := len([node for node in ray.nodes() if node["Alive"]])) < nodes and time.monotonic() < end:
         time.sleep(PAUSE)
     return alive
 
