@@ -517,11 +517,7 @@ def test_submit_refuses_a_file_that_is_not_complete(sweep: str, capsys: pytest.C
     arguments = ["launch", "--on", "ray", sweep, *UNPLANNED, "--set", "output=s3://b/runs"]
     assert main(arguments) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Edit ")]
-    assert [line.split("  ")[0].split(": ")[1] for line in said] == [
-        "- {IpProtocol",
-        "ImageId",
-        "IamInstanceProfile",
-    ]
+    assert [line.split(": ")[1] for line in said] == ["ImageId", "SecurityGroupIds", "IamInstanceProfile"]
     assert main([*arguments, "--submit"]) == 2
     assert "EDIT first" in capsys.readouterr().err
 
