@@ -34,6 +34,7 @@ FLOORS = {
     "merge": 4,
     "best": 4,
     "plan": 4,
+    "launch": 5,
     "sweep": 5,
     "cli": 6,
     "__main__": 7,

@@ -51,6 +51,22 @@ def _dispatch(arguments: argparse.Namespace) -> int:
             from lora_search.cli import plan
 
             plan.plan(arguments.sweep, arguments.set, as_json=arguments.json)
+        case "launch":
+            from lora_search.cli import launch
+
+            launch.launch(
+                arguments.on,
+                arguments.sweep,
+                arguments.set,
+                nodes=arguments.nodes,
+                gpus_per_node=arguments.gpus_per_node,
+                gpu=arguments.gpu,
+                time_limit=arguments.time_limit,
+                template=arguments.template,
+                image=arguments.image,
+                out=arguments.out,
+                submits=arguments.submit,
+            )
         case "status":
             from lora_search.cli import results
 
@@ -88,6 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_sweep(plan)
     plan.add_argument("--json", action="store_true", help="one JSON document")
 
+    _add_launch(commands.add_parser("launch", help="write a sweep's launch file for a cluster, and the command for it"))
+
     status = commands.add_parser("status", help="where a running or finished sweep stands")
     _add_run(status)
     status.add_argument("--json", action="store_true", help="one JSON document")
@@ -113,6 +131,19 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set", action="append", default=[], metavar="key.path=value", help="lay a value over the sweep file's"
     )
+
+
+def _add_launch(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--on", required=True, choices=["slurm", "kuberay", "ray", "skypilot"])
+    _add_sweep(command)
+    command.add_argument("--out", metavar="FILE", help="the launch file; default: NAME.PLATFORM in this folder")
+    command.add_argument("--nodes", type=int, metavar="N", help="default: enough for a working day, by the plan")
+    command.add_argument("--gpus-per-node", type=int, metavar="N", help="default: hosts.gpus_per_host")
+    command.add_argument("--gpu", metavar="NAME", help="such as L4 or H100; default: the smallest that fits")
+    command.add_argument("--time-limit", metavar="TIME", help="such as 90m, 8h or 2d; default: twice the plan's")
+    command.add_argument("--template", metavar="FILE", help="an edited copy of a file of cluster/, or its name there")
+    command.add_argument("--image", metavar="REF", help="container image with lora-search, where one is used")
+    command.add_argument("--submit", action="store_true", help="run the command too")
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:

@@ -128,7 +128,7 @@ def _devices(plan: Plan) -> Table:
                     device.largest_recomputed,
                 )
             ),
-            "-" if device.never else _duration(device.seconds),
+            "-" if device.never else duration(device.seconds),
             style="bold" if device.here else "dim" if device.never else "",
         )
         if device.here:
@@ -158,7 +158,7 @@ def _sweep(plan: Plan) -> Table:
         f"for {steps.alone:.0%} of it the last trial is alone",
     )
     here = next(device for device in plan.devices if device.here)
-    table.add_row("duration here", "-" if here.never else f"about {_duration(here.seconds)}")
+    table.add_row("duration here", "-" if here.never else f"about {duration(here.seconds)}")
     return table
 
 
@@ -244,7 +244,8 @@ def _flops(flops: float) -> str:
     return f"{flops / 1e9:.3g} GFLOP"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A span of time, as people say it."""
     if seconds < 90:
         return f"{max(1, seconds):.0f} s"
     if seconds < 5400:

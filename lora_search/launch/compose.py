@@ -1,0 +1,301 @@
+"""A sweep's launch file and the command that submits it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import lora_search
+from lora_search.errors import InputError
+from lora_search.launch.machines import MACHINES, SKYPILOT, find_machine
+from lora_search.launch.size import START, Size, Wishes, size_cluster
+from lora_search.launch.template import Template, left_to_edit, load_template
+from lora_search.spec import SweepSpec, dump_spec
+
+VOLUME = Path("/shared")
+"""Where the pods of kuberay-job.yaml mount the volume that all of them see."""
+
+ENTRYPOINT = ("lora-search", "run", "/etc/lora-search/sweep.yaml", "--address", "auto")
+"""What the head pod runs."""
+
+TOKEN = "(umask 077; ray get-auth-token --generate > /dev/null)"
+"""Makes sure that there is a token at ~/.ray/auth_token, and shows it to nobody."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be launched."""
+
+    spec: SweepSpec
+    sweep: Path
+    overrides: tuple[str, ...]
+    size: Size
+    image: str
+    template: Template
+    out: Path
+
+    @property
+    def label(self) -> str:
+        """The sweep's name as every platform takes it: lower case, a letter first, at most 40 characters."""
+        plain = re.sub(r"[^a-z0-9]+", "-", self.spec.name.lower())[:40].strip("-")
+        return plain if plain[:1].isalpha() else f"sweep-{plain}"[:40].rstrip("-")
+
+    @property
+    def options(self) -> list[str]:
+        """The sweep's overrides, as `run` takes them."""
+        return [part for override in self.overrides for part in ("--set", override)]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch file, not yet written."""
+
+    out: Path
+    text: str
+    command: str
+    """For a shell."""
+    tools: tuple[str, ...]
+    """Programs that the command needs."""
+    size: Size
+    machine: str
+    """What a node is, as its price list or its administrator calls it."""
+    edits: tuple[tuple[int, str], ...]
+    """Number and text of the lines that only the user can complete."""
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Filled:
+    values: dict[str, str]
+    command: str
+    tools: tuple[str, ...]
+    machine: str
+    notes: tuple[str, ...] = ()
+
+
+def compose(
+    where: str,
+    spec: SweepSpec,
+    sweep: Path,
+    overrides: Sequence[str] = (),
+    wishes: Wishes = Wishes(),  # noqa: B008 - frozen
+    *,
+    template: str | None = None,
+    image: str | None = None,
+    out: Path | None = None,
+) -> Launch:
+    """Plan a sweep and fill in its launch file.
+
+    Args:
+        where: one of `PLATFORMS`.
+        sweep: the sweep's file.
+        overrides: `key.path=value`, already laid over `spec`.
+        template: a file, or the name of one in cluster/; default: the platform's own.
+        image: reference of a container image with lora-search.
+        out: the launch file to be.
+
+    Raises:
+        InputError: something of it cannot be; the message is complete.
+    """
+    platform = PLATFORMS[where]
+    source = load_template(template, platform.template)
+    if wishes.nodes is None and where == "ray":
+        wishes = replace(wishes, nodes=_machines_of_ones_own(source))
+    size = size_cluster(spec, wishes)
+    request = Request(
+        spec=spec,
+        sweep=sweep.resolve(),
+        overrides=tuple(overrides),
+        size=size,
+        image=image or f"lora-search:{lora_search.__version__}",
+        template=source,
+        out=out or Path(f"{spec.name}.{where}{source.path.suffix}"),
+    )
+    filled = platform.fill(request)
+    text = source.fill(filled.values)
+    return Launch(
+        out=request.out,
+        text=text,
+        command=filled.command,
+        tools=filled.tools,
+        size=size,
+        machine=filled.machine,
+        edits=tuple(left_to_edit(text)),
+        notes=filled.notes,
+    )
+
+
+def _slurm(request: Request) -> _Filled:
+    size = request.size
+    minutes = size.limit // 60
+    values = {
+        "name": request.spec.name,
+        "nodes": str(size.nodes),
+        "gpus": str(size.gpus_per_node),
+        "time": f"{minutes // 1440}-{minutes // 60 % 24:02}:{minutes % 60:02}:00",
+        "sweep": shlex.quote(str(request.sweep)),
+        "arguments": f"({shlex.join(request.options)})",
+    }
+    note = f"{request.spec.output} is a folder that all nodes see, as is the one that you submit from."
+    return _Filled(values, shlex.join(["sbatch", str(request.out)]), ("sbatch",), "node of the partition", (note,))
+
+
+def _kuberay(request: Request) -> _Filled:
+    spec, copies = _on_volume(request.spec)
+    size = request.size
+    values = {
+        "name": request.label,
+        "configmap": f"{{name: {request.label}}}",
+        "sweep": dump_spec(spec),
+        "entrypoint": shlex.join([*_until(size.limit), *ENTRYPOINT]),
+        "seconds": str(size.limit + START),
+        "image": json.dumps(request.image),
+        "nodes": str(size.nodes),
+        "gpus": str(size.gpus_per_node),
+    }
+    notes = [
+        f"The claim lora-search is mounted at {VOLUME} in every pod; the run directory is {spec.output}/{spec.name}."
+    ]
+    notes += [f"Copy {here} to the volume first, as {there}." for here, there in copies]
+    command = shlex.join(["kubectl", "apply", "-f", str(request.out)])
+    return _Filled(values, command, ("kubectl",), "node that holds a worker pod", tuple(notes))
+
+
+def _on_volume(spec: SweepSpec) -> tuple[SweepSpec, list[tuple[Path, Path]]]:
+    """The sweep as the pods see it: the volume stands for the working directory. And what has to be copied there."""
+    copies: list[tuple[Path, Path]] = []
+
+    def moved(value: Any) -> Any:
+        here = Path(value) if isinstance(value, str) else None
+        if here is None or not here.is_absolute() or not here.is_relative_to(Path.cwd()):
+            return value
+        there = VOLUME / here.relative_to(Path.cwd())
+        copies.append((here, there))
+        return str(there)
+
+    base = spec.base.model_copy(update={"model": moved(spec.base.model)})
+    data = spec.data.model_copy(update={key: moved(getattr(spec.data, key)) for key in ("path", "validation", "test")})
+    output = spec.output if "://" in spec.output else str(VOLUME / spec.output)
+    return spec.model_copy(update={"base": base, "data": data, "output": output}), copies
+
+
+def _provider(template: Template) -> dict[str, Any]:
+    """Whose machines a file for `ray up` takes."""
+    try:
+        provider = yaml.safe_load(template.text)["provider"]
+        if provider["type"] in (*MACHINES, "local"):
+            return dict(provider)
+        found = repr(provider["type"])
+    except (yaml.YAMLError, KeyError, TypeError):
+        found = "nothing"
+    raise InputError(f"{template.path}: provider.type: found {found}; allowed: {', '.join(MACHINES)}, local")
+
+
+def _machines_of_ones_own(template: Template) -> int | None:
+    """How many machines a file for `ray up` names; none where it rents them."""
+    provider = _provider(template)
+    return 1 + len(provider.get("worker_ips", [])) if provider["type"] == "local" else None
+
+
+def _ray(request: Request) -> _Filled:
+    provider = _provider(request.template)["type"]
+    size = request.size
+    _check_output(request)
+    values = {"name": request.label, "sweep": json.dumps(str(request.sweep)), "checkout": json.dumps(_checkout())}
+    machine, nodes = "machine of yours", size.nodes
+    if provider in MACHINES:
+        if size.gpu is None:
+            raise InputError(f"--gpus-per-node: found 0; allowed on {provider}: 1 or more")
+        machine, cores = find_machine(provider, size.gpu, size.gpus_per_node)
+        values |= {
+            "nodes": str(size.nodes),
+            "image": json.dumps(request.image),
+            "machine": machine,
+            "resources": f"{{CPU: {cores}, GPU: {size.gpus_per_node}}}",
+        }
+        nodes += 1  # the head
+    wait = ["python3", "-m", "lora_search.launch.wait", "--nodes", str(nodes)]
+    run = [*_until(size.limit), "lora-search", "run", "sweep.yaml", "--address", "auto", *request.options]
+    work = f"export RAY_AUTH_MODE=token; {shlex.join(wait)} && {shlex.join(run)}"
+    # `ray exec --stop` ends with `sudo shutdown`: right for rented workers, never for a machine of the user's.
+    stop = ["--stop"] if provider in MACHINES else []
+    out = str(request.out)
+    command = " && ".join(
+        [TOKEN, shlex.join(["ray", "up", "-y", out]), shlex.join(["ray", "exec", "--tmux", *stop, out, work])]
+    )
+    return _Filled(values, command, ("ray",), machine, _same_paths(request.spec))
+
+
+def _skypilot(request: Request) -> _Filled:
+    size = request.size
+    if size.gpu is None:
+        raise InputError("--gpus-per-node: found 0; allowed on skypilot: 1 or more")
+    _check_output(request)
+    values = {
+        "name": request.label,
+        "nodes": str(size.nodes),
+        "accelerators": json.dumps(f"{SKYPILOT[size.gpu]}:{size.gpus_per_node}"),
+        "image": json.dumps(f"docker:{request.image}"),
+        "sweep": json.dumps(str(request.sweep)),
+        "limit": json.dumps(str(size.limit)),
+        "arguments": json.dumps(shlex.join(request.options)),
+    }
+    launch = shlex.join(["sky", "launch", "-y", "-d", "-c", request.label])
+    secrets = " ".join(f"${{{name}:+--secret {name}}}" for name in ("HF_TOKEN", "WANDB_API_KEY"))
+    command = f"{TOKEN} && {launch} {secrets} {shlex.quote(str(request.out))}"
+    machine = f"machine with {SKYPILOT[size.gpu]}:{size.gpus_per_node}"
+    return _Filled(values, command, ("ray", "sky"), machine, _same_paths(request.spec))
+
+
+def _until(seconds: int) -> list[str]:
+    """Before a command: it is told to stop after so long, and says by its exit status that it did."""
+    return ["timeout", "--preserve-status", str(seconds)]
+
+
+def _check_output(request: Request) -> None:
+    output = request.spec.output
+    if "://" not in output and not Path(output).is_absolute():
+        raise InputError(
+            f"output: found {output!r}, which each node would have to itself; allowed: a bucket or the path of a "
+            "folder that all nodes see, as in --set output=s3://BUCKET/runs"
+        )
+
+
+def _same_paths(spec: SweepSpec) -> tuple[str, ...]:
+    """What local files ask of the nodes."""
+    values = {"base.model": spec.base.model, "data.path": spec.data.path}
+    values |= {f"data.{key}": getattr(spec.data, key) for key in ("validation", "test")}
+    return tuple(
+        f"{key} {value} has to lie at the same path on every node."
+        for key, value in values.items()
+        if isinstance(value, str) and Path(value).is_absolute()
+    )
+
+
+def _checkout() -> str:
+    """The root of the checkout that lora-search runs from; the working directory where it is an installed package."""
+    root = Path(lora_search.__file__).resolve().parent.parent
+    return str(root) if (root / "pyproject.toml").is_file() else "."
+
+
+@dataclass(frozen=True)
+class Platform:
+    """A place that sweeps are launched on."""
+
+    template: str
+    fill: Callable[[Request], _Filled]
+
+
+PLATFORMS = {
+    "slurm": Platform("slurm.sbatch", _slurm),
+    "kuberay": Platform("kuberay-job.yaml", _kuberay),
+    "ray": Platform("ray-aws.yaml", _ray),
+    "skypilot": Platform("skypilot.yaml", _skypilot),
+}

@@ -1,0 +1,727 @@
+"""Launch files are what their platforms take, hold what the sweep needs, and no secret."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from conftest import ROOT
+
+from lora_search.cli import main
+from lora_search.errors import InputError
+from lora_search.launch.machines import MACHINES, NAMES, SKYPILOT, find_gpu
+from lora_search.launch.size import WORKING_DAY, Size, Wishes, parse_limit, size_cluster
+from lora_search.launch.template import FOLDER, MARK, Template, left_to_edit
+from lora_search.plan import Plan, plan_sweep
+from lora_search.spec import load_spec, parse_spec
+
+CLUSTER = ROOT / "cluster"
+RAY_FILES = ["ray-aws.yaml", "ray-gcp.yaml", "ray-ssh.yaml"]
+KUBERAY_FILES = ["kuberay-job.yaml", "kuberay-cluster.yaml"]
+FILES = [*RAY_FILES, *KUBERAY_FILES, "skypilot.yaml", "slurm.sbatch"]
+
+SWEEP = "name: Tiny.sweep\nsearch: {trials: 12}\ntracking: {wandb: {mode: disabled}}\n"
+UNPLANNED = ["--nodes", "3", "--time-limit", "8h"]
+"""With both, nothing is planned, which takes seconds."""
+
+
+def documents(text: str) -> dict[str, Any]:
+    """The objects of a Kubernetes file, by kind."""
+    return {document["kind"]: document for document in yaml.safe_load_all(text)}
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sweep.yaml").write_text(SWEEP, encoding="utf-8")
+    return "sweep.yaml"
+
+
+def launched(capsys: pytest.CaptureFixture[str], where: str, sweep: str, *options: str) -> tuple[str, str]:
+    """The text of the file that `launch` writes without a plan, and its command."""
+    out = Path(f"launched.{where}")
+    out.unlink(missing_ok=True)
+    capsys.readouterr()
+    status = main(["launch", "--on", where, sweep, *UNPLANNED, "--out", str(out), *options])
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    return out.read_text(encoding="utf-8"), printed.out.strip()
+
+
+# The templates
+
+
+def test_package_holds_the_files_of_cluster() -> None:
+    assert {path.name for path in FOLDER.iterdir()} >= set(FILES)
+    assert all((FOLDER / name).read_bytes() == (CLUSTER / name).read_bytes() for name in FILES)
+
+
+def test_only_marked_lines_are_filled_in() -> None:
+    text = 'a: 1  # launch: one\nb: 2  # as it is\n  c: "x"  # launch: text\n#SBATCH --d=4  # launch: one\n'
+    filled = Template(Path("t.yaml"), text).fill({"one": "7", "text": "line: 1\nline: 2\n"})
+    assert filled == (
+        "a: 7  # launch: one\nb: 2  # as it is\n"
+        "  c: |  # launch: text\n    line: 1\n    line: 2\n#SBATCH --d=7  # launch: one\n"
+    )
+    with pytest.raises(InputError, match=r"t.yaml:1: # launch: found 'one'; allowed here: two"):
+        Template(Path("t.yaml"), text).fill({"two": "2"})
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_line_is_longer_than_a_page_unless_it_is_one_value(name: str) -> None:
+    lines = (CLUSTER / name).read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if len(line) > 120 and not MARK.match(line)] == []
+
+
+def test_lines_for_the_user_are_told_apart_from_comments() -> None:
+    assert left_to_edit("# Edit: EDIT this\nimage: ami-EDIT  # an AMI\nb: EDITED\n") == [
+        (2, "image: ami-EDIT  # an AMI")
+    ]
+
+
+# ray up
+
+
+@pytest.mark.parametrize("name", RAY_FILES)
+@pytest.mark.filterwarnings("ignore")
+def test_ray_takes_the_cluster_file(name: str, sweep: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    options = ["--template", name, "--gpu", "h100", "--gpus-per-node", "8", "--set", "output=s3://bucket/runs"]
+    filled, _ = launched(capsys, "ray", sweep, *options)
+    for text in ((CLUSTER / name).read_text(encoding="utf-8"), filled):
+        validate_config(prepare_config(yaml.safe_load(text)))
+    broken = yaml.safe_load(filled) | {"worker_nodes_count": 3}
+    with pytest.raises(jsonschema.ValidationError, match="worker_nodes_count"):
+        validate_config(prepare_config(broken))
+
+
+@pytest.mark.parametrize("name", RAY_FILES)
+def test_ray_up_keeps_the_token_on_and_the_dashboard_at_home(name: str) -> None:
+    config = yaml.safe_load((CLUSTER / name).read_text(encoding="utf-8"))
+    head = [command for command in config["head_start_ray_commands"] if "ray start" in command]
+    worker = [command for command in config["worker_start_ray_commands"] if "ray start" in command]
+    assert len(head) == len(worker) == 1
+    assert all(command.startswith("RAY_AUTH_MODE=token ") for command in head + worker)
+    assert "--dashboard-host=127.0.0.1" in head[0]
+    assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+
+
+def test_ray_up_rents_spot_workers_of_the_gpu_that_was_asked_for(
+    sweep: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = ["--set", "output=s3://bucket/runs"]
+    text, command = launched(capsys, "ray", sweep, "--gpu", "L40S", "--gpus-per-node", "4", *output)
+    config = yaml.safe_load(text)
+    worker = config["available_node_types"]["worker"]
+    assert worker["node_config"]["InstanceType"] == "g6e.12xlarge"
+    assert worker["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert worker["resources"] == {"CPU": 48, "GPU": 4}
+    assert worker["min_workers"] == worker["max_workers"] == config["max_workers"] == 3
+    assert Path(config["file_mounts"]["~/sweep.yaml"]) == Path("sweep.yaml").resolve()
+    *_, work = shlex.split(command)
+    assert work.endswith("timeout --preserve-status 28800 lora-search run sweep.yaml --address auto --set " + output[1])
+    assert "--nodes 4 " in work
+    assert "ray exec --tmux --stop" in command
+
+    text, command = launched(capsys, "ray", sweep, "--template", "ray-gcp.yaml", "--gpu", "a100-80gb", *output)
+    worker = yaml.safe_load(text)["available_node_types"]["worker"]
+    assert worker["node_config"]["machineType"] == "a2-ultragpu-1g"
+    assert worker["node_config"]["scheduling"]["provisioningModel"] == "SPOT"
+
+
+def test_machines_of_the_users_own_are_never_shut_down(sweep: str, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = (CLUSTER / "ray-ssh.yaml").read_text(encoding="utf-8").replace("[EDIT]", "[b, c, d]").replace("EDIT", "a")
+    Path("mine.yaml").write_text(mine, encoding="utf-8")
+    _, command = launched(capsys, "ray", sweep, "--template", "mine.yaml", "--set", "output=/shared/runs")
+    assert "--stop" not in command
+    options = ["--template", "mine.yaml", "--set", "output=/shared/runs", "--time-limit", "8h"]
+    status = main(["launch", "--on", "ray", sweep, *options])
+    printed = capsys.readouterr()
+    assert status == 0
+    assert "4 nodes" in printed.err
+    assert "lora_search.launch.wait --nodes 4 " in printed.out
+
+
+def test_every_gpu_of_the_planner_has_a_name_everywhere() -> None:
+    assert set(SKYPILOT) == set(NAMES)
+    assert all(set(sold) <= set(NAMES) for sold in MACHINES.values())
+    assert [find_gpu(name) for name in ("l4", "h100", "A100-80GB", "rtx4090")] == [
+        "L4",
+        "H100 80 GB",
+        "A100 80 GB",
+        "RTX 4090",
+    ]
+
+
+# KubeRay
+
+
+def _object(fields: dict[str, Any], required: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {"type": "object", "properties": fields, "required": list(required), "additionalProperties": False}
+
+
+STRING, INTEGER, BOOLEAN = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
+STRINGS = {"type": "object", "additionalProperties": STRING}
+QUANTITY = {
+    "anyOf": [
+        INTEGER,
+        {"type": "string", "pattern": r"^(\+|-)?(([0-9]+(\.[0-9]*)?)|(\.[0-9]+))(([KMGTPE]i)|[numkMGTPE])?$"},
+    ]
+}
+QUANTITIES = {"type": "object", "additionalProperties": QUANTITY}
+
+# What Kubernetes' core/v1 and KubeRay's ray.io/v1 (ray-operator/apis/ray/v1/raycluster_types.go and rayjob_types.go,
+# whose fields are those of the CRDs of v1.6) say of the fields that our files use; Kubernetes refuses any other.
+_SECRET_KEY = _object({"name": STRING, "key": STRING, "optional": BOOLEAN}, ("key",))
+_ENV = _object({"name": STRING, "value": STRING, "valueFrom": _object({"secretKeyRef": _SECRET_KEY})}, ("name",))
+_CONTAINER = _object(
+    {
+        "name": STRING,
+        "image": STRING,
+        "workingDir": STRING,
+        "env": {"type": "array", "items": _ENV},
+        "resources": _object({"requests": QUANTITIES, "limits": QUANTITIES}),
+        "securityContext": _object({"allowPrivilegeEscalation": BOOLEAN}),
+        "volumeMounts": {
+            "type": "array",
+            "items": _object({"name": STRING, "mountPath": STRING, "readOnly": BOOLEAN}, ("name", "mountPath")),
+        },
+    },
+    ("name",),
+)
+_VOLUME = _object(
+    {
+        "name": STRING,
+        "configMap": _object({"name": STRING}),
+        "persistentVolumeClaim": _object({"claimName": STRING}, ("claimName",)),
+        "emptyDir": _object({"medium": STRING, "sizeLimit": QUANTITY}),
+    },
+    ("name",),
+)
+_POD = _object(
+    {
+        "containers": {"type": "array", "items": _CONTAINER, "minItems": 1},
+        "volumes": {"type": "array", "items": _VOLUME},
+        "securityContext": _object({"runAsNonRoot": BOOLEAN, "runAsUser": INTEGER, "fsGroup": INTEGER}),
+        "restartPolicy": {"enum": ["Always", "OnFailure", "Never"]},
+        "tolerations": {
+            "type": "array",
+            "items": _object({"key": STRING, "operator": {"enum": ["Exists", "Equal"]}, "effect": STRING}),
+        },
+    },
+    ("containers",),
+)
+_TEMPLATE = _object({"spec": _POD})
+RAY_CLUSTER = _object(
+    {
+        "rayVersion": STRING,
+        "authOptions": _object({"mode": {"enum": ["disabled", "token"]}, "secretName": STRING}),
+        "enableInTreeAutoscaling": BOOLEAN,
+        "autoscalerOptions": _object({"version": {"enum": ["v1", "v2"]}, "idleTimeoutSeconds": INTEGER}),
+        "headGroupSpec": _object({"rayStartParams": STRINGS, "template": _TEMPLATE}, ("template",)),
+        "workerGroupSpecs": {
+            "type": "array",
+            "items": _object(
+                {
+                    "groupName": STRING,
+                    "replicas": INTEGER,
+                    "minReplicas": INTEGER,
+                    "maxReplicas": INTEGER,
+                    "rayStartParams": STRINGS,
+                    "template": _TEMPLATE,
+                },
+                ("groupName", "minReplicas", "maxReplicas", "template"),
+            ),
+        },
+    },
+    ("headGroupSpec",),
+)
+RAY_JOB = _object(
+    {
+        "entrypoint": STRING,
+        "activeDeadlineSeconds": INTEGER,
+        "backoffLimit": INTEGER,
+        "shutdownAfterJobFinishes": BOOLEAN,
+        "ttlSecondsAfterFinished": INTEGER,
+        "rayClusterSpec": RAY_CLUSTER,
+    }
+)
+_LABEL = {"type": "string", "pattern": r"^[a-z]([-a-z0-9]*[a-z0-9])?$", "maxLength": 47}  # KubeRay's limit of a RayJob
+_META = _object({"name": _LABEL}, ("name",))
+KINDS = {
+    "ConfigMap": _object({"apiVersion": {"const": "v1"}, "kind": STRING, "metadata": _META, "data": STRINGS}),
+    "RayJob": _object({"apiVersion": {"const": "ray.io/v1"}, "kind": STRING, "metadata": _META, "spec": RAY_JOB}),
+    "RayCluster": _object(
+        {"apiVersion": {"const": "ray.io/v1"}, "kind": STRING, "metadata": _META, "spec": RAY_CLUSTER}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KUBERAY_FILES)
+def test_kuberay_takes_the_file(name: str, sweep: str, capsys: pytest.CaptureFixture[str]) -> None:
+    filled, command = launched(capsys, "kuberay", sweep, "--template", name, "--gpus-per-node", "2")
+    assert command == "kubectl apply -f launched.kuberay"
+    for text in ((CLUSTER / name).read_text(encoding="utf-8"), filled):
+        for kind, document in documents(text).items():
+            jsonschema.validate(document, KINDS[kind])
+    with pytest.raises(jsonschema.ValidationError, match="replica"):
+        jsonschema.validate(
+            yaml.safe_load('{"groupName": "gpu", "replica": 1}'), RAY_CLUSTER["properties"]["workerGroupSpecs"]["items"]
+        )
+
+
+@pytest.mark.parametrize("name", KUBERAY_FILES)
+def test_kuberay_volumes_and_versions_agree(name: str) -> None:
+    ray = re.search(r"^ray==(.*)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert ray
+    found = documents((CLUSTER / name).read_text(encoding="utf-8"))
+    spec = found["RayJob"]["spec"]["rayClusterSpec"] if "RayJob" in found else found["RayCluster"]["spec"]
+    assert spec["rayVersion"] == ray[1]
+    assert spec["authOptions"] == {"mode": "token"}
+    pods = [group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+    for pod in pods:
+        mounted = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
+        assert mounted == {volume["name"] for volume in pod["volumes"]}
+
+
+def test_kuberay_job_holds_the_sweep_with_its_paths_on_the_volume(
+    sweep: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
+    options = ["--set", "data.path=rows.jsonl", "--set", "training.steps=33"]
+    text, _ = launched(capsys, "kuberay", sweep, "--gpus-per-node", "2", "--image", "registry/lora:1", *options)
+    found = documents(text)
+    held = yaml.safe_load(found["ConfigMap"]["data"]["sweep.yaml"])
+    assert held["data"]["path"] == "/shared/rows.jsonl"
+    assert held["output"] == "/shared/runs"
+    expected = load_spec(sweep, [*options[1::2], "output=/shared/runs", "data.path=builtin:demo"])
+    held["data"]["path"] = "builtin:demo"
+    assert parse_spec(yaml.safe_dump(held), source="configmap", folder=Path()) == expected
+
+    job = found["RayJob"]["spec"]
+    worker = job["rayClusterSpec"]["workerGroupSpecs"][0]
+    assert [worker[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [3, 3, 3]
+    assert worker["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 2
+    assert worker["template"]["spec"]["containers"][0]["image"] == "registry/lora:1"
+    assert found["RayJob"]["metadata"]["name"] == found["ConfigMap"]["metadata"]["name"] == "tiny-sweep"
+    volumes = job["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["volumes"]
+    assert {"name": "sweep", "configMap": {"name": "tiny-sweep"}} in volumes
+    assert shlex.split(job["entrypoint"])[:3] == ["timeout", "--preserve-status", "28800"]
+    assert job["activeDeadlineSeconds"] > 28800
+
+
+# SkyPilot
+
+
+SKYPILOT_TASK = _object(  # sky/utils/schemas.py of SkyPilot 0.14.1, as far as our file goes
+    {
+        "name": STRING,
+        "num_nodes": INTEGER,
+        "resources": _object(
+            {
+                "accelerators": {"type": "string", "pattern": r"^[A-Za-z0-9-]+:\d+$"},
+                "image_id": {"type": "string", "pattern": "^docker:"},
+                "disk_size": INTEGER,
+                "use_spot": BOOLEAN,
+                "autostop": _object({"idle_minutes": INTEGER, "down": BOOLEAN}),
+            }
+        ),
+        "file_mounts": STRINGS,
+        "secrets": STRINGS,
+        "envs": STRINGS,
+        "run": STRING,
+    }
+)
+
+
+def test_skypilot_task_has_the_fields_of_its_schema(sweep: str, capsys: pytest.CaptureFixture[str]) -> None:
+    override = "search.space.rank={choice: [4, 8]}"
+    options = ["--gpu", "a100-80gb", "--gpus-per-node", "8", "--set", "output=gs://b/runs", "--set", override]
+    filled, command = launched(capsys, "skypilot", sweep, *options)
+    for text in ((CLUSTER / "skypilot.yaml").read_text(encoding="utf-8"), filled):
+        jsonschema.validate(yaml.safe_load(text), SKYPILOT_TASK)
+    task = yaml.safe_load(filled)
+    assert task["resources"]["accelerators"] == "A100-80GB:8"
+    assert task["num_nodes"] == 3
+    assert shlex.split(task["envs"]["RUN_OPTIONS"]) == ["--set", "output=gs://b/runs", "--set", override]
+    assert "sky launch -y -d -c tiny-sweep" in command
+    assert "RAY_AUTH_MODE=token" in task["run"]
+    assert "--dashboard-host=127.0.0.1" in task["run"]
+    assert not re.search(r"^\s*ray stop", task["run"], re.MULTILINE)
+
+
+# The image
+
+
+def test_dockerfile_copies_what_is_there_and_installs_what_was_tested() -> None:
+    lines = (CLUSTER / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    copied = [path for line in lines if line.startswith("COPY ") for path in line.split()[1:-1]]
+    assert copied
+    assert [path for path in copied if not (ROOT / path).exists()] == []
+    assert "constraints.txt" in copied
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert {"pyproject.toml", re.search(r'^readme = "(.*)"', project, re.MULTILINE)[1]} <= set(copied)  # type: ignore[index]
+    assert any(re.search(r"pip install .*-c constraints.txt '\.\[cluster\]'", line) for line in lines)
+    base = re.match(r"FROM python:(\d+)\.(\d+)-", next(line for line in lines if line.startswith("FROM")))
+    assert base
+    assert (int(base[1]), int(base[2])) >= (3, 11)
+    assert [line for line in lines if line.startswith("USER")] == ["USER ray"]
+
+
+# Shell
+
+
+@pytest.mark.parametrize("name", ["slurm.sbatch", "skypilot.yaml"])
+def test_shellcheck_finds_nothing(name: str, sweep: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("needs shellcheck (Debian's package of that name)")
+    where = name.partition(".")[0]
+    filled, _ = launched(capsys, where, sweep, "--set", "output=s3://b/my runs")
+    for text in ((CLUSTER / name).read_text(encoding="utf-8"), filled):
+        script = tmp_path / "script.sh"
+        script.write_text("#!/bin/bash\n" + yaml.safe_load(text)["run"] if name.endswith(".yaml") else text)
+        found = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True)
+        assert found.returncode == 0, found.stdout
+
+
+# How large, for how long
+
+
+@pytest.fixture(scope="module")
+def demo_plan() -> Plan:
+    return plan_sweep(parse_spec("search: {trials: 12}", source="sweep", folder=Path()))
+
+
+def test_size_follows_the_plan_where_the_user_leaves_it_open(demo_plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def size(text: str, hours: float, **wishes: Any) -> Size:
+        """Of a sweep that takes so many hours on any one GPU."""
+        devices = tuple(replace(device, seconds=3600 * hours) for device in demo_plan.devices)
+        monkeypatch.setattr("lora_search.launch.size.plan_sweep", lambda spec: replace(demo_plan, devices=devices))
+        return size_cluster(parse_spec(text, source="sweep", folder=Path()), Wishes(**wishes))
+
+    short = size("search: {trials: 12}", 1)
+    assert (short.nodes, short.gpus_per_node, short.gpu) == (1, 1, "L4")
+    assert short.limit >= 2 * short.seconds >= 7200
+    assert short.limit % 60 == 0
+    assert size("search: {trials: 12}", 1, time_limit="5h").limit == 18000
+    assert size("search: {trials: 12}", 100).nodes == 1  # a second host would find no trial
+
+    many = "search: {trials: 640, scheduler: {name: none}}"
+    on_one, chosen = size(many, 100, nodes=1), size(many, 100)
+    assert on_one.seconds == pytest.approx(360_000)
+    assert chosen.seconds <= WORKING_DAY < size(many, 100, nodes=chosen.nodes - 1).seconds
+    assert size(many, 100, nodes=1, gpus_per_node=8).seconds == pytest.approx(on_one.seconds / 8)
+    assert size(many, 10_000).nodes == 640 // 16
+    assert size("hosts: {count: 6, gpus_per_host: 2, cpus_per_host: 64}", 1).nodes == 6
+    assert size("hosts: {gpus_per_host: 0}", 1).gpu is None
+
+
+def test_gpu_that_cannot_hold_the_largest_trial_is_refused_and_skipped(
+    demo_plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = [replace(device, largest=0) if device.name in ("T4", "L4") else device for device in demo_plan.devices]
+    monkeypatch.setattr("lora_search.launch.size.plan_sweep", lambda spec: replace(demo_plan, devices=tuple(devices)))
+    spec = parse_spec("search: {trials: 12}", source="sweep", folder=Path())
+    assert size_cluster(spec, Wishes()).gpu == "L40S"
+    said = r"--gpu: found 'L4'; allowed, as the largest trial fits there: RTX 4090, L40S, .*, or on more with base.grad"
+    with pytest.raises(InputError, match=said):
+        size_cluster(spec, Wishes(gpu="L4"))
+
+
+def test_plan_does_not_ask_this_machine_for_the_hosts_of_another(
+    sweep: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--set", "hosts.count=6", "--set", "hosts.gpus_per_host=2", "--set", "hosts.cpus_per_host=64"]
+    assert main(["launch", "--on", "slurm", sweep, *options]) == 0
+    text = Path("Tiny.sweep.slurm.sbatch").read_text(encoding="utf-8")
+    assert "#SBATCH --nodes=6 " in text
+    assert "#SBATCH --gpus-per-node=2 " in text
+    assert "by `lora-search plan`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90m", 5400), ("8h", 28800), ("1.5h", 5400), ("2d", 172800)])
+def test_time_limits_are_read(text: str, seconds: int) -> None:
+    assert parse_limit(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("where", "options", "said"),
+    [
+        ("slurm", ["--nodes", "0"], "--nodes: found 0; allowed: a whole number from 1"),
+        ("slurm", ["--gpus-per-node", "-1"], "--gpus-per-node: found -1; allowed"),
+        ("slurm", ["--nodes", "1", "--time-limit", "soon"], "--time-limit: found 'soon'; allowed: minutes, hours"),
+        ("slurm", ["--nodes", "1", "--time-limit", "1h", "--gpu", "A100"], "--gpu: found 'A100'; allowed: T4, RTX"),
+        ("slurm", ["--set", "hosts.gpus_per_host=2", "--gpus-per-node", "3"], "multiples of hosts.gpus_per_host, 2"),
+        ("slurm", ["--template", "mine.sbatch"], "--template: found 'mine.sbatch', which is no file; allowed: a file"),
+        ("ray", ["--template", "skypilot.yaml"], "provider.type: found nothing; allowed: aws, gcp, local"),
+        ("ray", UNPLANNED, "output: found 'runs', which each node would have to itself; allowed: a bucket"),
+        ("skypilot", [*UNPLANNED, "--set", "output=s3://b/r", "--gpus-per-node", "0"], "--gpus-per-node: found 0"),
+        (
+            "ray",
+            [*UNPLANNED, "--set", "output=s3://b/r", "--gpus-per-node", "3"],
+            "--gpus-per-node: found 3; allowed on aws with L4: 1, 4, 8",
+        ),
+    ],
+)
+def test_wrong_options_exit_2_with_one_message(
+    where: str, options: list[str], said: str, sweep: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["launch", "--on", where, sweep, *options]) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert printed.out == ""
+    assert list(Path().glob("Tiny*")) == []
+
+
+# Submission
+
+
+def test_submit_runs_the_printed_command(
+    sweep: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    (tools / "sbatch").write_text('#!/bin/sh\necho "$0 $@" > called\nexit ${SBATCH_EXIT:-0}\n', encoding="utf-8")
+    (tools / "sbatch").chmod(0o755)
+    arguments = ["launch", "--on", "slurm", sweep, *UNPLANNED, "--submit"]
+
+    monkeypatch.setenv("PATH", "/usr/bin:/bin" if shutil.which("sbatch", path="/usr/bin:/bin") is None else "/bin.none")
+    assert main(arguments) == 2
+    assert "--submit: sbatch is not installed here; Tiny.sweep.slurm.sbatch is written" in capsys.readouterr().err
+    assert not Path("called").exists()
+
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    assert main(arguments) == 0
+    command = capsys.readouterr().out.strip()
+    assert Path("called").read_text(encoding="utf-8").split() == [str(tools / "sbatch"), *command.split()[1:]]
+
+    monkeypatch.setenv("SBATCH_EXIT", "3")
+    assert main(arguments) == 1
+    assert "--submit: exit status 3 of: sbatch" in capsys.readouterr().err
+
+
+def test_submit_refuses_a_file_that_is_not_complete(sweep: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["launch", "--on", "ray", sweep, *UNPLANNED, "--set", "output=s3://b/runs"]
+    assert main(arguments) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Edit ")]
+    assert [line.split(": ")[1] for line in said] == ["ImageId", "SecurityGroupIds", "IamInstanceProfile"]
+    assert main([*arguments, "--submit"]) == 2
+    assert "EDIT first" in capsys.readouterr().err
+
+
+def test_edited_launch_file_is_not_overwritten(sweep: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["launch", "--on", "slurm", sweep, *UNPLANNED]
+    assert main(arguments) == main(arguments) == 0
+    out = Path("Tiny.sweep.slurm.sbatch")
+    edited = out.read_text(encoding="utf-8") + "# mine\n"
+    out.write_text(edited, encoding="utf-8")
+    assert main(arguments) == 2
+    assert out.read_text(encoding="utf-8") == edited
+    assert main([*arguments, "--template", str(out), "--out", "again.sbatch"]) == 0
+    assert Path("again.sbatch").read_text(encoding="utf-8") == edited
+
+
+def test_secrets_of_the_environment_reach_neither_file_nor_command(
+    sweep: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted = "planted-secret-4711"
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "RAY_AUTH_TOKEN"):
+        monkeypatch.setenv(name, planted)
+    for where in ("slurm", "kuberay", "ray", "skypilot"):
+        text, command = launched(capsys, where, sweep, "--set", "output=s3://b/runs")
+        assert planted not in text + command
+
+
+# Slurm, for real
+
+
+@dataclass(frozen=True)
+class Slurm:
+    """A controller and two nodes on this machine."""
+
+    environment: dict[str, str]
+
+    def run(self, *command: str, cwd: Path | None = None) -> str:
+        done = subprocess.run(command, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def job(self, number: str) -> dict[str, str]:
+        shown = self.run("scontrol", "--oneliner", "show", "job", number)
+        return dict(part.split("=", 1) for part in shown.split() if "=" in part)
+
+    def ended(self, number: str, seconds: float) -> dict[str, str]:
+        end = time.monotonic() + seconds
+        while (job := self.job(number))["JobState"] in ("PENDING", "RUNNING", "COMPLETING"):
+            assert time.monotonic() < end, f"still {job['JobState']} after {seconds} s"
+            time.sleep(0.5)
+        return job
+
+
+CONFIGURATION = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort=17000
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+MpiDefault=none
+SlurmdParameters=config_overrides
+ReturnToService=2
+NodeName=node[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[17001-17002] CPUs=1
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    needed = ["munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol"]
+    path = f"{os.environ['PATH']}:/usr/sbin"
+    missing = [program for program in needed if shutil.which(program, path=path) is None]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)} (Debian's packages slurmctld, slurmd, slurm-client and munge)")
+    if os.geteuid() != 0:
+        pytest.skip("needs root, as slurmd does")
+    folder = Path(tmp_path_factory.mktemp("slurm"))
+    host = os.uname().nodename.partition(".")[0]
+    for name in ("state", "spool-node1", "spool-node2", "home"):
+        (folder / name).mkdir()
+    (folder / "slurm.conf").write_text(CONFIGURATION.format(host=host, folder=folder), encoding="utf-8")
+    (folder / "munge.key").write_bytes(os.urandom(128))
+    (folder / "munge.key").chmod(0o600)
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{path}",
+        "PYTHONPATH": str(ROOT),
+        "HOME": str(folder / "home"),
+        "SLURM_CONF": str(folder / "slurm.conf"),
+    }
+    munge = [f"--{kind}={folder}/munge.{kind.removesuffix('-file')}" for kind in ("socket", "key-file", "log-file")]
+    daemons = [
+        ["munged", "--force", "--foreground", *munge, f"--pid-file={folder}/munge.pid", f"--seed-file={folder}/seed"],
+        ["slurmctld", "-D"],
+        ["slurmd", "-D", "-N", "node1"],
+        ["slurmd", "-D", "-N", "node2"],
+    ]
+    started: list[subprocess.Popen[bytes]] = []
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    try:
+        for daemon in daemons:
+            started.append(subprocess.Popen(daemon, env=environment, **quiet))  # type: ignore[call-overload]
+            time.sleep(1)
+        cluster = Slurm(environment)
+        end = time.monotonic() + 30
+        while cluster.run("sinfo", "--noheader", "--format=%T %D").split() != ["idle", "2"]:
+            assert time.monotonic() < end, (folder / "slurmctld.log").read_text(encoding="utf-8")
+            time.sleep(0.5)
+        yield cluster
+    finally:
+        for daemon_process in reversed(started):
+            daemon_process.terminate()
+        for daemon_process in started:
+            daemon_process.wait(30)
+
+
+def processes_of(job: str) -> dict[int, tuple[str, dict[str, str]]]:
+    """Command line and environment of a job's processes."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        try:
+            variables = (folder / "environ").read_bytes().decode(errors="replace").split("\0")
+            environment = dict(variable.split("=", 1) for variable in variables if "=" in variable)
+            command = (folder / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+        except (OSError, ValueError):
+            continue
+        if environment.get("SLURM_JOB_ID") == job:
+            found[int(folder.name)] = (command, environment)
+    return found
+
+
+def submitted(slurm: Slurm, folder: Path, text: str) -> str:
+    """Launch a sweep on both nodes through `lora-search launch --submit`; the job's number."""
+    (folder / "sweep.yaml").write_text(text, encoding="utf-8")
+    template = (CLUSTER / "slurm.sbatch").read_text(encoding="utf-8")
+    (folder / "mine.sbatch").write_text(template.replace("--cpus-per-task=8", "--cpus-per-task=1"), encoding="utf-8")
+    options = ["--nodes", "2", "--gpus-per-node", "0", "--time-limit", "10m", "--template", "mine.sbatch"]
+    command = [sys.executable, "-m", "lora_search", "launch", "--on", "slurm", "sweep.yaml", *options]
+    printed = slurm.run(*command, "--set", "training.eval_every=2", "--submit", cwd=folder)
+    number = re.search(r"Submitted batch job (\d+)", printed)
+    assert number, printed
+    return number[1]
+
+
+def log(folder: Path, number: str) -> str:
+    return "".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob(f"*-{number}*.log")))
+
+
+SMALL = """
+name: small
+data: {limit: 400}
+search: {space: {rank: {choice: [4, 8]}}, trials: 3}
+training: {steps: STEPS}
+tracking: {wandb: {mode: disabled}}
+"""
+
+
+def test_slurm_runs_a_sweep_over_two_nodes(slurm: Slurm, tmp_path: Path) -> None:
+    number = submitted(slurm, tmp_path, SMALL.replace("STEPS", "4"))
+    raylets: dict[int, tuple[str, dict[str, str]]] = {}
+    arguments: set[str] = set()
+    while slurm.job(number)["JobState"] in ("PENDING", "RUNNING"):
+        seen = processes_of(number)
+        arguments |= {command for command, _ in seen.values()}
+        raylets |= {pid: found for pid, found in seen.items() if "raylet/raylet" in found[0].partition(" ")[0]}
+        time.sleep(0.5)
+    job = slurm.ended(number, 60)
+    said = log(tmp_path, number)
+    assert job["JobState"] == "COMPLETED", said
+    assert "2 of 2 nodes of the cluster are here" in said
+    assert (tmp_path / "runs/small/best/merged/model.safetensors").exists()
+
+    nodes = {environment["SLURMD_NODENAME"] for _, environment in raylets.values()}
+    tokens = {environment["RAY_AUTH_TOKEN"] for _, environment in raylets.values()}
+    assert nodes == {"node1", "node2"}
+    assert len(tokens) == 1
+    token = tokens.pop()
+    assert len(token) == 64
+    assert not any(token in command for command in arguments)
+    assert all(token.encode() not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert processes_of(number) == {}
+
+
+def test_slurm_job_that_is_told_to_stop_keeps_its_trials(slurm: Slurm, tmp_path: Path) -> None:
+    number = submitted(slurm, tmp_path, SMALL.replace("STEPS", "5000"))
+    trials = tmp_path / "runs/small/trials.jsonl"
+    end = time.monotonic() + 90
+    while not trials.exists() or "eval_loss" not in trials.read_text(encoding="utf-8"):
+        assert time.monotonic() < end, log(tmp_path, number)
+        time.sleep(0.5)
+    slurm.run("scancel", "--batch", "--signal=TERM", number)  # as Slurm itself does before the time is up
+    job = slurm.ended(number, 90)
+    assert job["ExitCode"] == "130:0", log(tmp_path, number)
+    assert "eval_loss" in trials.read_text(encoding="utf-8")
+    assert processes_of(number) == {}
