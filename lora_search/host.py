@@ -129,6 +129,12 @@ class Host:
         """Is never answered: whoever asks learns of the host's end."""
         await asyncio.Event().wait()
 
+    async def describe(self) -> str:
+        """What it does at present, for people."""
+        trials = ", ".join(sorted(self._residents, key=lambda trial: (len(trial), trial))) or "none"
+        state = f"trains trials {trials} of at most {self._capacity}" if self._loaded else "has no base loaded"
+        return f"{self.name} {state}, {len(self._goals)} of them in the pass"
+
     async def room(self) -> tuple[int, int]:
         """How many more trials may come, and the bytes that are left for them."""
         return (self._capacity if self._loaded else 0) - len(self._residents), self._bytes_left

@@ -113,6 +113,17 @@ def locked(run: RunDirectory) -> Iterator[None]:
         lock.release()
 
 
+def is_locked(run: RunDirectory) -> bool:
+    """Whether a process writes to the run directory now."""
+    try:
+        with locked(run):
+            return False
+    except InputError:
+        return True
+    except OSError:  # somebody else's, which we may only read
+        return False
+
+
 def find_run(run: str, output: Path = Path("runs")) -> RunDirectory:
     """The run directory at a path, or of that name under the output folder.
 

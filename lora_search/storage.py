@@ -62,6 +62,11 @@ class Folder:
         system, path = self._open()
         system.delete_dir(f"{path}/{name}")
 
+    def remove_file(self, name: str) -> None:
+        """Remove a file inside of this folder."""
+        system, path = self._open()
+        system.delete_file(f"{path}/{name}")
+
     def _open(self) -> tuple[FileSystem, str]:
         if self._opened is None:
             from pyarrow.fs import FileSystem, LocalFileSystem

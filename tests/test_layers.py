@@ -18,6 +18,7 @@ FLOORS = {
     "rundir": 1,
     "checkpoint": 1,
     "storage": 1,
+    "versions": 1,
     "space": 1,
     "targets": 1,
     "memory": 1,
@@ -36,6 +37,7 @@ FLOORS = {
     "plan": 4,
     "launch": 5,
     "sweep": 5,
+    "doctor": 5,
     "cli": 6,
     "__main__": 7,
 }

@@ -48,9 +48,9 @@ class IdleEngine:
 
     pack_limit = None
 
-    def __init__(self) -> None:
+    def __init__(self, checkpoint_bytes: int) -> None:
         self._steps: dict[str, int] = {}
-        self._weights = os.urandom(CHECKPOINT_BYTES)
+        self._weights = os.urandom(checkpoint_bytes)
 
     def admit(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None = None) -> None:
         self._steps[trial] = 0
@@ -106,7 +106,7 @@ class Round:
 
 def build_idle(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> IdleEngine:
     """The host's engine, in place of the real one."""
-    return IdleEngine()
+    return IdleEngine(CHECKPOINT_BYTES)
 
 
 def run_round(way: str, spec: SweepSpec, folder: Path) -> Round:

@@ -79,6 +79,10 @@ def _dispatch(arguments: argparse.Namespace) -> int:
             from lora_search.cli import merge
 
             merge.merge(arguments.run, arguments.trial, arguments.out)
+        case "doctor":
+            from lora_search.cli import doctor
+
+            doctor.doctor(arguments.address, arguments.output, as_json=arguments.json)
         case "targets":
             from lora_search.cli import targets
 
@@ -119,6 +123,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(merge)
     merge.add_argument("--trial", default="best", metavar="ID|best")
     merge.add_argument("--out", required=True, metavar="DIR")
+
+    doctor = commands.add_parser("doctor", help="what this machine and a cluster can do, and what is missing")
+    doctor.add_argument("--address", help="of a Ray cluster to look at too")
+    doctor.add_argument(
+        "--output", default="runs", metavar="FOLDER", help="where runs are to be written; default: runs"
+    )
+    doctor.add_argument("--json", action="store_true", help="one JSON document")
 
     targets = commands.add_parser("targets", help="a model's linear modules and the target sets they make")
     targets.add_argument("model", metavar="MODEL", help="a hub id, a local folder, or builtin:NAME")

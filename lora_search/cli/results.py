@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from lora_search.errors import InputError
 from lora_search.results import Row, best_row, frame, read_events, render, run_rows, trial_rows
-from lora_search.rundir import RunDirectory, find_run
+from lora_search.rundir import RunDirectory, find_run, is_locked
 from lora_search.spec import SweepSpec, load_spec
 
 COLUMNS = ("trial", "state", "steps", "rank", "alpha", "dropout", "target_modules", "learning_rate")
@@ -41,11 +42,20 @@ def status(run: str, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found, indent=2))
         return
-    print(f"{found['name']}: {found['phase']}")
-    print("  " + ", ".join(f"{count} {state}" for state, count in found["trials"].items()))
+    trials = found["trials"]
+    ended = sum(trials.values()) - trials["running"]
+    print(f"{found['name']}: {found['phase']}, {ended} of {found['planned']} trials have ended")
+    print("  " + ", ".join(f"{count} {state}" for state, count in trials.items()))
     if found["best"]:
         best = found["best"]
         print(f"  best: trial {best['trial']}, {found['metric']} {best[found['metric']]:.4f} at step {best['steps']}")
+    for host, pack in found["hosts"].items():
+        trained = ", ".join(str(trial) for trial in pack["trials"])
+        print(f"  {host}: {len(pack['trials'])} trials ({trained}), {pack['tokens_per_second']:,.0f} tokens/s")
+    if found["resumed"]:
+        print(f"  trials went on from a checkpoint, or over again, {found['resumed']} times after a loss")
+    for reason, count in found["failures"].items():
+        print(f"  failed {count} times: {reason}")
     if found["last_event_seconds_ago"] is not None:
         print(f"  last heard of {found['last_event_seconds_ago']:.0f} s ago")
 
@@ -58,13 +68,22 @@ def sweep_status(directory: RunDirectory) -> dict[str, Any]:
     states = ("running", "completed", "stopped", "failed")
     counts = {state: sum(row["state"] == state for row in rows) for state in states}
     finished = (directory.best / "README.md").is_file()
+    hosts: dict[str, dict[str, Any]] = {}
+    for row in rows if not finished else ():
+        if row["state"] == "running" and row.get("host") is not None:
+            pack = hosts.setdefault(row["host"], {"trials": [], "tokens_per_second": 0.0})
+            pack["trials"].append(row["trial"])
+            pack["tokens_per_second"] += row["tokens_per_second"] or 0.0
     return {
         "name": directory.name,
         "path": str(directory.path),
-        "phase": "finished" if finished else "unfinished",
+        "phase": "finished" if finished else "running" if is_locked(directory) else "interrupted",
         "metric": spec.search.metric,
         "planned": spec.search.trials,
         "trials": counts,
+        "hosts": dict(sorted(hosts.items())),
+        "resumed": sum(event["event"] == "resume" for event in events),
+        "failures": dict(Counter(row["reason"] for row in rows if row["state"] == "failed")),
         "best": best_row(rows, spec.search.metric, spec.search.mode),
         "last_event_seconds_ago": round(time.time() - events[-1]["time"], 1) if events else None,
     }

@@ -22,6 +22,7 @@ from lora_search.placement import HostPlace, Node, most_trials, place_hosts
 from lora_search.spec import SweepSpec
 from lora_search.storage import Folder
 from lora_search.sweep.capacity import device_of, gauge
+from lora_search.versions import differences, versions
 
 if TYPE_CHECKING:
     from lora_search.data import TokenizedData
@@ -40,6 +41,9 @@ SEATS = "lora_search_seats"
 """A resource of the clusters that we start, of which each seat takes an equal part."""
 
 SEATS_TOTAL = 10_000
+
+HOST_NAMES = "lora-search-"
+"""What the names of all hosts begin with, as actors."""
 
 LOOK_EVERY_S = 1.0
 
@@ -103,6 +107,8 @@ class _Running:
     """A call that is never answered: it ends when the host does."""
     loading: Any = None
     """A call that is answered when the base is loaded."""
+    versions: Any = None
+    """A call that is answered with the versions on its node."""
 
 
 class Hosts:
@@ -122,7 +128,7 @@ class Hosts:
             InputError: the cluster has no room for the hosts that the sweep file asks for.
         """
         self._spec, self._build, self._say = spec, build, say
-        self.prefix = f"lora-search-{uuid.uuid4().hex[:12]}-"
+        self.prefix = f"{HOST_NAMES}{uuid.uuid4().hex[:12]}-"
         """What the names of their actors begin with."""
         self._running: dict[str, _Running] = {}
         self._started = 0
@@ -146,6 +152,18 @@ class Hosts:
     def capacity(self) -> int:
         """Trials that all hosts together hold."""
         return sum(host.capacity for host in self._running.values())
+
+    def require_same_versions(self) -> None:
+        """
+        Raises:
+            InputError: a node has other versions of what decides a result; it says which.
+        """
+        here = versions()
+        answers = {host.place.node: host.actor.run.remote(versions) for host in self._running.values()}
+        wrong = {node: differences(here, unwrap(answer)) for node, answer in answers.items()}
+        if any(wrong.values()):
+            found = "; ".join(f"node {node[:8]} has {', '.join(what)}" for node, what in wrong.items() if what)
+            raise InputError(f"the cluster's nodes differ: {found}; install the same versions on every node")
 
     def prepare(self, work: Callable[[HostPlace], tuple[T, Any]], warm: Callable[[], None]) -> T:
         """Have one host prepare the data for all; what it says of it.
@@ -188,6 +206,7 @@ class Hosts:
                 self._say(f"{host.place.name} was lost: {why}; its trials go on elsewhere from their last checkpoints")
         for place in self._missing(there):
             host = self._start(place)
+            host.versions = host.actor.run.remote(versions)
             host.loading = host.actor.load.remote(self._data)
             self._say(f"{host.place.name} starts on node {place.node[:8]}")
         if not self._running:
@@ -197,6 +216,11 @@ class Hosts:
         """Why a host is no more; None where it lives."""
         if host.place.node not in {node.id for node in there}:
             return "its node is gone"
+        if host.versions is not None and (other := _answered(host.versions)) is not None:
+            host.versions = None
+            if what := differences(versions(), other):
+                ray.kill(host.actor)
+                return f"its node has {', '.join(what)}"
         if host.loading is not None and (why := _failed(host.loading)) is not None:
             if "ObjectLost" in why or "OwnerDied" in why:  # the data went with the node that had prepared it
                 _, self._data = host.actor.run.options(num_returns=2).remote(self._work)
@@ -271,6 +295,12 @@ class Hosts:
     def end(self) -> None:
         for actor in self.actors:
             ray.kill(actor)
+
+
+def _answered(answer: Any) -> Any:
+    """What a call was answered; None where it has not been, or has failed."""
+    ready, _ = ray.wait([answer], timeout=0)
+    return ray.get(answer) if ready and _failed(answer) is None else None
 
 
 def _failed(answer: Any) -> str | None:

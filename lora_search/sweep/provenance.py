@@ -8,25 +8,11 @@ import subprocess
 import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import lora_search
 from lora_search.spec import SweepSpec
-
-PACKAGES = (
-    "ray",
-    "torch",
-    "transformers",
-    "peft",
-    "bitsandbytes",
-    "optuna",
-    "datasets",
-    "wandb",
-    "pandas",
-    "numpy",
-)
+from lora_search.versions import versions
 
 
 def provenance(spec: SweepSpec, before: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,11 +27,9 @@ def provenance(spec: SweepSpec, before: Mapping[str, Any]) -> dict[str, Any]:
         "id": before.get("id") or uuid.uuid4().hex[:12],
         "started": before.get("started", now),
         "resumed": [*before.get("resumed", ()), *([now] if before else [])],
-        "lora_search": lora_search.__version__,
         "git_commit": _git_commit(),
-        "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": versions(),
         "seeds": {"sampler": spec.search.sampler.seed, "training": spec.training.seed},
     }
 
@@ -61,13 +45,6 @@ def read_provenance(file: Path) -> dict[str, Any]:
 
 def write_provenance(file: Path, facts: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _git_commit() -> str | None:

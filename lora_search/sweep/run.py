@@ -123,6 +123,7 @@ def _run(
         say("preparing the data and the hosts")
         hosts = Hosts(spec, build_engine, say)
         try:
+            hosts.require_same_versions()
             summary = hosts.prepare(partial(prepare, spec), import_engine)
             refuse_other_data(before, summary.fingerprint)
             say(_data_line(summary))

@@ -1,0 +1,189 @@
+"""How a sweep's own costs grow with its trials: orchestration, the searcher, the driver's memory, resuming.
+
+    python analysis/benchmarks/scale.py [--trials 125 250 500 1000] [--gpus 16] [--json FILE]
+
+Each size is a sweep of its own over so many logical GPUs, a host a GPU with an engine that does nothing, one trial a
+host; a trial has three reports and three checkpoints of 16 KiB. The searcher is also timed by itself, for every
+sampler, with nothing of Ray around it. Then the finished sweep is opened again, as --resume does. The exponent is that
+of the total over the number of trials, fitted on logarithms: 1 is linear.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from orchestration import IdleEngine
+from rich.console import Console
+from rich.table import Table
+
+from lora_search.placement import HostPlace
+from lora_search.rundir import RunDirectory, create_run
+from lora_search.search import StudySearcher, create_study
+from lora_search.search.asha import StepAsha
+from lora_search.spec import SweepSpec, parse_spec
+from lora_search.sweep.cluster import Hosts
+from lora_search.sweep.resume import reconcile
+from lora_search.sweep.run import search
+from lora_search.tracking import RunRecord
+
+CHECKPOINT_BYTES = 16 << 10
+
+SWEEP = """
+name: scale-TRIALS
+search: {trials: TRIALS, sampler: {name: SAMPLER}, scheduler: {name: NAME}}
+training: {steps: 90, eval_every: 30}
+hosts: {gpus_per_host: 1, cpus_per_host: auto, trials_per_host: 1}
+"""
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a sweep of so many trials cost."""
+
+    trials: int
+    seconds: float
+    driver_mib: int
+    """Resident, most so far."""
+    run_mib: float
+    resume_seconds: float
+    searcher_seconds: dict[str, float]
+    """Of all its proposals and what is told of them, by sampler."""
+
+
+def build(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> IdleEngine:
+    return IdleEngine(CHECKPOINT_BYTES)
+
+
+def sweep_of(trials: int, sampler: str, scheduler: str) -> SweepSpec:
+    text = SWEEP.replace("TRIALS", str(trials)).replace("SAMPLER", sampler).replace("NAME", scheduler)
+    return parse_spec(text, source="scale", folder=Path.cwd())
+
+
+def measure(trials: int, folder: Path) -> Size:
+    spec = sweep_of(trials, "random", "none")  # what the samplers cost is told apart
+    run = create_run(folder, spec.name, exact=True)
+    hosts = Hosts(spec, build)
+    try:
+        hosts.load()
+        start = time.perf_counter()
+        search(spec, run, hosts)
+        seconds = time.perf_counter() - start
+    finally:
+        hosts.end()
+    return Size(
+        trials=trials,
+        seconds=seconds,
+        driver_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
+        run_mib=sum(file.stat().st_size for file in run.path.rglob("*") if file.is_file()) / 2**20,
+        resume_seconds=resume(spec, run),
+        searcher_seconds={name: searcher_alone(trials, name) for name in ("random", "tpe")},
+    )
+
+
+def resume(spec: SweepSpec, run: RunDirectory) -> float:
+    """Seconds until the study, the record and the scheduler of a sweep are as they were."""
+    start = time.perf_counter()
+    study = create_study(spec, run.path)
+    record = RunRecord(run.trials)
+    past = reconcile(run, study, record)
+    record.close()
+    StepAsha(sweep_of(spec.search.trials, "random", "asha")).replay(past.events)
+    StudySearcher(spec, study, lambda: 1)
+    seconds = time.perf_counter() - start
+    if past.ended != spec.search.trials:
+        raise RuntimeError(f"{past.ended} of {spec.search.trials} trials have ended")
+    return seconds
+
+
+def searcher_alone(trials: int, sampler: str) -> float:
+    """Seconds that a searcher takes to propose so many trials, two in three of them stopped early, 16 at a time."""
+    spec = sweep_of(trials, sampler, "asha")
+    with tempfile.TemporaryDirectory() as folder:
+        searcher = StudySearcher(spec, create_study(spec, Path(folder)), lambda: 16)
+        start = time.perf_counter()
+        running: list[tuple[str, Any]] = []
+        for number in range(trials + 16):
+            if number < trials:
+                running.append((str(number), searcher.suggest(str(number))))
+            if number >= 15 and running:
+                name, proposed = running.pop(0)
+                loss = abs(math.log10(proposed["params"]["learning_rate"]) + 3) + proposed["params"]["dropout"]
+                searcher.on_trial_result(name, {"step": 30, "steps_total": 90, "eval_loss": loss + 1})
+                end = 90 if int(name) % 3 == 0 else 60
+                searcher.on_trial_complete(name, {"step": end, "steps_total": 90, "eval_loss": loss})
+        return time.perf_counter() - start
+
+
+def exponent(sizes: Sequence[int], totals: Sequence[float]) -> float:
+    return statistics.linear_regression([math.log(n) for n in sizes], [math.log(t) for t in totals]).slope
+
+
+def main() -> None:
+    """Measure all sizes and print them, with the exponents."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, nargs="+", default=[125, 250, 500, 1000])
+    parser.add_argument("--gpus", type=int, default=16)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    os.environ["WANDB_MODE"] = "disabled"
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=arguments.gpus,
+        num_gpus=arguments.gpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        resources={"lora_search_seats": 10_000},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = [measure(trials, Path(folder)) for trials in arguments.trials]
+    ray.shutdown()
+    table = Table(title=f"{arguments.gpus} logical GPUs, {os.cpu_count()} cores", title_justify="left")
+    columns = ("trials", "ms a trial", "of it random", "TPE", "driver MiB", "run MiB", "resume s")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for size in sizes:
+        alone = {name: 1000 * seconds / size.trials for name, seconds in size.searcher_seconds.items()}
+        table.add_row(
+            f"{size.trials:,}",
+            f"{1000 * size.seconds / size.trials:.0f}",
+            f"{alone['random']:.1f}",
+            f"{alone['tpe']:.1f}",
+            f"{size.driver_mib:,}",
+            f"{size.run_mib:.1f}",
+            f"{size.resume_seconds:.2f}",
+        )
+    counts = [size.trials for size in sizes]
+    fitted = {
+        "orchestration with random": exponent(counts, [size.seconds for size in sizes]),
+        "random alone": exponent(counts, [size.searcher_seconds["random"] for size in sizes]),
+        "TPE alone": exponent(counts, [size.searcher_seconds["tpe"] for size in sizes]),
+        "orchestration with TPE": exponent(
+            counts, [s.seconds + s.searcher_seconds["tpe"] - s.searcher_seconds["random"] for s in sizes]
+        ),
+        "resume": exponent(counts, [size.resume_seconds for size in sizes]),
+    }
+    Console().print(table)
+    for name, found in fitted.items():
+        print(f"exponent, {name}: {found:.2f}")
+    if arguments.json:
+        report = {"gpus": arguments.gpus, "sizes": [asdict(size) for size in sizes], "exponents": fitted}
+        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
