@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, make_spec, shared
 
 from lora_search.cli import main
-from lora_search.rundir import RunDirectory, create_run
+from lora_search.rundir import RunDirectory, create_run, locked
 from lora_search.spec import dump_spec
 from lora_search.tracking import RunRecord
 
@@ -142,6 +142,23 @@ def test_run_is_found_by_its_name(
     assert "runs has recorded" in capsys.readouterr().err
 
 
+def test_status_says_what_runs_where_and_what_failed(
+    recorded: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = RunRecord(recorded.trials)
+    record.trial_resumed(2, {}, 4, [])
+    record.close()
+    with locked(recorded):
+        assert main(["status", str(recorded.path)]) == 0
+    said = capsys.readouterr().out
+    assert "recorded: running, 2 of 8 trials have ended" in said
+    assert "h: 1 trials (2), 99 tokens/s" in said
+    assert "1 times after a loss" in said
+    assert "failed 1 times: loss is nan at step 8" in said
+    assert main(["status", str(recorded.path)]) == 0
+    assert "recorded: interrupted, 2 of 8" in capsys.readouterr().out
+
+
 def test_last_line_cut_off_is_left_out(recorded: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
     text = recorded.trials.read_text()
     recorded.trials.write_text(text[:-20])
@@ -185,3 +202,20 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
             main([argument])
         assert ended.value.code == 0
     assert "targets" in capsys.readouterr().out
+
+
+def test_doctor_says_what_this_machine_has(tmp_path: Path) -> None:
+    answer = lora_search("doctor", "--output", str(tmp_path), "--json")
+    assert answer.returncode == 0, answer.stderr
+    checks = {check["what"]: check for check in json.loads(answer.stdout)}
+    assert checks["NF4"]["state"] == "ok"
+    assert "torch 2." in checks["packages"]["found"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_doctor_fails_where_the_output_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    answer = lora_search("doctor", "--output", str(tmp_path / "file" / "runs"))
+    assert answer.returncode == 1
+    assert "wrong" in answer.stdout
+    assert "Traceback" not in answer.stderr

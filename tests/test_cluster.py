@@ -10,6 +10,7 @@ import pytest
 from conftest import make_spec
 from test_faults import require_whole
 
+from lora_search.errors import InputError
 from lora_search.rundir import create_run
 from lora_search.sweep import run_sweep
 from lora_search.tracking import Observer
@@ -73,3 +74,29 @@ def test_nodes_that_leave_lose_no_trial_and_nodes_that_join_get_a_host(
     assert [line for line in said if "was lost: its node is gone" in line]
     assert weather.resumed
     assert {row["host"] for row in outcome.rows} - {"host-0", "host-1"}, said
+
+
+def test_node_with_other_versions_is_an_error_before_the_sweep_starts(tiny: Path, tmp_path: Path) -> None:
+    """The second node's processes find another peft first, as one whose image is out of date would."""
+    from ray.cluster_utils import Cluster
+
+    from lora_search.doctor import examine
+
+    other = tmp_path / "other" / "peft-9.9.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 9.9\n")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1})
+    try:
+        cluster.add_node(num_cpus=1, num_gpus=1, env_vars={"PYTHONPATH": str(other.parent)})
+        spec = make_spec(tiny, name="versions", output=str(tmp_path))
+        run = create_run(tmp_path, spec.name, exact=True)
+        with pytest.raises(InputError, match=r"the cluster's nodes differ: node \w+ has peft 9.9 \(here 0"):
+            run_sweep(spec, run, address=cluster.address)
+        assert not run.trials.exists()
+        checks = {check.what: check for check in examine(cluster.address, str(tmp_path))}
+        nodes = [check for what, check in checks.items() if what.startswith("node ")]
+        assert sorted(check.state for check in nodes) == ["ok", "wrong"]
+        assert "2 nodes, 2 GPUs" in checks["cluster"].found
+        assert not list(tmp_path.glob(".doctor-*"))
+    finally:
+        cluster.shutdown()

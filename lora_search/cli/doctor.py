@@ -23,7 +23,7 @@ def doctor(address: str | None, output: str, *, as_json: bool) -> None:
 
     from lora_search.doctor import examine
 
-    console = Console()
+    console = Console(file=sys.stdout)
     checks = []
     with redirect_stdout(sys.stderr):  # standard output is ours; libraries may print
         for check in examine(address, output):
