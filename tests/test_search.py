@@ -13,6 +13,7 @@ from optuna.trial import TrialState
 from lora_search.errors import OUT_OF_MEMORY
 from lora_search.search import StudySearcher, create_study, open_study
 from lora_search.search.study import planned_trials, sampler
+from lora_search.search.window import Window
 from lora_search.spec import SweepSpec
 
 
@@ -232,7 +233,7 @@ def test_tpe_finds_what_is_good(tmp_path: Path, tiny: Path) -> None:
 
 
 def test_sampler_is_the_one_that_the_sweep_file_names(tmp_path: Path, tiny: Path) -> None:
-    assert isinstance(sampler(make_spec(tiny).search, 0), optuna.samplers.TPESampler)
+    assert isinstance(sampler(make_spec(tiny).search, 0), Window)
     random = make_spec(tiny, search={"sampler": {"name": "random"}})
     assert isinstance(sampler(random.search, 0), optuna.samplers.RandomSampler)
     assert create_study(make_spec(tiny), tmp_path).direction == optuna.study.StudyDirection.MINIMIZE
@@ -242,3 +243,26 @@ def test_sampler_is_the_one_that_the_sweep_file_names(tmp_path: Path, tiny: Path
 def test_accuracy_is_maximised(tmp_path: Path, tiny: Path, metric: str) -> None:
     study = create_study(make_spec(tiny, search={"metric": metric}), tmp_path)
     assert study.direction == optuna.study.StudyDirection.MAXIMIZE
+
+
+def test_window_sees_the_newest_and_the_best_of_a_long_study() -> None:
+    """TPE with a window proposes what TPE proposes from those trials alone."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    space = {"x": optuna.distributions.FloatDistribution(0.0, 1.0)}
+
+    def tpe() -> optuna.samplers.TPESampler:
+        return optuna.samplers.TPESampler(multivariate=True, seed=3)
+
+    def trial(number: int) -> optuna.trial.FrozenTrial:
+        x = (number * 0.37) % 1.0
+        return optuna.trial.create_trial(params={"x": x}, distributions=space, value=abs(x - 0.6))
+
+    everything = [trial(number) for number in range(60)]
+    best = sorted(everything[:-20], key=lambda found: found.value)[:5]
+    kept = [found for found in everything if found in best or found in everything[-20:]]
+    proposals = []
+    for trials, chosen in ((everything, Window(tpe(), newest=20, best=5)), (kept, tpe()), (everything, tpe())):
+        study = optuna.create_study(sampler=chosen)
+        study.add_trials(trials)
+        proposals.append(study.ask(space).params["x"])
+    assert proposals[0] == proposals[1] != proposals[2]
