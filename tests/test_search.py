@@ -145,6 +145,30 @@ def test_trial_that_ends_twice_is_told_once(tiny_spec: SweepSpec, tmp_path: Path
     assert [trial.state for trial in open_study(tmp_path).trials] == [TrialState.COMPLETE]
 
 
+@pytest.mark.parametrize(("trials", "name"), [(1, "tpe"), (4, "random"), (5, "tpe"), (14, "tpe")])
+def test_proposal_that_was_cut_off_is_finished_as_it_would_have_been(
+    tiny: Path, tmp_path: Path, trials: int, name: str
+) -> None:
+    """The process is killed after every line of the journal that the last proposal writes."""
+    enqueue = [{"rank": 4, "learning_rate": 1e-3}]  # its dropout is drawn
+    spec = make_spec(tiny, search={"trials": 18, "sampler": {"name": name}, "enqueue": enqueue})
+    (tmp_path / "whole").mkdir()
+    search = searcher(spec, tmp_path / "whole")
+    for index in range(trials - 1):
+        params = proposal(search, str(index))
+        search.on_trial_complete(str(index), result(8, params["rank"] + params["dropout"]))
+    journal = tmp_path / "whole" / "study.journal"
+    before = len(journal.read_bytes().splitlines())
+    wanted = search.suggest("last")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert len(lines) >= before + 3
+    for end in range(before + 1, len(lines) + 1):
+        folder = tmp_path / str(end)
+        folder.mkdir()
+        (folder / "study.journal").write_bytes(b"".join(lines[:end]))
+        assert searcher(spec, folder).suggest("again") == wanted, end
+
+
 def test_common_first_guess_comes_first(tmp_path: Path, tiny: Path) -> None:
     spec = make_spec(
         tiny,

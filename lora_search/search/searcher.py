@@ -59,6 +59,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's base class is unty
             return None
         if self._waiting:
             trial = self._waiting.pop(0)
+            if trial.params.keys() != self._distributions.keys():
+                self._propose_the_rest(trial)
         elif self._asked < self._planned:
             self._study.sampler = sampler(self._search, self._asked)
             trial = self._study.ask(self._distributions)
@@ -67,6 +69,17 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's base class is unty
             return None if self._trials else str(Searcher.FINISHED)
         self._trials[trial_id] = trial
         return {"trial": trial.number, "params": decode(self._search.space, trial.params)}
+
+    def _propose_the_rest(self, trial: optuna.Trial) -> None:
+        """Finish the last proposal of a process that was ended in the middle of it, as that would have."""
+        self._study.sampler = sampler(self._search, self._asked - 1)
+        together = trial.relative_params
+        for name, distribution in self._distributions.items():
+            sampled = name not in together and not distribution.single()
+            if name in trial.params and sampled and not trial._is_fixed_param(name, distribution):
+                frozen = self._study.get_trials(deepcopy=False)[trial.number]
+                self._study.sampler.sample_independent(self._study, frozen, name, distribution)  # was drawn before
+            trial._suggest(name, distribution)
 
     def retries(self, number: int) -> bool:
         """Whether a trial that was lost is to be proposed again."""

@@ -27,6 +27,9 @@ from lora_search.spec import Choice, Domain, Fixed, IntUniform, LogUniform, Sear
 
 JOURNAL = "study.journal"
 
+JOURNAL_LOCK = f"{JOURNAL}.lock"
+"""Optuna's, held while it writes a line."""
+
 STARTUP_TRIALS = 10
 """Random trials before TPE models anything; Optuna's own default."""
 

@@ -32,7 +32,7 @@ from lora_search.results import Row, best_row, run_rows
 from lora_search.rundir import RunDirectory, locked
 from lora_search.search import StudySearcher, create_study
 from lora_search.search.asha import StepAsha
-from lora_search.search.study import JOURNAL, planned_trials
+from lora_search.search.study import JOURNAL, JOURNAL_LOCK, planned_trials
 from lora_search.seat import Seat
 from lora_search.space import trial_config
 from lora_search.spec import SweepSpec, dump_spec
@@ -113,6 +113,7 @@ def _run(
         if (outcome := _concluded(spec, run, before)) is not None:
             say("the sweep is finished; nothing is left to do")
             return outcome
+        (run.path / JOURNAL_LOCK).unlink(missing_ok=True)  # of a process that was killed; ours is the only one
         for file in (run.trials, run.path / JOURNAL):
             if (mended := mend_last_line(file)) is not None:
                 say(mended)
