@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -30,6 +31,18 @@ def shared(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs {name} of the shared data beside the project")
     return path
+
+
+def processes(title: str) -> list[int]:
+    """Descendants of this process whose name, as Ray sets it, begins so."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if " ".join(process.cmdline()).startswith(title):
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
 
 
 def write_tiny_model(folder: Path) -> Path:

