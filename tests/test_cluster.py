@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +19,9 @@ from conftest import make_spec
 from test_faults import require_whole
 
 from lora_search.errors import InputError
-from lora_search.rundir import create_run
+from lora_search.results import run_rows
+from lora_search.rundir import RunDirectory, create_run
+from lora_search.spec import dump_spec
 from lora_search.sweep import run_sweep
 from lora_search.tracking import Observer
 
@@ -100,3 +110,58 @@ def test_node_with_other_versions_is_an_error_before_the_sweep_starts(tiny: Path
         assert not list(tmp_path.glob(".doctor-*"))
     finally:
         cluster.shutdown()
+
+
+@pytest.fixture
+def namespaces() -> Iterator[tuple[str, str]]:
+    """Two network namespaces with a wire between them, 10.77.0.1 and 10.77.0.2: machines, as far as Ray can see."""
+    names = (f"lora-a-{os.getpid()}", f"lora-b-{os.getpid()}")
+    wire = (f"va{os.getpid()}", f"vb{os.getpid()}")
+    commands = [f"ip netns add {name}" for name in names]
+    commands += [f"ip link add {wire[0]} type veth peer name {wire[1]}"]
+    for index, (name, end) in enumerate(zip(names, wire, strict=True), start=1):
+        commands += [f"ip link set {end} netns {name}", f"ip -n {name} addr add 10.77.0.{index}/24 dev {end}"]
+        commands += [f"ip -n {name} link set {end} up", f"ip -n {name} link set lo up"]
+    try:
+        for command in commands:
+            if shutil.which("ip") is None or subprocess.run(command.split(), capture_output=True).returncode != 0:
+                pytest.skip("needs the right to make network namespaces, and iproute2")
+        yield names
+    finally:
+        for name in names:
+            for pid in subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split():
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@pytest.fixture
+def short_folder() -> Iterator[str]:
+    """For Ray's sockets, whose names may not be long."""
+    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
+def test_sweep_over_machines_of_their_own_network(
+    short_folder: str, namespaces: tuple[str, str], tiny: Path, tmp_path: Path
+) -> None:
+    """`ray start` on each, the sweep from the command line on the first."""
+    first, second = namespaces
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=1", "--num-gpus=1"]
+    start += ["--disable-usage-stats"]
+    head = ["--head", "--node-ip-address=10.77.0.1", "--port=6380", "--include-dashboard=false"]
+    head += [f"--temp-dir={short_folder}"]
+    worker = ["--address=10.77.0.1:6380", "--node-ip-address=10.77.0.2"]
+    spec = make_spec(tiny, name="machines", hosts={"trials_per_host": 1}, output=str(tmp_path))
+    (tmp_path / "sweep.yaml").write_text(dump_spec(spec))
+    run = [sys.executable, "-m", "lora_search", "run", str(tmp_path / "sweep.yaml"), "--address", "10.77.0.1:6380"]
+    for namespace, command in ((first, start + head), (second, start + worker), (first, run)):
+        answer = subprocess.run(
+            ["ip", "netns", "exec", namespace, *command], capture_output=True, text=True, env=environment, timeout=240
+        )
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+    directory = RunDirectory(tmp_path / "machines")
+    require_whole(directory, spec.search.trials)
+    assert {row["host"] for row in run_rows(directory)} == {"host-0", "host-1"}
+    assert "trial" in answer.stdout

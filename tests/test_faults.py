@@ -10,9 +10,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,6 +160,44 @@ def test_trial_that_loses_every_seat_is_given_up_and_harms_no_other(ray: Any, ti
     assert states[1] == "failed"
     assert "failed" not in (states[0], states[2])
     assert "given up after 1 retries" in outcome.rows[1]["reason"]
+
+
+def test_slow_host_loses_no_trial_and_gets_less_work(ray: Any, tiny: Path, tmp_path: Path) -> None:
+    """One of two hosts stands still nine tenths of the time."""
+    over = threading.Event()
+
+    class Slow(Observer):
+        def trial_started(self, trial: int, parameters: Mapping[str, Any]) -> None:
+            if trial == 0:
+                thread.start()
+
+        def concluded(self, *everything: Any) -> None:
+            over.set()
+
+    def hold_up() -> None:
+        facts = json.loads(run.provenance.read_text())
+        (victim,) = (host["pid"] for host in facts["hosts"] if host["name"] == "host-1")
+        while not over.is_set():
+            with suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGSTOP)
+                time.sleep(0.45)
+                os.kill(victim, signal.SIGCONT)
+                time.sleep(0.05)
+                held_up.append(victim)
+
+    held_up: list[int] = []
+    thread = threading.Thread(target=hold_up, daemon=True)
+    hosts = {"count": 2, "cpus_per_host": 1, "trials_per_host": 1}
+    search = {"trials": 10, "scheduler": {"name": "none"}}
+    training = {"steps": 100, "eval_every": 50}
+    spec = make_spec(tiny, name="slow", hosts=hosts, search=search, training=training, output=str(tmp_path))
+    run = create_run(tmp_path, spec.name, exact=True)
+    outcome = run_sweep(spec, run, [Slow()])
+    require_whole(run, 10)
+    assert len(held_up) > 5
+    assert {row["state"] for row in outcome.rows} == {"completed"}
+    work = Counter(row["host"] for row in outcome.rows)
+    assert 0 < work["host-1"] < work["host-0"], work
 
 
 @pytest.fixture
