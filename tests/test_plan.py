@@ -13,11 +13,16 @@ import pytest
 from conftest import ROOT, make_spec, shared
 
 from lora_search.cli import main
+from lora_search.errors import InputError
+from lora_search.memory import corners
+from lora_search.placement import HostPlace
 from lora_search.plan import plan_sweep
-from lora_search.plan.devices import GPUS
+from lora_search.plan.devices import GPUS, this_machine
 from lora_search.plan.schedule import BEST_SHARE, Rung, schedule, simulate
 from lora_search.plan.work import base_work
 from lora_search.spec import dump_spec, load_spec
+from lora_search.sweep import capacity
+from lora_search.sweep.prepare import prepare
 from lora_search.targets import module_tree, skeleton
 
 DEMO = ROOT / "sweeps" / "demo.yaml"
@@ -165,6 +170,29 @@ def test_plan_as_json_is_one_document(tiny: Path, capfd: pytest.CaptureFixture[s
     assert document["sweep"]["schedule"]["trials"] == 3
     assert document["corners"][0]["bytes"]["trainable"] > 0
     assert document["bases"][0]["weights"]["packed"] > 0
+
+
+def test_plan_refuses_what_run_refuses(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = make_spec(
+        tiny, search={"space": {"rank": 4}}, training={"batch_size": 1}, hosts={"count": 1, "gpus_per_host": 0}
+    )
+    place = HostPlace("host-0", "here", cpus=2, gpus=0)
+    _, data = prepare(spec, place)
+    alone, beside = (capacity._memory(spec, place, lanes, data) for lanes in (1, 2))
+    longest = capacity._rows(data)
+    least, more = (memory.host([corners(spec, memory.tree, longest)[-1].shape]).total for memory in (alone, beside))
+    assert least < more
+    for usable in (least - 1, least, more):
+        for room in ("plan.devices", "sweep.capacity"):
+            monkeypatch.setattr(f"lora_search.{room}.usable_bytes", lambda device, hosts, usable=usable: usable)
+        said = None
+        try:
+            prepare(spec, place)
+        except InputError as error:
+            said = str(error)
+        assert (said is None) == (usable >= least)
+        refused = plan_sweep(spec).refused
+        assert (refused and refused.replace(this_machine("auto", place).name, "a host")) == said
 
 
 @pytest.mark.parametrize(
