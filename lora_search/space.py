@@ -12,6 +12,9 @@ from lora_search.spec.schema import Lora, Training
 FIRST_GUESS = {"rank": 16, "alpha": 32.0, "alpha_ratio": 2.0, "dropout": 0.05}
 """The common start of the LoRA guides: rank 16, alpha twice the rank, a little dropout."""
 
+STARTUP_TRIALS = 10
+"""Random trials before TPE models anything; Optuna's own default."""
+
 
 @dataclass(frozen=True)
 class TrialConfig:

@@ -3,42 +3,125 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import make_spec, shared
+from conftest import ROOT, make_spec, shared
 
 from lora_search.cli import main
+from lora_search.errors import InputError
+from lora_search.memory import corners
+from lora_search.placement import HostPlace
 from lora_search.plan import plan_sweep
-from lora_search.plan.devices import GPUS
-from lora_search.plan.schedule import expected_lengths, fill, schedule
+from lora_search.plan.devices import GPUS, this_machine
+from lora_search.plan.schedule import BEST_SHARE, Rung, schedule, simulate
 from lora_search.plan.work import base_work
-from lora_search.spec import dump_spec
+from lora_search.spec import dump_spec, load_spec
+from lora_search.sweep import capacity
+from lora_search.sweep.prepare import prepare
 from lora_search.targets import module_tree, skeleton
 
-
-def test_one_in_three_goes_on_at_each_rung() -> None:
-    lengths = expected_lengths(24, [10, 30], 90, 3)
-    assert lengths == [10] * 16 + [30] * 5 + [90] * 3
+DEMO = ROOT / "sweeps" / "demo.yaml"
 
 
-def test_nothing_is_stopped_without_a_scheduler() -> None:
-    assert expected_lengths(4, [], 90, 3) == [90] * 4
+def in_order(qualities: Sequence[float]) -> Callable[[int], float]:
+    left = iter(qualities)
+    return lambda ended: next(left)
 
 
-def test_seats_are_filled_until_only_stragglers_are_left() -> None:
-    assert fill([10, 10, 10, 10], seats=2) == (1.0, 0.0)
-    filled, alone = fill([10, 10, 10, 90], seats=2)
-    assert filled == pytest.approx(120 / 200)
-    assert alone == pytest.approx(80 / 100)
+@pytest.mark.parametrize("factor", [2, 2.5, 3, 4])
+def test_a_rung_decides_as_rays_own_scheduler_does(factor: float) -> None:
+    from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+
+    draw = random.Random(0)
+    for _ in range(20):
+        scheduler = AsyncHyperBandScheduler(
+            time_attr="step", metric="loss", mode="min", max_t=9, grace_period=8, reduction_factor=factor
+        )
+        rung, told = Rung(factor), []
+        for trial in (SimpleNamespace(trial_id=str(number)) for number in range(30)):
+            loss = draw.gauss(0, 1)
+            scheduler.on_trial_add(None, trial)
+            goes_on = scheduler.on_trial_result(None, trial, {"step": 8, "loss": loss}) == TrialScheduler.CONTINUE
+            told.append(goes_on)
+            assert rung.lets_on(-loss) == goes_on
+        assert True in told
+        assert False in told
+
+
+@pytest.mark.parametrize("seats", [1, 4, 24])
+def test_simulated_sweep_goes_as_rays_scheduler_lets_it(seats: int) -> None:
+    """Ray's scheduler in the place of ours, told by the clock of what each trial has come to."""
+    from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+
+    draw = random.Random(seats)
+    for _ in range(20):
+        qualities = [draw.random() for _ in range(24)]
+        scheduler = AsyncHyperBandScheduler(
+            time_attr="step", metric="quality", mode="max", max_t=90, grace_period=10, reduction_factor=3
+        )
+        waiting, lengths = list(range(24)), [0] * 24
+        running: dict[int, int] = {}
+        while waiting or running:
+            while waiting and len(running) < seats:
+                running[waiting.pop(0)] = 0
+            for trial in sorted(running):
+                running[trial] += 10
+                told = SimpleNamespace(trial_id=str(trial))
+                if running[trial] == 10:
+                    scheduler.on_trial_add(None, told)
+                result = {"step": running[trial], "quality": qualities[trial]}
+                if scheduler.on_trial_result(None, told, result) == TrialScheduler.STOP:
+                    lengths[trial] = running.pop(trial)
+        assert simulate(24, in_order(qualities), [10, 30], 90, 3, seats).lengths == lengths
+
+
+def test_ever_better_trials_all_go_on_and_ever_worse_ones_do_not() -> None:
+    better, worse = [0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1]
+    assert simulate(4, in_order(better), [10, 30], 90, 3, seats=2).lengths == [90] * 4
+    assert simulate(4, in_order(worse), [10, 30], 90, 3, seats=2).lengths == [90, 10, 10, 10]
+
+
+def test_each_seat_takes_the_next_trial_when_it_is_free() -> None:
+    even = simulate(4, in_order([0.4, 0.3, 0.2, 0.1]), [], 10, 3, seats=2)
+    assert (even.ends, even.alone) == ([10, 10, 20, 20], 0)
+    straggler = simulate(4, in_order([0.4, 0.3, 0.2, 0.1]), [10], 90, 3, seats=2)
+    assert (straggler.lengths, straggler.ends, straggler.alone) == ([90, 10, 10, 10], [10, 20, 30, 90], 60)
+
+
+def test_nothing_is_stopped_without_a_scheduler(tiny: Path) -> None:
+    found = schedule(make_spec(tiny, search={"scheduler": {"name": "none"}}), seats=2)
+    assert found.fewest == found.low == found.expected == found.unlearned == found.high == found.most == 64
+    assert (found.efficiency, found.alone) == (1.0, 0.0)
+
+
+def test_early_trials_are_let_through_where_a_rung_has_few_records() -> None:
+    found = schedule(load_spec(DEMO, ["search.sampler.name=random"]), seats=4)
+    assert found.expected > 1.25 * (10 * 16 + 30 * 5 + 90 * 3)  # what halving in step would take
+    many = schedule(load_spec(DEMO, ["search.sampler.name=random", "search.trials=2000"]), seats=4)
+    assert many.expected / 2000 == pytest.approx(10 + 20 / 3 + 60 / 9, rel=0.05)  # there the two are the same
+
+
+def test_a_sampler_that_learns_lets_more_go_on() -> None:
+    learning, drawing = (
+        schedule(load_spec(DEMO, [f"search.sampler.name={name}"]), seats=4) for name in ("tpe", "random")
+    )
+    assert learning.unlearned == drawing.expected == drawing.unlearned
+    assert learning.expected > 1.3 * drawing.expected
+    from optuna.samplers._tpe.sampler import default_gamma
+
+    assert default_gamma(100) == 100 * BEST_SHARE
 
 
 def test_schedule_lies_between_its_bounds(tiny: Path) -> None:
     found = schedule(make_spec(tiny), seats=4)
-    assert found.fewest <= found.expected <= found.most
+    assert found.fewest < found.low < found.expected < found.high <= found.most
     assert (found.trials, found.fewest, found.most) == (8, 16, 64)
-    assert found.expected == sum([2] * 4 + [4] * 2 + [8] * 2)
+    assert 0 < found.alone < 1
     assert found == schedule(make_spec(tiny), seats=4)
 
 
@@ -87,6 +170,29 @@ def test_plan_as_json_is_one_document(tiny: Path, capfd: pytest.CaptureFixture[s
     assert document["sweep"]["schedule"]["trials"] == 3
     assert document["corners"][0]["bytes"]["trainable"] > 0
     assert document["bases"][0]["weights"]["packed"] > 0
+
+
+def test_plan_refuses_what_run_refuses(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = make_spec(
+        tiny, search={"space": {"rank": 4}}, training={"batch_size": 1}, hosts={"count": 1, "gpus_per_host": 0}
+    )
+    place = HostPlace("host-0", "here", cpus=2, gpus=0)
+    _, data = prepare(spec, place)
+    alone, beside = (capacity._memory(spec, place, lanes, data) for lanes in (1, 2))
+    longest = capacity._rows(data)
+    least, more = (memory.host([corners(spec, memory.tree, longest)[-1].shape]).total for memory in (alone, beside))
+    assert least < more
+    for usable in (least - 1, least, more):
+        for room in ("plan.devices", "sweep.capacity"):
+            monkeypatch.setattr(f"lora_search.{room}.usable_bytes", lambda device, hosts, usable=usable: usable)
+        said = None
+        try:
+            prepare(spec, place)
+        except InputError as error:
+            said = str(error)
+        assert (said is None) == (usable >= least)
+        refused = plan_sweep(spec).refused
+        assert (refused and refused.replace(this_machine("auto", place).name, "a host")) == said
 
 
 @pytest.mark.parametrize(

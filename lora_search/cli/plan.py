@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from lora_search.space import STARTUP_TRIALS
 from lora_search.spec import load_spec
 
 if TYPE_CHECKING:
     from lora_search.plan import Plan
+    from lora_search.plan.schedule import Schedule
 
 
 WIDTH = 100
@@ -142,10 +144,7 @@ def _sweep(plan: Plan) -> Table:
     table.add_column()
     table.add_column(overflow="fold")
     table.add_row("trials", f"{steps.trials:,}")
-    table.add_row(
-        "optimiser steps",
-        f"{steps.expected:,} expected; {steps.fewest:,} if each stops at its first rung, {steps.most:,} if none stops",
-    )
+    table.add_row("optimiser steps", _steps(steps))
     table.add_row("training tokens", f"{_big(sweep.train_tokens)} expected, {_big(sweep.train_tokens_most)} at most")
     table.add_row("evaluation tokens", f"{_big(sweep.evaluation_tokens)}, in {steps.reports:,} reports")
     if sweep.epochs is not None:
@@ -160,6 +159,15 @@ def _sweep(plan: Plan) -> Table:
     here = next(device for device in plan.devices if device.here)
     table.add_row("duration here", "-" if here.never else f"about {duration(here.seconds)}")
     return table
+
+
+def _steps(steps: Schedule) -> str:
+    expected = f"{steps.expected:,} expected"
+    if steps.low < steps.high:
+        expected += f", {steps.low:,} to {steps.high:,} in nine of ten simulated sweeps"
+    if steps.unlearned != steps.expected:
+        expected += f"; {steps.unlearned:,} if the sampler learns nothing"
+    return f"{expected}; {steps.fewest:,} if each stops at its first rung, {steps.most:,} if none stops"
 
 
 def _familiar(plan: Plan) -> Table:
@@ -213,9 +221,15 @@ def _assumptions(plan: Plan) -> Iterator[str]:
         "A GPU keeps 0.5 GiB for its context and 4 % for gaps; a process on a CPU starts at 0.6 GB, and its heap takes "
         "1.35 bytes for each byte in use."
     )
+    if plan.sweep.schedule.fewest < plan.sweep.schedule.most:
+        yield (
+            "Steps are of simulated sweeps: a trial's quality is one random number at all rungs, and ASHA stops it by "
+            "the results that were there before it, so that early trials go on. TPE is taken to propose from the best "
+            f"tenth of the space once {STARTUP_TRIALS} trials have ended."
+        )
     yield (
-        "At each rung ASHA lets 1 of reduction_factor go on. A GPU reaches 35 % of its makers' dense rate, a CPU 35 % "
-        "of what a quarter-second product reaches now; a GPU other than this machine's is taken as filled."
+        "A GPU reaches 35 % of its makers' dense rate, a CPU 35 % of what a quarter-second product reaches now; a GPU "
+        "other than this machine's is taken as filled."
     )
 
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from lora_search.spec import Base
 from lora_search.targets import Targets
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -36,9 +37,35 @@ class Setup:
     quantised: bool = True
     checkpointing: bool = False
     lanes: int = 1
-    """Passes side by side: torch's threads on a CPU, one on a GPU."""
+    """Passes side by side: torch's threads on a CPU, but no more than trials; one on a GPU."""
     validation_tokens: int | None = None
     """Of the validation split, where that is known."""
+
+    @classmethod
+    def of(
+        cls,
+        base: Base,
+        device: Literal["cpu", "cuda"],
+        auto: str,
+        *,
+        lanes: int,
+        validation_tokens: int | None,
+        checkpointing: bool | None = None,
+    ) -> Setup:
+        """As a sweep file says.
+
+        Args:
+            auto: dtype that `compute_dtype: auto` chooses on the device.
+            checkpointing: None as the sweep file says.
+        """
+        return cls(
+            device=device,
+            compute=auto if base.compute_dtype == "auto" else base.compute_dtype,
+            quantised=base.quantization == "nf4",
+            checkpointing=base.gradient_checkpointing if checkpointing is None else checkpointing,
+            lanes=lanes,
+            validation_tokens=validation_tokens,
+        )
 
     @property
     def working(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -42,15 +43,14 @@ class _Memories:
         self._made: dict[Setup, BaseMemory] = {}
 
     def of(self, device: Device, *, checkpointing: bool) -> BaseMemory:
-        base = self._spec.base
-        chosen = device.compute if base.compute_dtype == "auto" else base.compute_dtype
-        setup = Setup(
-            device=device.kind,
-            compute=chosen,
-            quantised=base.quantization == "nf4",
-            checkpointing=checkpointing,
+        tokens = self._rows.validation_tokens if self._rows.measured else None
+        setup = Setup.of(
+            self._spec.base,
+            device.kind,
+            device.compute,
             lanes=device.lanes,
-            validation_tokens=self._rows.validation_tokens if self._rows.measured else None,
+            validation_tokens=tokens,
+            checkpointing=checkpointing,
         )
         if setup not in self._made:
             self._made[setup] = BaseMemory(_skeleton(self._spec), setup)
@@ -67,12 +67,13 @@ def plan_sweep(spec: SweepSpec) -> Plan:
     rows = row_facts(spec)
     places = place_hosts([Node("here", os.cpu_count() or 1, gpu_count())], spec.hosts)
     hosts = len(places)
+    per_host = most_trials(places[0], spec.hosts)
     here = this_machine(spec.base.compute_dtype, places[0])
+    here = replace(here, lanes=min(here.lanes, per_host))
     memories = _Memories(spec, rows)
     memory = memories.of(here, checkpointing=False)
     found = corners(spec, memory.tree, rows.longest)
     shown = here if here.kind == "cuda" or _fits(memories, here, found) else GPUS[-1]
-    per_host = most_trials(places[0], spec.hosts)
     if spec.hosts.trials_per_host == "auto":
         per_host = max(1, min(per_host, memory.together(found[-1].shape, here.usable)))
     work = base_work(model.config, memory.tree, memory.weights.vocabulary)
@@ -96,7 +97,7 @@ def plan_sweep(spec: SweepSpec) -> Plan:
         trials_per_host=per_host,
         familiar=familiar_figures(partial(_skeleton, spec)),
         sweep=sweep,
-        refused=_refused(spec, memories.of(here, checkpointing=spec.base.gradient_checkpointing), found, here),
+        refused=_refused(spec, memories, found, here),
     )
 
 
@@ -104,7 +105,8 @@ def _skeleton(spec: SweepSpec) -> PreTrainedModel:
     return skeleton(spec.base.model, trust_remote_code=spec.base.trust_remote_code, revision=spec.base.revision)
 
 
-def _refused(spec: SweepSpec, memory: BaseMemory, found: Sequence[Corner], device: Device) -> str | None:
+def _refused(spec: SweepSpec, memories: _Memories, found: Sequence[Corner], device: Device) -> str | None:
+    memory = memories.of(replace(device, lanes=1), checkpointing=spec.base.gradient_checkpointing)
     try:
         refuse_what_never_fits(spec, memory, found, device.usable, device.name)
     except InputError as error:

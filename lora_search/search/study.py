@@ -22,16 +22,13 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from lora_search.search.window import Window
-from lora_search.space import first_trials, grid_size
+from lora_search.space import STARTUP_TRIALS, first_trials, grid_size
 from lora_search.spec import Choice, Domain, Fixed, IntUniform, LogUniform, Search, SweepSpec
 
 JOURNAL = "study.journal"
 
 JOURNAL_LOCK = f"{JOURNAL}.lock"
 """Optuna's, held while it writes a line."""
-
-STARTUP_TRIALS = 10
-"""Random trials before TPE models anything; Optuna's own default."""
 
 
 def create_study(spec: SweepSpec, folder: Path) -> optuna.Study:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from lora_search.memory import BaseMemory, Setup, corners, refuse_what_never_fits
 from lora_search.memory.gauge import Gauge, usable_bytes
@@ -46,15 +46,10 @@ def _memory(spec: SweepSpec, place: HostPlace, lanes: int, data: TokenizedData) 
     from lora_search.model import compute_dtype
 
     device = device_of(place)
-    setup = Setup(
-        device="cuda" if device.type == "cuda" else "cpu",
-        compute=str(compute_dtype(spec.base.compute_dtype, device)).removeprefix("torch."),
-        quantised=spec.base.quantization == "nf4",
-        checkpointing=spec.base.gradient_checkpointing,
-        lanes=lanes,
-        validation_tokens=len(data.validation.tokens_S),
-    )
     base = spec.base
+    kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
+    auto = str(compute_dtype("auto", device)).removeprefix("torch.")
+    setup = Setup.of(base, kind, auto, lanes=lanes, validation_tokens=len(data.validation.tokens_S))
     return BaseMemory(skeleton(base.model, trust_remote_code=base.trust_remote_code, revision=base.revision), setup)
 
 
