@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -9,11 +10,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 from conftest import make_spec
 from test_faults import require_whole
@@ -165,3 +168,64 @@ def test_sweep_over_machines_of_their_own_network(
     require_whole(directory, spec.search.trials)
     assert {row["host"] for row in run_rows(directory)} == {"host-0", "host-1"}
     assert "trial" in answer.stdout
+
+
+@pytest.fixture
+def autoscaled(short_folder: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """A head without GPUs, and Ray's own autoscaler, which starts up to two nodes with a GPU each on this machine."""
+    kinds = {
+        "head": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+        "gpu": {"resources": {"CPU": 1, "GPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
+    }
+    config = {"cluster_name": "fake", "max_workers": 2, "provider": {"type": "fake_multinode"}, "auth": {}}
+    config |= {"available_node_types": kinds, "head_node_type": "head", "idle_timeout_minutes": 0.05}
+    lists = ("file_mounts_sync_files", "initialization_commands", "setup_commands", "head_setup_commands")
+    lists += ("worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
+    config |= {name: [] for name in lists}
+    file = Path(short_folder) / "autoscaling.yaml"
+    file.write_text(json.dumps(config))
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    environment |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
+    start = [
+        sys.executable,
+        "-m",
+        "ray.scripts.scripts",
+        "start",
+        "--head",
+        "--port=6391",
+        "--num-cpus=1",
+        "--num-gpus=0",
+    ]
+    start += [f"--autoscaling-config={file}", f"--temp-dir={short_folder}", "--include-dashboard=false"]
+    answer = subprocess.run([*start, "--disable-usage-stats"], capture_output=True, text=True, env=environment)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    try:
+        yield "127.0.0.1:6391", environment
+    finally:
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if any(short_folder in part or "6391" in part for part in process.cmdline()):
+                    process.kill()
+
+
+@pytest.mark.slow
+def test_cluster_that_grows_is_asked_for_hosts_and_let_go(
+    autoscaled: tuple[str, dict[str, str]], tiny: Path, tmp_path: Path
+) -> None:
+    address, environment = autoscaled
+    hosts = {"trials_per_host": 2, "wait_s": 60}
+    spec = make_spec(tiny, name="grown", hosts=hosts, training={"steps": 60, "eval_every": 10}, output=str(tmp_path))
+    (tmp_path / "sweep.yaml").write_text(dump_spec(spec))
+    run = [sys.executable, "-m", "lora_search", "run", str(tmp_path / "sweep.yaml"), "--address", address]
+    answer = subprocess.run(run, capture_output=True, text=True, env=environment, timeout=240)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    require_whole(RunDirectory(tmp_path / "grown"), spec.search.trials)
+    alive = "import ray; ray.init(address='auto', log_to_driver=False); print(sum(n['Alive'] for n in ray.nodes()))"
+    deadline = time.monotonic() + 60
+    while (
+        subprocess.run(
+            [sys.executable, "-c", alive.replace("auto", address)], capture_output=True, text=True, env=environment
+        ).stdout.strip()
+        != "1"
+    ):
+        assert time.monotonic() < deadline

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 import uuid
 from collections import Counter
@@ -14,11 +15,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import ray
 from ray.actor import ActorHandle
+from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lora_search.errors import InputError, SweepError
 from lora_search.host import Host, TrainsTrials
 from lora_search.placement import HostPlace, Node, most_trials, place_hosts
+from lora_search.spec import Hosts as HostSpec
 from lora_search.spec import SweepSpec
 from lora_search.storage import Folder
 from lora_search.sweep.capacity import device_of, gauge
@@ -96,6 +99,40 @@ def nodes() -> tuple[Node, ...]:
     )
 
 
+@contextmanager
+def asked_of_autoscaler(hosts: HostSpec, trials: int) -> Iterator[None]:
+    """Have a cluster that grows make room for as many hosts as the sweep's trials fill, and let it shrink at the end.
+
+    A cluster without an autoscaler takes no notice.
+    """
+    bundle = {"GPU": hosts.gpus_per_host} if hosts.gpus_per_host else {"CPU": 1}
+    place = HostPlace("", "", 1, hosts.gpus_per_host)
+    wanted = math.ceil(trials / most_trials(place, hosts)) if hosts.count == "auto" else hosts.count
+    request_resources(bundles=[bundle] * wanted)
+    try:
+        yield
+    finally:
+        request_resources(bundles=[])
+
+
+def _first_places(hosts: HostSpec) -> tuple[HostPlace, ...]:
+    """Where the first hosts go, as soon as there are GPUs, or when `hosts.wait_s` have passed; later ones follow.
+
+    Raises:
+        InputError: the cluster has no room for the hosts that the sweep file asks for.
+    """
+    end = time.monotonic() + hosts.wait_s
+    while True:
+        there = nodes()
+        if time.monotonic() >= end or not hosts.gpus_per_host or any(node.gpus for node in there):
+            try:
+                return place_hosts(there, hosts)
+            except InputError:
+                if time.monotonic() >= end:
+                    raise
+        time.sleep(LOOK_EVERY_S)
+
+
 @dataclass
 class _Running:
     """A host, as the driver knows it."""
@@ -137,7 +174,7 @@ class Hosts:
         self._looked = time.monotonic()
         self._work: Callable[[], tuple[Any, Any]]
         self._data: Any = None
-        for place in place_hosts(nodes(), spec.hosts):
+        for place in _first_places(spec.hosts):
             self._start(place)
 
     @property

@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -37,7 +37,7 @@ from lora_search.seat import Seat
 from lora_search.space import trial_config
 from lora_search.spec import SweepSpec, dump_spec
 from lora_search.storage import Folder
-from lora_search.sweep.cluster import Hosts, build_engine, cluster, import_engine, seat_resources
+from lora_search.sweep.cluster import Hosts, asked_of_autoscaler, build_engine, cluster, import_engine, seat_resources
 from lora_search.sweep.prepare import DataSummary, prepare, refuse_other_data
 from lora_search.sweep.provenance import provenance, read_provenance, write_provenance
 from lora_search.sweep.resume import Past, mend_last_line, reconcile, refuse_other_sweep
@@ -120,7 +120,7 @@ def _run(
     run.spec.write_text(dump_spec(spec), encoding="utf-8")
     facts = provenance(spec, before)
     write_provenance(run.provenance, facts)
-    with cluster(address):
+    with cluster(address), asked_of_autoscaler(spec.hosts, planned_trials(spec)) if address else nullcontext():
         say("preparing the data and the hosts")
         hosts = Hosts(spec, build_engine, say)
         try:
