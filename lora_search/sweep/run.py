@@ -15,6 +15,7 @@ from typing import Any
 
 import optuna
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
@@ -119,7 +120,7 @@ def _run(
     run.spec.write_text(dump_spec(spec), encoding="utf-8")
     facts = provenance(spec, before)
     write_provenance(run.provenance, facts)
-    with cluster(address):
+    with cluster(address, say):
         say("preparing the data and the hosts")
         hosts = Hosts(spec, build_engine, say)
         try:
@@ -169,6 +170,8 @@ def search(
         SweepError: all hosts were lost, or the run directory cannot be written to.
     """
     os.environ.update(TUNE_ENV)
+    # Tune gives these to each seat in its process arguments, and Ray logs them: nodes have keys of their own.
+    class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in os.environ if name.startswith("AWS_")}
     for name in ("ray.tune", "ray.train", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are told by our observers, once
     optuna.logging.set_verbosity(optuna.logging.WARNING)
