@@ -28,6 +28,9 @@ PACKAGES = (
     "numpy",
 )
 
+KINDS = {"id": str, "started": str, "resumed": list, "data": dict, "conclusion": dict}
+"""What is read again when a sweep is resumed."""
+
 
 def provenance(spec: SweepSpec, before: Mapping[str, Any]) -> dict[str, Any]:
     """Versions, commit, seeds and machine, as known when a sweep starts; nothing of the user's environment.
@@ -56,7 +59,8 @@ def read_provenance(file: Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    facts = found if isinstance(found, dict) else {}
+    return {key: value for key, value in facts.items() if isinstance(value, KINDS.get(key, object))}
 
 
 def write_provenance(file: Path, facts: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import optuna
+from pydantic import TypeAdapter, ValidationError
 from ray import tune
 from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
@@ -152,8 +153,12 @@ def _concluded(spec: SweepSpec, run: RunDirectory, before: Mapping[str, Any]) ->
     rows = run_rows(run)
     if sum(row["state"] != "running" for row in rows) < planned_trials(spec):
         return None
-    conclusion = Conclusion(**before["conclusion"])
-    return Outcome(run, rows, next(row for row in rows if row["trial"] == conclusion.trial), conclusion)
+    try:
+        conclusion = TypeAdapter(Conclusion).validate_python(before["conclusion"])
+        best = next(row for row in rows if row["trial"] == conclusion.trial)
+    except (ValidationError, StopIteration) as error:
+        raise SweepError(f"{run.provenance}: conclusion: is not this sweep's: {error}") from None
+    return Outcome(run, rows, best, conclusion)
 
 
 def search(
