@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lora_search.errors import SweepError
@@ -65,6 +66,17 @@ def verify(checkpoint: Checkpoint, source: str = "checkpoint") -> None:
     for name, digest in json.loads(checkpoint[TRIAL])["sha256"].items():
         if hashlib.sha256(checkpoint[name]).hexdigest() != digest:
             raise SweepError(f"{source}: {name} is damaged: it is not what was written")
+
+
+def require_lora(folder: Path) -> None:
+    """Raise SweepError unless an adapter is LoRA of PEFT's own layers: others may import modules by name."""
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_bytes())
+        ordinary = config["peft_type"] == "LORA" and not config.get("megatron_config")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SweepError(f"{folder / ADAPTER_CONFIG}: is no adapter's: {error}") from None
+    if not ordinary or not (folder / ADAPTER_WEIGHTS).is_file():  # PEFT would take adapter_model.bin
+        raise SweepError(f"{folder}: is no LoRA adapter in {ADAPTER_WEIGHTS}")
 
 
 def step_of(checkpoint: Checkpoint) -> int:

@@ -1,4 +1,7 @@
-"""The one tree of errors. A message says what is wrong, where, what was found and what is allowed."""
+"""The one tree of errors. A message says what is wrong, where, what was found and what is allowed.
+
+And how text that may be somebody else's is shown.
+"""
 
 from __future__ import annotations
 
@@ -20,3 +23,8 @@ class TrialFailed(SweepError):
 
 class Interrupted(SweepError):
     """The sweep was told to stop, by SIGINT or SIGTERM, and has stopped cleanly (exit status 130)."""
+
+
+def harmless(text: str) -> str:
+    """Text as a terminal may show it: what would steer the terminal is spelled out. Lines stay lines."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

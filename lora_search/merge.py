@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from lora_search.checkpoint import require_lora
 from lora_search.data import TokenizedData
 from lora_search.engine import evaluate
 from lora_search.errors import SweepError
@@ -76,6 +77,7 @@ def merge_adapter(
     """
     if out.exists():
         raise SweepError(f"{out} exists already")
+    require_lora(adapter)
     ways: Sequence[Onto] = ("original", "dequantized") if base.quantization == "nf4" else ("original",)
     quantised = _quantised_names(base, device) if base.quantization == "nf4" else []
     parts = {way: out.with_name(f".{out.name}.{way}") for way in ways}

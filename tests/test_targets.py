@@ -454,7 +454,10 @@ def test_hub_id_without_a_network_is_said(monkeypatch: pytest.MonkeyPatch) -> No
     ("config", "said"),
     [
         ({"model_type": "vit"}, r"\(vit\) is no causal language model"),
-        ({"model_type": "x", "auto_map": {"AutoConfig": "x.X"}}, "runs code of its own; allow it by trust_remote_code"),
+        (
+            {"model_type": "x", "auto_map": {"AutoConfig": "x.X"}},
+            "runs code of its own, which base.trust_remote_code: true",
+        ),
         ({"model_type": "unheard_of"}, "cannot read a configuration from .* model type `unheard_of`"),
         ({}, "cannot read a configuration from"),
         ({"model_type": "llama", "num_attention_heads": 0}, r"cannot (read|build)"),

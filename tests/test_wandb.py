@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -191,6 +192,84 @@ def test_slow_wandb_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     runs.close()
     assert len(said) == 1
     assert "still busy" in said[0]
+
+
+MISBEHAVING = """
+import os, socket, sys, threading, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from test_wandb import report
+from lora_search.spec import Wandb
+from lora_search.tracking import wandb as tracking
+
+class Server(BaseHTTPRequestHandler):
+    def do_POST(self):
+        if sys.argv[1] == "hangs":
+            time.sleep(1000)
+        self.send_response(500)
+        self.end_headers()
+    do_GET = do_POST
+    def log_message(self, *_):
+        pass
+
+server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+server.daemon_threads = True
+if sys.argv[1] == "refuses":
+    server.server_close()
+else:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+os.environ["WANDB_BASE_URL"] = f"http://127.0.0.1:{server.server_port}"
+tracking.ANSWER_S = 3
+runs = tracking.WandbRuns(Wandb(project="test", mode="online"), "demo", Path(sys.argv[2]), {}, print)
+longest = 0.0
+for trial in range(400):
+    for call in (
+        lambda: runs.trial_started(trial, {"rank": 4}),
+        lambda: runs.trial_reported(trial, report(2, 1.0)),
+        lambda: runs.trial_ended(trial, "completed", None),
+    ):
+        start = time.perf_counter()
+        call()
+        longest = max(longest, time.perf_counter() - start)
+start = time.perf_counter()
+runs.close()
+print("longest call", longest)
+print("close", time.perf_counter() - start)
+"""
+
+
+@pytest.fixture(scope="module")
+def misbehaving(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, list[str], str]]:
+    """By how the server misbehaves: exit status, standard output and error of a process that told it of 400 trials."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    environment["WANDB_API_KEY"] = "0123abcd" * 5
+    started = {}
+    for fault in ("refuses", "answers 500", "hangs"):
+        arguments = [fault, str(tmp_path_factory.mktemp("run")), str(Path(__file__).parent)]
+        started[fault] = subprocess.Popen(
+            [sys.executable, "-c", MISBEHAVING, *arguments],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    answers = {}
+    for fault, process in started.items():
+        said, errors = process.communicate(timeout=120)
+        answers[fault] = (process.returncode, said.splitlines(), errors)
+    return answers
+
+
+@pytest.mark.parametrize("fault", ["refuses", "answers 500", "hangs"])
+def test_server_that_misbehaves_costs_one_warning_and_no_time(misbehaving: Any, fault: str) -> None:
+    status, said, errors = misbehaving[fault]
+    assert status == 0, errors
+    warning, longest, close = said
+    assert warning.startswith("W&B failed and is left out from here on: CommError")
+    assert float(longest.split()[-1]) < 0.1  # 1,200 calls; a fraction of a millisecond each, but for a busy machine
+    assert float(close.split()[-1]) < 20  # one run is waited for, and not 400
+    assert not errors
 
 
 @pytest.mark.parametrize(

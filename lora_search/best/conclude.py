@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lora_search.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, Shelf
+from lora_search.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, Shelf, require_lora
 from lora_search.errors import InputError, SweepError
 from lora_search.rundir import RunDirectory
 from lora_search.space import TrialConfig
@@ -147,6 +147,7 @@ def adapter_losses(
 
     from lora_search.engine import evaluate
 
+    require_lora(adapter)
     rows = {name: getattr(data, name) for name in splits}
     losses = {f"untrained_{name}": evaluate(base, split, data.pad_token_id) for name, split in rows.items()}
     PeftModel.from_pretrained(base.model, str(adapter))  # puts the adapter into base.model

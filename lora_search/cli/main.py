@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 
 import lora_search
-from lora_search.errors import InputError, Interrupted, SweepError
+from lora_search.errors import InputError, Interrupted, SweepError, harmless
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -22,13 +22,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(arguments)
     except InputError as error:
-        print(f"lora-search: {error}", file=sys.stderr)
+        print(f"lora-search: {harmless(str(error))}", file=sys.stderr)
         return WRONG_INPUT
     except (KeyboardInterrupt, Interrupted) as error:
         print(f"lora-search: {error or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
     except SweepError as error:
-        print(f"lora-search: {error}", file=sys.stderr)
+        print(f"lora-search: {harmless(str(error))}", file=sys.stderr)
         return FAILED
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         sys.stderr.close()
@@ -78,7 +78,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         case "merge":
             from lora_search.cli import merge
 
-            merge.merge(arguments.run, arguments.trial, arguments.out)
+            merge.merge(arguments.run, arguments.trial, arguments.out, trusts_code=arguments.trust_remote_code)
         case "doctor":
             from lora_search.cli import doctor
 
@@ -123,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(merge)
     merge.add_argument("--trial", default="best", metavar="ID|best")
     merge.add_argument("--out", required=True, metavar="DIR")
+    merge.add_argument("--trust-remote-code", action="store_true", help="run code of the base's, if the run did")
 
     doctor = commands.add_parser("doctor", help="what this machine and a cluster can do, and what is missing")
     doctor.add_argument("--address", help="of a Ray cluster to look at too")

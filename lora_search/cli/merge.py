@@ -11,10 +11,19 @@ from lora_search.rundir import find_run
 from lora_search.spec import load_spec
 
 
-def merge(run: str, trial: str, out: str) -> None:
-    """Merge a trial's adapter and say what it came to."""
+def merge(run: str, trial: str, out: str, *, trusts_code: bool = False) -> None:
+    """Merge a trial's adapter and say what it came to.
+
+    Args:
+        trusts_code: let the base run code of its own, if the run directory, which may be somebody else's, says so.
+    """
     directory = find_run(run)
     spec = load_spec(directory.spec)
+    if spec.base.trust_remote_code and not trusts_code:
+        raise InputError(
+            f"{directory.spec}: base.trust_remote_code: found true: {spec.base.model} would run code of its own; "
+            "--trust-remote-code allows it"
+        )
     folder = Path(out)
     if folder.exists():
         raise InputError(f"--out {out}: exists already; name a folder that does not")

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lora_search.errors import InputError
+from lora_search.errors import InputError, SweepError, harmless
 from lora_search.results import Row, best_row, frame, read_events, render, run_rows, trial_rows
 from lora_search.rundir import RunDirectory, find_run, is_locked
 from lora_search.spec import SweepSpec, load_spec
@@ -24,7 +24,12 @@ def results(run: str, form: str, out: str | None) -> None:
     if form == "parquet":
         if out is None:
             raise InputError("--format parquet: needs --out FILE; Parquet is no text")
-        frame(rows).to_parquet(out, index=False)
+        from pyarrow.lib import ArrowException
+
+        try:
+            frame(rows).to_parquet(out, index=False)
+        except (ArrowException, OverflowError) as error:  # a column of values of several kinds
+            raise SweepError(f"{directory.trials}: cannot be a Parquet table: {error}") from None
     elif form == "table":
         _print_table(load_spec(directory.spec), rows, out)
     else:
@@ -91,6 +96,7 @@ def sweep_status(directory: RunDirectory) -> dict[str, Any]:
 
 def _print_table(spec: SweepSpec, rows: list[Row], out: str | None) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     searched = [name for name in spec.search.space if name not in COLUMNS and name != "alpha_ratio"]
@@ -102,7 +108,7 @@ def _print_table(spec: SweepSpec, rows: list[Row], out: str | None) -> None:
     order = sorted(rows, key=lambda row: (row.get(metric) is None, row.get(metric) or 0, row["trial"]))
     for row in order if spec.search.mode == "min" else reversed(order):
         style = "bold" if best and row["trial"] == best["trial"] else ""
-        table.add_row(*(_cell(row.get(name)) for name in (*COLUMNS, *searched, metric)), style=style)
+        table.add_row(*(escape(_cell(row.get(name))) for name in (*COLUMNS, *searched, metric)), style=style)
     if out is None:
         Console(width=None if sys.stdout.isatty() else 160).print(table)
     else:
@@ -115,4 +121,4 @@ def _cell(value: Any) -> str:
         return "-"
     if isinstance(value, float):
         return f"{value:.4g}"
-    return ", ".join(value) if isinstance(value, list) else str(value)
+    return harmless(", ".join(value) if isinstance(value, list) else str(value))

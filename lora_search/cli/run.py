@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_search.errors import harmless
 from lora_search.rundir import create_run, newest_run
 from lora_search.spec import load_spec
 
@@ -67,7 +68,7 @@ def _show(spec: SweepSpec, outcome: Outcome) -> None:
     console = Console()
     console.print()
     console.print(table)
-    console.print(f"Best configuration: {settings}", highlight=False)
+    console.print(f"Best configuration: {harmless(settings)}", highlight=False, markup=False)
     console.print(merge_line(conclusion), style="" if conclusion.merge_within_tolerance else "bold red")
     console.print(
         f"\n  {path / 'best'}/README.md     what was found, and how\n"

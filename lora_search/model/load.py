@@ -138,6 +138,10 @@ def _input_errors(base: Base, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError) as error:
+        if not base.trust_remote_code and "custom code" in str(error):
+            raise InputError(
+                f"base.model: the {what} of {base.model!r} runs code of its own; base.trust_remote_code: true allows it"
+            ) from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"base.model: cannot load the {what} of {base.model!r}: {first}") from error
 

@@ -21,6 +21,7 @@ from optuna.distributions import (
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from lora_search.errors import SweepError
 from lora_search.search.window import Window
 from lora_search.space import STARTUP_TRIALS, first_trials, grid_size
 from lora_search.spec import Choice, Domain, Fixed, IntUniform, LogUniform, Search, SweepSpec
@@ -113,7 +114,12 @@ def decode(space: Mapping[str, Domain], stored: Mapping[str, Any]) -> dict[str, 
 def _storage(folder: Path) -> JournalStorage:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+        try:
+            return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+        except OSError:
+            raise
+        except Exception as error:  # whatever Optuna makes of lines that are not its own
+            raise SweepError(f"{folder / JOURNAL}: is no study: {type(error).__name__}: {error}") from error
 
 
 def _distribution(domain: Domain) -> BaseDistribution:

@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 from lora_search.errors import InputError
 from lora_search.spec.paths import resolve_paths
 from lora_search.spec.schema import SweepSpec, plain_reason, unknown_key
+from lora_search.spec.secret import find_secrets, masked
 
 Path_ = tuple[str | int, ...]
 """The keys that lead to a value."""
@@ -65,8 +66,10 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> SweepSpec:
 def parse_spec(text: str, *, source: str, folder: Path, overrides: Sequence[str] = ()) -> SweepSpec:
     """As `load_spec`, for a text that came from `source`; relative paths are looked up in `folder` too."""
     raw, lines = _parse_yaml(text, source)
+    _refuse_secrets(raw, source, lines)
     for override in overrides:
         _lay_over(raw, lines, override)
+        _refuse_secrets(raw, source, lines)
     try:
         spec = SweepSpec.model_validate(raw)
     except ValidationError as error:
@@ -121,20 +124,27 @@ def _index(node: yaml.Node, path: Path_, lines: Lines, source: str) -> None:
             _index(value, (*path, index), lines, source)
 
 
+def _refuse_secrets(raw: dict[str, Any], source: str, lines: Lines) -> None:
+    found = [_located(why, path, source, lines) for path, why in find_secrets(raw)]
+    if found:
+        raise InputError("\n".join(found))
+
+
 def _lay_over(raw: dict[str, Any], lines: Lines, override: str) -> None:
     dotted, equals, text = override.partition("=")
+    shown = masked(override)
     keys = tuple(dotted.strip().split("."))
     if not equals or not all(keys):
-        raise InputError(f"--set {override}: must be key.path=value, as in --set training.steps=60")
+        raise InputError(f"--set {shown}: must be key.path=value, as in --set training.steps=60")
     try:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
     except yaml.YAMLError as error:
-        raise InputError(f"--set {override}: the value is not valid YAML: {getattr(error, 'problem', error)}") from None
+        raise InputError(f"--set {shown}: the value is not valid YAML: {getattr(error, 'problem', error)}") from None
     place = raw
     for depth, key in enumerate(keys[:-1], start=1):
         below = place.setdefault(key, {})
         if not isinstance(below, dict):
-            raise InputError(f"--set {override}: {_dotted(keys[:depth])} is {below!r}, which has no keys")
+            raise InputError(f"--set {shown}: {_dotted(keys[:depth])} is {below!r}, which has no keys")
         place = below
     place[keys[-1]] = value
     for known in [path for path in lines if path[: len(keys)] == keys]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import ray
+from ray._private import ray_constants
 from ray.actor import ActorHandle
 from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -64,23 +67,34 @@ Build = Callable[[SweepSpec, HostPlace, int, Any], TrainsTrials]
 
 
 @contextmanager
-def cluster(address: str | None) -> Iterator[None]:
+def cluster(address: str | None, say: Say = lambda line: None) -> Iterator[None]:
     """Connect to the Ray cluster at `address`, or start one on this machine; ends what it started.
+
+    One that is started here listens on 127.0.0.1 alone, and asks for Ray's token.
+
+    Args:
+        say: prints one line to the user.
 
     Raises:
         SweepError: there is no cluster at the address.
     """
     ours = not ray.is_initialized()
     if ours:
+        if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+            say(
+                f"WARNING: RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']}: whoever reaches Ray's ports can run code as "
+                "you; unset it, and Ray asks for its token"
+            )
         # No runtime_env: workers that Ray has started ahead would not have it, and be thrown away.
         options: dict[str, Any] = {} if address else {"include_dashboard": False, "resources": {SEATS: SEATS_TOTAL}}
         try:
-            ray.init(
-                address=address or "local",
-                logging_level=logging.ERROR,
-                log_to_driver=False,
-                **options,
-            )
+            with nullcontext() if address else _on_loopback(), _private_token():
+                ray.init(
+                    address=address or "local",
+                    logging_level=logging.ERROR,
+                    log_to_driver=False,
+                    **options,
+                )
         except ConnectionError as error:
             raise SweepError(f"--address {address}: no Ray cluster answers: {error}") from None
     try:
@@ -88,6 +102,31 @@ def cluster(address: str | None) -> Iterator[None]:
     finally:
         if ours:
             ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have a Ray that is started meanwhile take 127.0.0.1 for its address, and listen on no other.
+
+    It is what Ray does of itself on macOS and Windows; `_node_ip_address="127.0.0.1"` it replaces by the machine's
+    address (Ray 2.60, _private/services.py), and then listens on all interfaces.
+    """
+    many_nodes = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = many_nodes
+
+
+@contextmanager
+def _private_token() -> Iterator[None]:
+    """Let nobody else read the token that Ray may make meanwhile; its file is made by the umask (Ray 2.60)."""
+    token = Path.home() / ".ray" / "auth_token"
+    there = token.exists()
+    yield
+    if not there and token.exists():
+        token.chmod(0o600)
 
 
 def nodes() -> tuple[Node, ...]:

@@ -76,7 +76,7 @@ def refuse_other_data(before: Mapping[str, Any], fingerprint: str) -> None:
     Raises:
         InputError: it was started on other data.
     """
-    was = before.get("data", {}).get("fingerprint", fingerprint)
+    was = str(before.get("data", {}).get("fingerprint", fingerprint))
     if was != fingerprint:
         raise InputError(
             f"--resume: the data has changed since the sweep began: found {fingerprint[:12]}, was {was[:12]} "

@@ -14,6 +14,9 @@ from typing import Any
 from lora_search.spec import SweepSpec
 from lora_search.versions import versions
 
+KINDS = {"id": str, "started": str, "resumed": list, "data": dict, "conclusion": dict}
+"""What is read again when a sweep is resumed."""
+
 
 def provenance(spec: SweepSpec, before: Mapping[str, Any]) -> dict[str, Any]:
     """Versions, commit, seeds and machine, as known when a sweep starts; nothing of the user's environment.
@@ -40,7 +43,8 @@ def read_provenance(file: Path) -> dict[str, Any]:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    facts = found if isinstance(found, dict) else {}
+    return {key: value for key, value in facts.items() if isinstance(value, KINDS.get(key, object))}
 
 
 def write_provenance(file: Path, facts: Mapping[str, Any]) -> None:

@@ -14,7 +14,9 @@ from functools import partial
 from typing import Any
 
 import optuna
+from pydantic import TypeAdapter, ValidationError
 from ray import tune
+from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
@@ -120,7 +122,7 @@ def _run(
     run.spec.write_text(dump_spec(spec), encoding="utf-8")
     facts = provenance(spec, before)
     write_provenance(run.provenance, facts)
-    with cluster(address), asked_of_autoscaler(spec.hosts, planned_trials(spec)) if address else nullcontext():
+    with cluster(address, say), asked_of_autoscaler(spec.hosts, planned_trials(spec)) if address else nullcontext():
         say("preparing the data and the hosts")
         hosts = Hosts(spec, build_engine, say)
         try:
@@ -153,8 +155,12 @@ def _concluded(spec: SweepSpec, run: RunDirectory, before: Mapping[str, Any]) ->
     rows = run_rows(run)
     if sum(row["state"] != "running" for row in rows) < planned_trials(spec):
         return None
-    conclusion = Conclusion(**before["conclusion"])
-    return Outcome(run, rows, next(row for row in rows if row["trial"] == conclusion.trial), conclusion)
+    try:
+        conclusion = TypeAdapter(Conclusion).validate_python(before["conclusion"])
+        best = next(row for row in rows if row["trial"] == conclusion.trial)
+    except (ValidationError, StopIteration) as error:
+        raise SweepError(f"{run.provenance}: conclusion: is not this sweep's: {error}") from None
+    return Outcome(run, rows, best, conclusion)
 
 
 def search(
@@ -171,6 +177,8 @@ def search(
         SweepError: all hosts were lost, or the run directory cannot be written to.
     """
     os.environ.update(TUNE_ENV)
+    # Tune gives these to each seat in its process arguments, and Ray logs them: nodes have keys of their own.
+    class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in os.environ if name.startswith("AWS_")}
     for name in ("ray.tune", "ray.train", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are told by our observers, once
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -32,7 +32,9 @@ def _configuration(model: str, trust_remote_code: bool, revision: str | None) ->
         return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, revision=revision)
     except Exception as error:  # besides its own, whatever an architecture's code raises for values it cannot take
         if not trust_remote_code and "custom code" in str(error):
-            raise InputError(f"model: {model!r} runs code of its own; allow it by trust_remote_code") from error
+            raise InputError(
+                f"model: {model!r} runs code of its own, which base.trust_remote_code: true in a sweep file allows"
+            ) from error
         raise InputError(f"model: cannot read a configuration from {model!r}: {_first_line(error)}") from error
 
 

@@ -16,6 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from lora_search.errors import harmless
 from lora_search.tracking.events import Observer, State
 
 REFRESH_PER_SECOND = 4
@@ -115,7 +116,7 @@ class LiveView(Observer):
 
     def say(self, line: str) -> None:
         """Print one line, above the display where there is one."""
-        self._console.print(escape(line), highlight=False, soft_wrap=True)
+        self._console.print(escape(harmless(line)), highlight=False, soft_wrap=True)
 
     def past(self, rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
@@ -201,7 +202,7 @@ class LiveView(Observer):
                 f"{running.step}/{running.steps_total or self._progress.max_steps}",
                 "-" if running.value is None else f"{running.value:.4f}",
                 _value(running.parameters.get("rank")),
-                _value(running.parameters.get("target_modules")),
+                escape(_value(running.parameters.get("target_modules"))),
                 _value(running.parameters.get("learning_rate")),
             )
         return table
@@ -238,7 +239,7 @@ def _value(value: Any) -> str:
         return f"{value:.3g}"
     if isinstance(value, list):
         return f"{len(value)} modules"
-    return "-" if value is None else str(value)
+    return "-" if value is None else harmless(str(value))
 
 
 def _duration(seconds: float | None) -> str:

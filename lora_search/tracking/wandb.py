@@ -6,6 +6,7 @@ actor a trial. Events wait in a queue, so that a slow W&B never slows training, 
 
 from __future__ import annotations
 
+import logging
 import netrc
 import os
 import queue
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 Mode = Literal["online", "offline", "disabled"]
 
 CLOSE_TIMEOUT_S = 60.0
+
+ANSWER_S = 30
+"""A W&B that takes longer to open a run, or to take the last of it, is left out."""
 
 STEP_METRICS = {"loss": "train/loss", "grad_norm": "train/grad_norm", "lr": "train/lr"}
 REPORT_METRICS = {
@@ -64,6 +68,7 @@ class WandbRuns(Observer):
         self._broken = False
         self._thread: threading.Thread | None = None
         if self._mode != "disabled":
+            logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # W&B's telemetry of itself, if it fails
             self._thread = threading.Thread(target=self._run, name="wandb", daemon=True)
             self._thread.start()
 
@@ -123,8 +128,8 @@ class WandbRuns(Observer):
         """A run. Its id follows from the run directory's, so that a resumed trial goes on in the run that it has."""
         import wandb
 
+        wandb.setup(wandb.Settings(silent=True))  # a run's own settings come too late to keep its login silent
         identity = run_identity(self._folder)
-
         self._folder.joinpath("wandb").mkdir(exist_ok=True)
         run = wandb.init(
             entity=self._config.entity,
@@ -146,7 +151,9 @@ class WandbRuns(Observer):
                 x_disable_stats=True,
                 x_disable_meta=True,
                 x_save_requirements=False,
-                init_timeout=30,
+                init_timeout=ANSWER_S,
+                finish_timeout=ANSWER_S,
+                finish_timeout_raises=True,
             ),
         )
         run.define_metric("step")
