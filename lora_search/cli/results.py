@@ -56,11 +56,11 @@ def status(run: str, *, as_json: bool) -> None:
         print(f"  best: trial {best['trial']}, {found['metric']} {best[found['metric']]:.4f} at step {best['steps']}")
     for host, pack in found["hosts"].items():
         trained = ", ".join(str(trial) for trial in pack["trials"])
-        print(f"  {host}: {len(pack['trials'])} trials ({trained}), {pack['tokens_per_second']:,.0f} tokens/s")
+        print(f"  {harmless(host)}: {len(pack['trials'])} trials ({trained}), {pack['tokens_per_second']:,.0f} tokens/s")
     if found["resumed"]:
         print(f"  trials went on from a checkpoint, or over again, {found['resumed']} times after a loss")
     for reason, count in found["failures"].items():
-        print(f"  failed {count} times: {reason}")
+        print(f"  failed {count} times: {harmless(str(reason))}")
     if found["last_event_seconds_ago"] is not None:
         print(f"  last heard of {found['last_event_seconds_ago']:.0f} s ago")
 
