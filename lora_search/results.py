@@ -87,14 +87,14 @@ class _End(_Event):
     reason: str | None
 
 
-KINDS = {
+KINDS: dict[str, TypeAdapter[Any]] = {
     "start": TypeAdapter(_Start),
     "report": TypeAdapter(_Report),
     "checkpoint": TypeAdapter(_Checkpoint),
     "resume": TypeAdapter(_Resume),
     "end": TypeAdapter(_End),
 }
-ANY = TypeAdapter(_Event)
+ANY: TypeAdapter[Any] = TypeAdapter(_Event)
 
 
 def read_events(file: Path) -> Iterator[Row]:

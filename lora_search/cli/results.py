@@ -56,7 +56,9 @@ def status(run: str, *, as_json: bool) -> None:
         print(f"  best: trial {best['trial']}, {found['metric']} {best[found['metric']]:.4f} at step {best['steps']}")
     for host, pack in found["hosts"].items():
         trained = ", ".join(str(trial) for trial in pack["trials"])
-        print(f"  {harmless(host)}: {len(pack['trials'])} trials ({trained}), {pack['tokens_per_second']:,.0f} tokens/s")
+        print(
+            f"  {harmless(host)}: {len(pack['trials'])} trials ({trained}), {pack['tokens_per_second']:,.0f} tokens/s"
+        )
     if found["resumed"]:
         print(f"  trials went on from a checkpoint, or over again, {found['resumed']} times after a loss")
     for reason, count in found["failures"].items():
