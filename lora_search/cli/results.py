@@ -60,7 +60,7 @@ def sweep_status(directory: RunDirectory) -> dict[str, Any]:
     finished = (directory.best / "README.md").is_file()
     return {
         "name": directory.name,
-        "path": str(directory.path),
+        "path": directory.place,
         "phase": "finished" if finished else "unfinished",
         "metric": spec.search.metric,
         "planned": spec.search.trials,
