@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_search.errors import SweepError
-from lora_search.storage import Folder
+from lora_search.storage import Folder, StoreError
 
 Checkpoint = Mapping[str, bytes]
 
@@ -23,8 +23,8 @@ OPTIMIZER = "optimizer.safetensors"
 TRIAL = "trial.json"
 """Step, counters, schedule, and the digests of the other files; written last."""
 
-REPORT = "report.json"
-"""What the trial reported at that step, if it did."""
+REPORTS = "reports.json"
+"""The trial's parameters, and all that it has reported, if it reported at that step."""
 
 KEPT = 2
 """Checkpoints of a trial: the newest, and the one before should the newest be damaged."""
@@ -51,10 +51,13 @@ def read_checkpoint(folder: Folder) -> Checkpoint:
 
     Raises:
         SweepError: a file is missing, or is not what was written.
+        StoreError: the object store fails, which says nothing of the checkpoint.
     """
     try:
         names = [*json.loads(folder.read(TRIAL))["sha256"], TRIAL]
         checkpoint = {name: folder.read(name.rpartition("/")[2]) for name in names}
+    except StoreError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SweepError(f"{folder.place}: the checkpoint is incomplete: {error}") from None
     verify(checkpoint, folder.place)
@@ -89,8 +92,10 @@ class Saved:
     """Where a trial goes on."""
 
     checkpoint: Checkpoint
-    report: dict[str, Any] | None
-    """What it reported there, if it did; whoever was to hear it may have been lost."""
+    parameters: Mapping[str, Any] | None
+    """Of the trial; None where it did not report there."""
+    reports: Sequence[dict[str, Any]]
+    """All that it had reported, the last one there; whoever was to hear it may have been lost."""
     damaged: tuple[str, ...]
     """What is wrong with later checkpoints, by which it comes that this is not the newest."""
 
@@ -107,18 +112,24 @@ class Shelf:
         self._path = f"tune/{trial_folder(trial)}"
         self._folder = run.below(self._path)
 
-    def put(self, checkpoint: Checkpoint, report: Mapping[str, Any] | None = None) -> str:
+    def put(
+        self,
+        checkpoint: Checkpoint,
+        parameters: Mapping[str, Any] | None = None,
+        reports: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         """Keep a checkpoint, and let old ones go; its path in the run directory.
 
-        One that is there already, with its report, stays.
+        One that is there already, with its reports, stays.
 
         Raises:
             OSError: there is no room, or no right to write.
         """
         name = f"checkpoint_{step_of(checkpoint):06d}"
         folder = self._folder.below(name)
-        if report is not None:
-            write_checkpoint({REPORT: json.dumps(report).encode(), **checkpoint}, folder)
+        if reports:
+            told = json.dumps({"parameters": parameters, "reports": reports}).encode()
+            write_checkpoint({REPORTS: told, **checkpoint}, folder)
         elif TRIAL not in folder.names():
             write_checkpoint(checkpoint, folder)
         for old in self._names()[:-KEPT]:
@@ -126,17 +137,23 @@ class Shelf:
         return f"{self._path}/{name}"
 
     def newest(self) -> Saved | None:
-        """The newest checkpoint that is whole; None where there is none."""
+        """The newest checkpoint that is whole; None where there is none.
+
+        Raises:
+            StoreError: the object store fails, which says nothing of the checkpoints.
+        """
         damaged: list[str] = []
         for name in reversed(self._names()):
             folder = self._folder.below(name)
             try:
                 checkpoint = read_checkpoint(folder)
-                report = json.loads(folder.read(REPORT)) if REPORT in folder.names() else None
+                told = json.loads(folder.read(REPORTS)) if REPORTS in folder.names() else {}
+            except StoreError:
+                raise
             except (SweepError, OSError, ValueError) as error:
                 damaged.append(str(error))
             else:
-                return Saved(checkpoint, report, tuple(damaged))
+                return Saved(checkpoint, told.get("parameters"), told.get("reports", ()), tuple(damaged))
         return None
 
     def _names(self) -> list[str]:

@@ -125,7 +125,7 @@ def _cluster(address: str, output: str) -> Iterator[Check]:
                 yield _node(node.id, ray.get(asked[node.id], timeout=NODE_ANSWERS_S))
             except ray.exceptions.RayError as error:
                 yield Check(f"node {node.id[:8]}", "wrong", str(error).strip().splitlines()[-1])
-        folder.remove_file(mark)
+        folder.remove(mark)
         yield from _hosts()
 
 
@@ -144,11 +144,9 @@ def look_at_node(output: str, mark: str) -> dict[str, Any]:
     import torch
 
     try:
-        folder = Folder(output)
+        folder = Folder(output, patience_s=0)
         storage = None if mark in folder.names() else "it does not see there what this machine has written"
-        own = f"{mark}-{uuid.uuid4().hex[:8]}"
-        folder.write(own, b"")
-        folder.remove_file(own)
+        folder.check()
     except OSError as error:
         storage = str(error)
     return {
@@ -193,10 +191,7 @@ def _hosts() -> Iterator[Check]:
 
 
 def _writes(output: str) -> str:
-    name = f".doctor-{uuid.uuid4().hex[:8]}"
-    folder = Folder(output)
-    folder.write(name, b"")
-    folder.remove_file(name)
+    Folder(output, patience_s=0).check()
     return "can be written to"
 
 

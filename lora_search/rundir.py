@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-import glob
+import atexit
+import itertools
 import json
 import re
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from lora_search.errors import InputError
+from lora_search.lease import LEASE, LEASE_S, leased
+from lora_search.spec import refuse_secret
+from lora_search.storage import Folder, is_uri
+
+RECORDS = ("sweep.yaml", "provenance.json", "trials.jsonl", "study.journal")
+"""In the order in which a process that writes them has them copied: the study may know more than trials.jsonl."""
+
+CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -20,6 +32,18 @@ class RunDirectory:
     """The folder of one sweep."""
 
     path: Path
+    uri: str | None = None
+    """Of the run directory in an object store, whose small files have a copy in `path`; checkpoints do not."""
+
+    @property
+    def folder(self) -> Folder:
+        """What all nodes see."""
+        return Folder(self.uri or self.path.resolve())
+
+    @property
+    def place(self) -> str:
+        """As it is told to the user."""
+        return self.uri or str(self.path)
 
     @property
     def name(self) -> str:
@@ -54,12 +78,15 @@ class RunDirectory:
         return self.path / "best"
 
 
-def create_run(output: Path, name: str, *, exact: bool) -> RunDirectory:
+def create_run(output: str | Path, name: str, *, exact: bool) -> RunDirectory:
     """A new run directory `output/name`; where that is taken, `name-2`, `name-3`, ...
 
     Raises:
         InputError: `exact` and the name is taken, or the folder cannot be made.
     """
+    if is_uri(output):
+        return _create_in_store(str(output), name, exact)
+    output = Path(output)
     try:
         output.mkdir(parents=True, exist_ok=True)
         number = 1
@@ -76,14 +103,61 @@ def create_run(output: Path, name: str, *, exact: bool) -> RunDirectory:
         raise InputError(f"output: cannot make a run directory in {output}: {error}") from None
 
 
-def newest_run(output: Path, name: str) -> RunDirectory | None:
-    """The latest of the run directories `name`, `name-2`, `name-3`, ...; None where there is none."""
-    numbered = {
-        int(path.name.removeprefix(name).removeprefix("-") or 1): path
-        for path in output.glob(f"{glob.escape(name)}*")
-        if re.fullmatch(r"(-\d+)?", path.name.removeprefix(name)) and (path / "sweep.yaml").is_file()
-    }
-    return RunDirectory(numbered[max(numbered)]) if numbered else None
+def _create_in_store(output: str, name: str, exact: bool) -> RunDirectory:
+    folder = Folder(output, patience_s=0)
+    try:
+        folder.check()
+        taken = folder.names()
+    except (OSError, ValueError) as error:
+        raise InputError(f"output: found {output!r}, which cannot be written to: {error}") from None
+    if exact and name in taken:
+        raise InputError(f"--name {name}: {folder.below(name).place} exists already; choose another name")
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return _stored_run(folder.below(next(name for name in names if name not in taken)))
+
+
+def newest_run(output: str | Path, name: str) -> RunDirectory | None:
+    """The latest of the run directories `name`, `name-2`, `name-3`, ...; None where there is none.
+
+    Raises:
+        InputError: the object store cannot be read.
+    """
+    folder = Folder(output, patience_s=0)
+    try:
+        numbered = {
+            int(found.removeprefix(name).removeprefix("-") or 1): found
+            for found in folder.names()
+            if re.fullmatch(re.escape(name) + r"(-\d+)?", found) and "sweep.yaml" in folder.below(found).names()
+        }
+    except (OSError, ValueError) as error:
+        raise InputError(f"output: found {str(output)!r}, which cannot be read: {error}") from None
+    if not numbered:
+        return None
+    newest = numbered[max(numbered)]
+    return _stored_run(folder.below(newest)) if is_uri(output) else RunDirectory(Path(output) / newest)
+
+
+def _stored_run(folder: Folder) -> RunDirectory:
+    """A run directory in an object store, with an empty folder for its copy here."""
+    name = folder.place.partition("?")[0].rstrip("/").rpartition("/")[2]
+    path = Path(tempfile.mkdtemp(prefix="lora-search-")) / name
+    path.mkdir()
+    return RunDirectory(path, folder.place)
+
+
+def fetch(run: RunDirectory) -> None:
+    """Copy the small files of a run directory in an object store to `run.path`, those that are there.
+
+    Raises:
+        StoreError: the store fails.
+    """
+    best = run.folder.below(run.best.name)
+    found = {name: run.folder.read(name) for name in RECORDS if name in run.folder.names()}
+    for name, content in found.items():
+        (run.path / name).write_bytes(content)
+    if CARD in best.names():
+        run.best.mkdir(exist_ok=True)
+        (run.best / CARD).write_bytes(best.read(CARD))
 
 
 def run_identity(folder: Path) -> str | None:
@@ -96,25 +170,32 @@ def run_identity(folder: Path) -> str | None:
 
 
 @contextmanager
-def locked(run: RunDirectory) -> Iterator[None]:
-    """Keep other processes from writing to a run directory.
+def locked(run: RunDirectory) -> Iterator[Callable[[], bool]]:
+    """Keep other processes from writing to a run directory; a function that says whether they still are kept.
 
     Raises:
         InputError: another one does.
     """
+    if run.uri is not None:
+        with leased(Folder(run.uri, patience_s=0)) as held:
+            yield held
+        return
     lock = FileLock(run.lock)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         raise InputError(f"{run.path}: another lora-search run is writing to it") from None
     try:
-        yield
+        yield lambda: True
     finally:
         lock.release()
 
 
 def is_locked(run: RunDirectory) -> bool:
-    """Whether a process writes to the run directory now."""
+    """Whether a process writes to the run directory now; of one in an object store, by this machine's clock."""
+    if run.uri is not None:
+        refreshed = run.folder.modified(LEASE)
+        return refreshed is not None and datetime.now(UTC) - refreshed < timedelta(seconds=3 * LEASE_S)
     try:
         with locked(run):
             return False
@@ -125,14 +206,35 @@ def is_locked(run: RunDirectory) -> bool:
 
 
 def find_run(run: str, output: Path = Path("runs")) -> RunDirectory:
-    """The run directory at a path, or of that name under the output folder.
+    """The run directory at a path or URI, or of that name under the output folder.
+
+    Of one in an object store, the small files are copied into a folder that lasts as long as this process.
 
     Raises:
         InputError: there is none.
     """
+    if is_uri(run):
+        return _find_in_store(run)
     for path in (Path(run).expanduser(), output / run):
         if (path / "sweep.yaml").is_file():
             return RunDirectory(path)
     known = sorted(path.parent.name for path in output.glob("*/sweep.yaml"))
     there = f"{output} has {', '.join(known)}" if known else f"{output} has no runs"
     raise InputError(f"RUN: found {run!r}, which is neither a run directory nor the name of one; {there}")
+
+
+def _find_in_store(uri: str) -> RunDirectory:
+    try:
+        refuse_secret("RUN", uri)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    folder = Folder(uri, patience_s=0)
+    try:
+        if "sweep.yaml" not in folder.names():
+            raise InputError(f"RUN: found {uri!r}, where there is no run directory: it has no sweep.yaml")
+        run = _stored_run(folder)
+        atexit.register(shutil.rmtree, run.path.parent, ignore_errors=True)
+        fetch(run)
+    except (OSError, ValueError) as error:
+        raise InputError(f"RUN: found {uri!r}, which cannot be read: {error}") from None
+    return run

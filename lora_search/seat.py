@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from typing import Any
 
 import ray
@@ -33,7 +34,7 @@ class Seat(tune.Trainable):  # type: ignore[misc]  # Ray's base class is untyped
     - resumed: the first time after a checkpoint was read, its step, and what was wrong with later ones.
     - failure: in place of a report, why the trial cannot go on. It is not raised, since Ray Tune tries again whatever
       raises: that is for what happens to machines.
-    - unsaved: in place of a report, why the run directory cannot be written to.
+    - unsaved: in place of a report, why the run directory cannot be read or written to.
     """
 
     def setup(self, config: dict[str, Any], spec: SweepSpec, run: Folder, hosts: str) -> None:
@@ -54,24 +55,22 @@ class Seat(tune.Trainable):  # type: ignore[misc]  # Ray's base class is untyped
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._trial = str(config["trial"])
+        self._parameters = config["params"]
         self._config = trial_config(self._spec, config["params"])
         self._steps = report_steps(self._spec, self._config)
         self._shelf = Shelf(self._run, config["trial"])
         self._host: ActorHandle | None = None
-        saved = self._shelf.newest()
-        self._checkpoint = saved.checkpoint if saved else None
-        self._untold = saved.report if saved else None
-        """Reported when the checkpoint was taken; whoever was to hear it may have been lost since."""
-        step = step_of(saved.checkpoint) if saved else 0
-        self._reported = step if self._untold else step - 1  # what is between the two may be a report step itself
-        self._resumed = {"step": step, "damaged": list(saved.damaged)} if saved else None
+        self._begun = False
+        self._reported = -1
 
     def step(self) -> dict[str, Any]:
-        """Train up to the next report step, or say once more what was reported where the trial goes on."""
-        news = {"resumed": self._resumed} if self._resumed else {}
-        self._resumed = None
+        """Train up to the next report step, or say once more what was reported before the trial goes on."""
+        news: dict[str, Any] = {}
         try:
-            report, self._untold = self._untold or self._train(), None
+            if not self._begun:
+                news = self._recall()
+                self._begun = True
+            report = self._untold.popleft() if self._untold else self._train()
         except TrialFailed as failure:
             return news | {"step": max(0, self._reported), "failure": str(failure), "done": True}
         except OSError as error:
@@ -79,13 +78,27 @@ class Seat(tune.Trainable):  # type: ignore[misc]  # Ray's base class is untyped
         last = self._steps[-1]
         return news | report | {"steps_total": last, "done": report["step"] >= last}
 
+    def _recall(self) -> dict[str, Any]:
+        """Go on from the newest checkpoint, if there is one; what is new about that."""
+        saved = self._shelf.newest()
+        if saved and saved.parameters not in (None, self._parameters):
+            saved = None  # of a trial that the study has lost, and whose number it has given to another
+        self._checkpoint = saved.checkpoint if saved else None
+        self._reports = list(saved.reports) if saved else []
+        self._untold = deque(self._reports)
+        """Whoever was to hear it may have been lost since."""
+        step = step_of(saved.checkpoint) if saved else 0
+        self._reported = step if self._reports else step - 1  # what is between the two may be a report step itself
+        return {"resumed": {"step": step, "damaged": list(saved.damaged)}} if saved else {}
+
     def _train(self) -> dict[str, Any]:
         if self._host is None:
             self._host = self._lobby.admit(self._trial, self._config, self._checkpoint)
             self._checkpoint = None
         until = next(step for step in self._steps if step > self._reported)
         report: dict[str, Any] = _get(self._host.advance.remote(self._trial, until))
-        path = self._shelf.put(_get(self._host.snapshot.remote(self._trial)), report)
+        self._reports.append(report)
+        path = self._shelf.put(_get(self._host.snapshot.remote(self._trial)), self._parameters, self._reports)
         self._reported = until
         return report | {"checkpoint": path}
 

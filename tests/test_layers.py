@@ -16,6 +16,7 @@ FLOORS = {
     "builtin": 0,
     "spec": 0,
     "rundir": 1,
+    "lease": 1,
     "checkpoint": 1,
     "storage": 1,
     "versions": 1,

@@ -16,7 +16,6 @@ from lora_search.errors import InputError, SweepError
 from lora_search.rundir import RunDirectory
 from lora_search.space import TrialConfig
 from lora_search.spec import SweepSpec
-from lora_search.storage import Folder
 
 if TYPE_CHECKING:
     from lora_search.data import TokenizedData
@@ -59,16 +58,20 @@ def export_adapter(run: RunDirectory, trial: int, out: Path) -> Checkpoint:
         InputError: the trial has no checkpoint.
         SweepError: its last checkpoint is damaged.
     """
-    saved = Shelf(Folder(run.path), trial).newest()
+    saved = Shelf(run.folder, trial).newest()
     if saved is None:
-        raise InputError(f"--trial {trial}: {run.path} has no checkpoint of such a trial")
+        raise InputError(f"--trial {trial}: {run.place} has no checkpoint of such a trial")
     if saved.damaged:
         raise SweepError(saved.damaged[0])
     shutil.rmtree(out, ignore_errors=True)
+    _write_adapter(saved.checkpoint, out)
+    return saved.checkpoint
+
+
+def _write_adapter(checkpoint: Checkpoint, out: Path) -> None:
     out.mkdir(parents=True)
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        (out / name).write_bytes(saved.checkpoint[name])
-    return saved.checkpoint
+        (out / name).write_bytes(checkpoint[name])
 
 
 def write_config(spec: SweepSpec, parameters: Mapping[str, Any], file: Path) -> None:
@@ -93,9 +96,11 @@ def test_adapter(config: TrialConfig, checkpoint: Checkpoint, engine: Engine) ->
 
 
 def merge_best(
-    spec: SweepSpec, run: RunDirectory, adapter_loss: float, gpu: bool, data: TokenizedData
+    spec: SweepSpec, run: RunDirectory, checkpoint: Checkpoint, adapter_loss: float, gpu: bool, data: TokenizedData
 ) -> dict[str, Any]:
-    """Merge the adapter in `best/adapter` into `best/merged`, on this process's device.
+    """Merge a checkpoint's adapter into `best/merged`, on this process's device.
+
+    For an object store it is made in this machine's folder for temporary files, and uploaded.
 
     Plain values, as the driver gets them: what is of `merge` or of the engine would make it import torch.
 
@@ -107,7 +112,13 @@ def merge_best(
     from lora_search.merge import merge_adapter
 
     device = torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu")
-    merged = merge_adapter(spec.base, run.best / "adapter", data, adapter_loss, run.best / "merged", device)
+    with tempfile.TemporaryDirectory() as folder:
+        adapter = Path(folder) / "adapter"
+        _write_adapter(checkpoint, adapter)
+        out = (run.best if run.uri is None else Path(folder)) / "merged"
+        merged = merge_adapter(spec.base, adapter, data, adapter_loss, out, device)
+        if run.uri is not None:
+            run.folder.below("best/merged").upload(out)
     return {
         "merged_onto": merged.onto,
         "merged_loss": merged.loss,

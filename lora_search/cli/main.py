@@ -159,4 +159,4 @@ def _add_launch(command: argparse.ArgumentParser) -> None:
 
 
 def _add_run(command: argparse.ArgumentParser) -> None:
-    command.add_argument("run", metavar="RUN", help="a run directory, or its name under runs/")
+    command.add_argument("run", metavar="RUN", help="a run directory or its URI, or its name under runs/")

@@ -31,7 +31,7 @@ def merge(run: str, trial: str, out: str, *, trusts_code: bool = False) -> None:
     if trial == "best":
         best = best_row(rows, spec.search.metric, spec.search.mode)
         if best is None:
-            raise InputError(f"--trial best: no trial of {directory.path} has come to a result")
+            raise InputError(f"--trial best: no trial of {directory.place} has come to a result")
         number = int(best["trial"])
     elif trial.isdigit():
         number = int(trial)
@@ -40,7 +40,7 @@ def merge(run: str, trial: str, out: str, *, trusts_code: bool = False) -> None:
     from lora_search.best import merge_trial, require_trial, signed
 
     require_trial(rows, number)
-    print(f"lora-search: merging trial {number} of {directory.path}", file=sys.stderr)
+    print(f"lora-search: merging trial {number} of {directory.place}", file=sys.stderr)
     folder.parent.mkdir(parents=True, exist_ok=True)
     merged = merge_trial(spec, directory, number, folder)
     ways = ", ".join(f"{way} {loss:.4f}" for way, loss in merged.losses.items())

@@ -83,7 +83,7 @@ def sweep_status(directory: RunDirectory) -> dict[str, Any]:
             pack["tokens_per_second"] += row["tokens_per_second"] or 0.0
     return {
         "name": directory.name,
-        "path": str(directory.path),
+        "path": directory.place,
         "phase": "finished" if finished else "running" if is_locked(directory) else "interrupted",
         "metric": spec.search.metric,
         "planned": spec.search.trials,

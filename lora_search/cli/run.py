@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_search.errors import harmless
@@ -23,12 +23,11 @@ def run(sweep: str, overrides: Sequence[str], *, name: str | None, address: str 
         resume: go on with the newest run of that name, where there is one.
     """
     spec = load_spec(sweep, [*overrides, *([f"name={name}"] if name else [])])
-    output = Path(spec.output)
-    left = newest_run(output, spec.name) if resume else None
+    left = newest_run(spec.output, spec.name) if resume else None
     if resume and left is None:
-        print(f"lora-search: {output} has no run named {spec.name} to resume; starting one", file=sys.stderr)
-    directory = left or create_run(output, spec.name, exact=name is not None)
-    print(f"lora-search: {spec.name} -> {directory.path}", file=sys.stderr)
+        print(f"lora-search: {spec.output} has no run named {spec.name} to resume; starting one", file=sys.stderr)
+    directory = left or create_run(spec.output, spec.name, exact=name is not None)
+    print(f"lora-search: {spec.name} -> {directory.place}", file=sys.stderr)
     # Only now: Ray and Optuna take seconds to import, and a wrong sweep file has been told of by now.
     from lora_search.search.study import planned_trials
     from lora_search.sweep import run_sweep
@@ -48,7 +47,7 @@ def _show(spec: SweepSpec, outcome: Outcome) -> None:
 
     from lora_search.best import merge_line
 
-    best, conclusion, path = outcome.best, outcome.conclusion, outcome.run.path
+    best, conclusion, run = outcome.best, outcome.conclusion, outcome.run
     table = Table(title=f"{spec.name}: trial {best['trial']} is the best of {len(outcome.rows)}", title_justify="left")
     table.add_column("loss, nats a token")
     table.add_column("untrained base", justify="right")
@@ -65,16 +64,17 @@ def _show(spec: SweepSpec, outcome: Outcome) -> None:
         f"{name} {best[name]:.3g}" if isinstance(best[name], float) else f"{name} {best[name]}"
         for name in ("rank", "alpha", "dropout", "target_modules", "learning_rate")
     )
+    folder = (run.uri or str(run.path)).partition("?")[0] + "/best"
     console = Console()
     console.print()
     console.print(table)
     console.print(f"Best configuration: {harmless(settings)}", highlight=False, markup=False)
     console.print(merge_line(conclusion), style="" if conclusion.merge_within_tolerance else "bold red")
     console.print(
-        f"\n  {path / 'best'}/README.md     what was found, and how\n"
-        f"  {path / 'best'}/adapter       the adapter, for PEFT\n"
-        f"  {path / 'best'}/merged        the merged model, for transformers alone\n"
-        f"\n  lora-search results {path}",
+        f"\n  {folder}/README.md     what was found, and how\n"
+        f"  {folder}/adapter       the adapter, for PEFT\n"
+        f"  {folder}/merged        the merged model, for transformers alone\n"
+        f"\n  lora-search results {shlex.quote(run.place)}",
         highlight=False,
         soft_wrap=True,
     )

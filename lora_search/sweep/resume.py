@@ -50,7 +50,7 @@ def refuse_other_sweep(spec: SweepSpec, run: RunDirectory) -> None:
     ]
     if changed:
         raise InputError(
-            f"--resume: {run.path} is of another sweep: {'; '.join(changed)}; "
+            f"--resume: {run.place} is of another sweep: {'; '.join(changed)}; "
             f"allowed to change: {', '.join(MAY_CHANGE)}"
         )
 

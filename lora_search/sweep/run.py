@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import shutil
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -38,11 +37,12 @@ from lora_search.search.study import JOURNAL, JOURNAL_LOCK, planned_trials
 from lora_search.seat import Seat
 from lora_search.space import trial_config
 from lora_search.spec import SweepSpec, dump_spec
-from lora_search.storage import Folder
+from lora_search.storage import StoreError
 from lora_search.sweep.cluster import Hosts, asked_of_autoscaler, build_engine, cluster, import_engine, seat_resources
 from lora_search.sweep.prepare import DataSummary, prepare, refuse_other_data
 from lora_search.sweep.provenance import provenance, read_provenance, write_provenance
 from lora_search.sweep.resume import Past, mend_last_line, reconcile, refuse_other_sweep
+from lora_search.sweep.upload import Held, kept_uploaded
 from lora_search.tracking import Observer, RunRecord
 from lora_search.tracking.relay import Relay
 
@@ -94,12 +94,12 @@ def run_sweep(
         SweepError: no trial came to a result, all hosts were lost, or the run directory cannot be written to.
     """
     try:
-        with locked(run):
-            return _run(spec, run, observers, address, resume, say)
+        with locked(run) as held, kept_uploaded(run, held):
+            return _run(spec, run, [*observers, Held(run, held)], address, resume, say)
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        if error.errno not in UNWRITABLE and not isinstance(error, StoreError):
             raise
-        raise SweepError(f"{run.path} cannot be written to: {error}; mend it, then --resume") from error
+        raise SweepError(f"{run.place} cannot be written to: {error}; mend it, then --resume") from error
     finally:
         for observer in observers:
             observer.close()
@@ -195,10 +195,10 @@ def search(
             _tune(spec, run, hosts, [record, _Attend(hosts), *observers], study, past)
         ended = sum(row["state"] != "running" for row in run_rows(run))
         if ended < planned:
-            for trial, step, path in hosts.save_all(Folder(run.path)):
+            for trial, step, path in hosts.save_all(run.folder):
                 record.trial_saved(trial, step, path)
             raise Interrupted(
-                f"interrupted after {ended} of {planned} trials; what they came to is in {run.path}, and "
+                f"interrupted after {ended} of {planned} trials; what they came to is in {run.place}, and "
                 "the same command with --resume goes on"
             )
     finally:
@@ -215,7 +215,7 @@ def _tune(
 ) -> None:
     """Have Ray Tune run the trials that are left."""
     searcher = StudySearcher(spec, study, lambda: hosts.capacity)
-    seat = tune.with_parameters(Seat, spec=spec, run=Folder(run.path.resolve()), hosts=hosts.prefix)
+    seat = tune.with_parameters(Seat, spec=spec, run=run.folder, hosts=hosts.prefix)
     try:
         with _sigterm_as_sigusr1():
             # tune.run, not Tuner: that one pickles every callback and searcher into the run directory.
@@ -242,16 +242,14 @@ def _tune(
 
 def conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts) -> Conclusion:
     """Export, test and merge the best trial's adapter, on hosts: their processes have all they need."""
-    shutil.rmtree(
-        run.best, ignore_errors=True
-    )  # of when the sweep had fewer trials, or of a merge that was interrupted
-    run.best.mkdir()
+    run.folder.remove(run.best.name)  # of when the sweep had fewer trials, or of a merge that was interrupted
+    run.best.mkdir(exist_ok=True)
     write_config(spec, best, run.best / "config.yaml")
     checkpoint = export_adapter(run, best["trial"], run.best / "adapter")
     config = trial_config(spec, {name: best[name] for name in spec.search.space})
     tested, merged = hosts.finish(
         partial(test_adapter, config, checkpoint),
-        partial(merge_best, spec, run, best["eval_loss"], hosts.places[-1].gpus > 0),
+        partial(merge_best, spec, run, checkpoint, best["eval_loss"], hosts.places[-1].gpus > 0),
     )
     return Conclusion(trial=best["trial"], **tested, **merged)
 

@@ -1,0 +1,86 @@
+"""A lock in an object store: an object that its holder writes anew every few seconds.
+
+Its age is told by the store's clock alone, from an object written for that: machines need not agree on the time.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from lora_search.errors import InputError
+from lora_search.storage import Folder
+
+logger = logging.getLogger(__name__)
+
+LEASE = ".lease"
+
+REFRESH_S = 4.0
+
+LEASE_S = 20.0
+"""One that has not been refreshed for so long is nobody's any more."""
+
+SETTLE_S = 1.0
+"""Of two processes that take a lease at once, the one that wrote last has it; so long a write takes at most."""
+
+
+@contextmanager
+def leased(folder: Folder) -> Iterator[Callable[[], bool]]:
+    """Hold the lease of a folder, and yield a function that says whether it is held still.
+
+    Waits LEASE_S at most, where its last holder was killed not long ago.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    mine = uuid.uuid4().hex.encode()
+    _wait_until_free(folder)
+    folder.write(LEASE, mine)
+    time.sleep(SETTLE_S)
+    if folder.read(LEASE) != mine:
+        raise _held(folder)
+    ended, lost = threading.Event(), threading.Event()
+    thread = threading.Thread(target=_refresh, args=(folder, mine, ended, lost), name="lease", daemon=True)
+    thread.start()
+    try:
+        yield lambda: not lost.is_set()
+    finally:
+        ended.set()
+        thread.join()
+        if not lost.is_set():
+            with suppress(OSError):  # then it ends by itself
+                folder.remove(LEASE)
+
+
+def _wait_until_free(folder: Folder) -> None:
+    found = folder.modified(LEASE)
+    probe = f"{LEASE}-{uuid.uuid4().hex}"
+    while found is not None:
+        folder.write(probe, b"")
+        now = folder.modified(probe)
+        folder.remove(probe)
+        if now is None or (now - found).total_seconds() > LEASE_S:
+            return
+        time.sleep(1)
+        before, found = found, folder.modified(LEASE)
+        if found is not None and found != before:
+            raise _held(folder)
+
+
+def _refresh(folder: Folder, mine: bytes, ended: threading.Event, lost: threading.Event) -> None:
+    while not ended.wait(REFRESH_S):
+        try:
+            if folder.read(LEASE) != mine:
+                lost.set()
+                return
+            folder.write(LEASE, mine)
+        except OSError as error:
+            logger.warning("the lease is not refreshed: %s", error)
+
+
+def _held(folder: Folder) -> InputError:
+    return InputError(f"{folder.place}: another lora-search run is writing to it")

@@ -1,0 +1,107 @@
+"""Keeps a run directory in an object store up to date with the driver's copy, from a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from lora_search.errors import SweepError
+from lora_search.rundir import RECORDS, RunDirectory, fetch
+from lora_search.storage import Folder
+from lora_search.tracking import Observer
+
+logger = logging.getLogger(__name__)
+
+EVERY_S = 1.0
+
+SHARE = 0.1
+"""Of its time that the thread spends uploading, at most."""
+
+
+@contextmanager
+def kept_uploaded(run: RunDirectory, held: Callable[[], bool]) -> Iterator[None]:
+    """Fetch what an earlier process left; upload what changes every few seconds, and all of it at the end.
+
+    Nothing is done where the run directory is on a file system.
+
+    Args:
+        held: whether the run directory is ours to write to.
+
+    Raises:
+        SweepError: another process has taken over the run directory.
+        StoreError: the store fails at the end.
+    """
+    if run.uri is None:
+        yield
+        return
+    fetch(run)
+    uploads = _Uploads(run)
+    ended = threading.Event()
+    thread = threading.Thread(target=uploads.go_on, args=(ended, held), name="upload", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        require_held(run, held)
+        uploads.changed(run.folder)
+        run.folder.below(run.best.name).upload(run.best)
+
+
+class Held(Observer):
+    """Ends the sweep where another process has taken over its run directory."""
+
+    essential = True
+
+    def __init__(self, run: RunDirectory, held: Callable[[], bool]) -> None:
+        self._run, self._held = run, held
+
+    def tick(self) -> None:
+        require_held(self._run, self._held)
+
+
+def require_held(run: RunDirectory, held: Callable[[], bool]) -> None:
+    """
+    Raises:
+        SweepError: another process has taken over the run directory.
+    """
+    if not held():
+        raise SweepError(f"{run.place}: another lora-search run has taken over; what this one knew is in {run.path}")
+
+
+class _Uploads:
+    def __init__(self, run: RunDirectory) -> None:
+        self._run = run
+        self._seen: dict[str, tuple[int, int]] = {}
+        """Of a file, size and time when it was uploaded."""
+
+    def changed(self, folder: Folder) -> None:
+        """Upload the records that have changed, in their order.
+
+        Raises:
+            StoreError: the store fails.
+        """
+        for name in RECORDS:
+            file = self._run.path / name
+            if not file.exists():
+                continue
+            now = (file.stat().st_size, file.stat().st_mtime_ns)
+            if self._seen.get(name) != now:
+                folder.write(name, file.read_bytes())
+                self._seen[name] = now
+
+    def go_on(self, ended: threading.Event, held: Callable[[], bool]) -> None:
+        wait_s, folder = EVERY_S, Folder(self._run.folder.place, patience_s=0)
+        while not ended.wait(wait_s):
+            if not held():
+                return
+            began = time.monotonic()
+            try:
+                self.changed(folder)
+            except OSError as error:  # the sweep goes on, and so do we; what stays wrong is told at the end
+                logger.warning("not uploaded: %s", error)
+            wait_s = max(EVERY_S, (time.monotonic() - began) / SHARE)

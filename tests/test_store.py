@@ -1,0 +1,362 @@
+"""A sweep whose run directory is in an object store: a real S3 server on this machine, which misbehaves on command."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+from conftest import make_spec
+from test_faults import SEQUENTIAL, TRIALS, Strike, compared, kill, require_whole
+
+from lora_search.checkpoint import ADAPTER_WEIGHTS, Shelf, seal
+from lora_search.cli.main import main
+from lora_search.errors import InputError
+from lora_search.lease import LEASE
+from lora_search.results import Row, run_rows
+from lora_search.rundir import create_run, find_run, newest_run
+from lora_search.storage import Folder, StoreError
+from lora_search.sweep import run_sweep
+from lora_search.tracking import Observer
+
+if TYPE_CHECKING:
+    from lora_search.spec import SweepSpec
+
+BUCKET = "lora-search-test"
+
+
+class Store:
+    """A proxy before an S3 server, which can answer 500, or hang, or refuse, in place of it."""
+
+    def __init__(self, server: tuple[str, int]) -> None:
+        self.fault: Callable[[BaseHTTPRequestHandler], bool] = lambda request: False
+        """Answers a request, or says that it does not."""
+        self.faults = 0
+        store = self
+
+        class Proxy(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def forward(self) -> None:
+                content = self.body()
+                if store.fault(self):
+                    store.faults += 1
+                    return
+                server_connection = http.client.HTTPConnection(*server)
+                left_out = ("expect", "transfer-encoding", "content-length")
+                headers = {name: value for name, value in self.headers.items() if name.lower() not in left_out}
+                server_connection.request(self.command, self.path, content, headers)
+                answer = server_connection.getresponse()
+                found = answer.read()
+                self.send_response(answer.status)
+                for name, value in answer.getheaders():
+                    if name.lower() not in ("transfer-encoding", "connection", "content-length", "server", "date"):
+                        self.send_header(name, value)
+                length = answer.getheader("Content-Length") if self.command == "HEAD" else None
+                self.send_header("Content-Length", length or str(len(found)))
+                self.end_headers()
+                self.wfile.write(found)
+                server_connection.close()
+
+            def body(self) -> bytes:
+                if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+                    return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                content = b""
+                while size := int(self.rfile.readline().split(b";")[0], 16):
+                    content += self.rfile.read(size)
+                    self.rfile.readline()
+                while self.rfile.readline().strip():
+                    pass
+                return content
+
+            do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = forward
+
+            def log_message(self, *values: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def uri(self, prefix: str) -> str:
+        return f"s3://{BUCKET}/{prefix}?endpoint_override=127.0.0.1:{self._server.server_port}&scheme=http"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def status(code: int) -> Callable[[BaseHTTPRequestHandler], bool]:
+    def answer(request: BaseHTTPRequestHandler) -> bool:
+        request.send_response(code)
+        request.send_header("Content-Length", "0")
+        request.end_headers()
+        return True
+
+    return answer
+
+
+def hang(request: BaseHTTPRequestHandler) -> bool:
+    time.sleep(5)
+    request.close_connection = True
+    return True
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
+    """A moto process of its own, with a bucket."""
+    pytest.importorskip("moto.server", reason="needs moto and flask, of the extra `dev`, for an S3 server")
+    code = (
+        "import sys, time, logging; logging.getLogger('werkzeug').setLevel(logging.ERROR)\n"
+        "from moto.server import ThreadedMotoServer\n"
+        "server = ThreadedMotoServer('127.0.0.1', 0, verbose=False); server.start()\n"
+        "print(server.get_host_and_port()[1], flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout
+    port = next(int(line) for line in process.stdout if line.strip().isdigit())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        patch.delenv("AWS_ENDPOINT_URL", raising=False)
+        from pyarrow.fs import S3FileSystem
+
+        S3FileSystem(endpoint_override=f"127.0.0.1:{port}", scheme="http", allow_bucket_creation=True).create_dir(
+            BUCKET
+        )
+        yield "127.0.0.1", port
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def store(server: tuple[str, int]) -> Iterator[Store]:
+    store = Store(server)
+    yield store
+    store.close()
+
+
+@pytest.fixture(scope="module")
+def ray(server: tuple[str, int]) -> Iterator[Any]:
+    import ray
+
+    from lora_search.sweep.cluster import cluster
+
+    with cluster(None):
+        yield ray
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray: Any, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    spec = sequential(tiny, "undisturbed", str(tmp_path_factory.mktemp("undisturbed")))
+    return compared(run_sweep(spec, create_run(spec.output, spec.name, exact=True)).rows)
+
+
+def sequential(tiny: Path, name: str, output: str) -> SweepSpec:
+    return make_spec(tiny, name=name, hosts=SEQUENTIAL, search={"trials": TRIALS}, output=output)
+
+
+@pytest.fixture(params=["local", "s3"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
+    if request.param == "local":
+        return Folder(tmp_path / "folder")
+    store: Store = request.getfixturevalue("store")
+    return Folder(store.uri(f"folders/{tmp_path.name}"))
+
+
+def test_folder_gives_back_what_it_was_given(folder: Folder, tmp_path: Path) -> None:
+    assert folder.names() == []
+    assert folder.modified("a") is None
+    with pytest.raises(FileNotFoundError):
+        folder.read("a")
+    folder.write("a", b"first")
+    folder.write("a", b"second")
+    folder.below("sub").write("b", b"")
+    assert folder.names() == ["a", "sub"]
+    assert folder.read("a") == b"second"
+    assert folder.below("sub").read("b") == b""
+    assert folder.modified("a") is not None
+
+    source = tmp_path / "source"
+    (source / "deep").mkdir(parents=True)
+    (source / "deep" / "c").write_bytes(bytes(range(256)) * 1000)
+    folder.below("sub").upload(source)
+    assert folder.below("sub/deep").read("c") == bytes(range(256)) * 1000
+
+    folder.check()
+    for name in ("sub", "a", "never was"):
+        folder.remove(name)
+    assert folder.names() == []
+
+
+def test_checkpoint_is_not_taken_for_damaged_because_the_store_fails(store: Store) -> None:
+    run = Folder(store.uri("shelf"), patience_s=0)
+    shelf = Shelf(run, 3)
+    for step in (2, 4):
+        shelf.put(seal({ADAPTER_WEIGHTS: b"weights"}, {"step": step}), {"rank": 8}, [{"step": step}])
+    saved = shelf.newest()
+    assert saved is not None
+    assert (saved.parameters, saved.reports, saved.damaged) == ({"rank": 8}, [{"step": 4}], ())
+
+    store.fault = lambda request: ADAPTER_WEIGHTS in request.path and status(500)(request)
+    with pytest.raises(StoreError, match="500"):
+        shelf.newest()
+
+    store.fault = lambda request: False
+    run.below("tune/trial-0003/checkpoint_000004").remove(ADAPTER_WEIGHTS)
+    saved = shelf.newest()
+    assert saved is not None
+    assert (saved.reports, len(saved.damaged)) == ([{"step": 2}], 1)
+
+
+def test_store_that_refuses_is_not_asked_again(store: Store) -> None:
+    store.fault = status(403)
+    began = time.monotonic()
+    with pytest.raises(StoreError, match="ACCESS_DENIED"):
+        Folder(store.uri("refused")).write("a", b"")
+    assert time.monotonic() - began < 2
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("s3://AKIA:tops3cret@bucket/runs", "found 's3://***@bucket/runs', with a secret in it"),
+        ("s3://bucket/runs?secret_key=tops3cret&scheme=http", "'s3://bucket/runs?secret_key=***&scheme=http'"),
+        ("tape://bucket/runs", "Unrecognized filesystem type"),
+        ("s3://bucket/runs?colour=red", "Unexpected query parameter"),
+        ("s3://bucket/runs?endpoint_override=127.0.0.1:9&scheme=http", "cannot be written to"),
+    ],
+)
+def test_output_that_cannot_be_used_is_one_message_before_ray_starts(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], output: str, said: str
+) -> None:
+    file = tmp_path / "sweep.yaml"
+    raw = sequential(tiny, "wrong", str(tmp_path)).model_dump(mode="json") | {"output": output}
+    file.write_text(yaml.safe_dump(raw))
+    assert main(["run", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "output: found" in error
+    assert said in error
+    assert "tops3cret" not in error
+
+
+def test_missing_bucket_is_said(store: Store, tiny: Path) -> None:
+    with pytest.raises(InputError, match=r"output: found .*NO_SUCH_BUCKET"):
+        create_run(store.uri("x").replace(BUCKET, "no-such-bucket"), "a", exact=False)
+
+
+def test_sweep_lives_whole_in_the_store(
+    ray: Any, store: Store, tiny: Path, tmp_path: Path, undisturbed: list[Row], capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Second(Observer):
+        """Starts the sweep again while it runs."""
+
+        refused = ""
+
+        def trial_reported(self, trial: int, report: Mapping[str, Any]) -> None:
+            if not self.refused:
+                left = newest_run(spec.output, spec.name)
+                assert left is not None
+                try:
+                    run_sweep(spec, left, resume=True)
+                except InputError as error:
+                    self.refused = str(error)
+
+    spec = sequential(tiny, "whole", store.uri("runs"))
+    second = Second()
+    outcome = run_sweep(spec, create_run(spec.output, spec.name, exact=True), [second])
+    assert "another lora-search run is writing to it" in second.refused
+    assert compared(outcome.rows) == undisturbed
+    uri = store.uri("runs/whole")
+    assert {"sweep.yaml", "provenance.json", "trials.jsonl", "study.journal", "best", "tune"} == set(
+        Folder(uri).names()
+    )
+    best = Folder(uri).below("best")
+    assert best.names() == ["README.md", "adapter", "config.yaml", "merged"]
+    assert ADAPTER_WEIGHTS in best.below("adapter").names()
+    assert {"config.json", "model.safetensors"} <= set(best.below("merged").names())
+    with pytest.raises(InputError, match="exists already"):
+        create_run(spec.output, spec.name, exact=True)
+    assert create_run(spec.output, spec.name, exact=False).name == "whole-2"
+
+    capsys.readouterr()
+    assert main(["status", uri, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["phase"], told["name"], told["path"]) == ("finished", "whole", uri)
+    assert main(["results", uri, "--format", "json"]) == 0
+    assert compared(json.loads(capsys.readouterr().out)) == undisturbed
+    assert main(["merge", uri, "--trial", "0", "--out", str(tmp_path / "merged")]) == 0
+    assert (tmp_path / "merged" / "config.json").is_file()
+    assert main(["results", store.uri("runs/none")]) == 2
+
+
+def test_driver_that_is_killed_goes_on_from_the_store_on_another_machine(
+    store: Store, tiny: Path, tmp_path: Path, undisturbed: list[Row]
+) -> None:
+    spec = sequential(tiny, "killed", store.uri("runs"))
+    file = tmp_path / "killed.yaml"
+    file.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
+    command = [sys.executable, "-m", "lora_search", "run", str(file), "--name", spec.name]
+
+    def environment(machine: str) -> dict[str, str]:
+        (tmp_path / machine).mkdir()
+        return os.environ | {"TMPDIR": str(tmp_path / machine), "RAY_TMPDIR": "/tmp"}
+
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment("first"))
+    shelf = Folder(store.uri("runs/killed/tune/trial-0002"))
+    deadline = time.monotonic() + 90
+    while "checkpoint_000002" not in shelf.names():
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert LEASE in Folder(store.uri("runs/killed")).names()
+
+    second = subprocess.run(
+        [*command, "--resume"], capture_output=True, text=True, env=environment("second"), timeout=120
+    )
+    assert second.returncode == 0, second.stderr
+    run = find_run(store.uri("runs/killed"))
+    require_whole(run, TRIALS)
+    assert compared(run_rows(run)) == undisturbed
+
+
+def test_store_that_fails_for_a_while_loses_nothing(ray: Any, store: Store, tiny: Path, undisturbed: list[Row]) -> None:
+    """It answers 500 while a trial trains, and hangs while another trial's seat is killed and has to read."""
+
+    def fail(fault: Callable[[BaseHTTPRequestHandler], bool], seconds: float) -> None:
+        store.fault = fault
+        threading.Timer(seconds, lambda: setattr(store, "fault", lambda request: False)).start()
+
+    def hang_and_kill() -> None:
+        fail(hang, 8)
+        kill("ray::Seat")
+
+    spec = sequential(tiny, "failing", store.uri("runs"))
+    first, second = Strike(0, 2, lambda: fail(status(500), 10)), Strike(1, 2, hang_and_kill)
+    outcome = run_sweep(spec, create_run(spec.output, spec.name, exact=True), [first, second])
+    assert store.faults > 10
+    run = find_run(outcome.run.place)
+    require_whole(run, TRIALS)
+    assert second.resumed == [(1, 2, 0)]
+    assert compared(run_rows(run)) == undisturbed
