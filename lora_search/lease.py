@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 LEASE = ".lease"
 
-REFRESH_S = 4.0
+REFRESH_S = 3.0
 
-LEASE_S = 20.0
+LEASE_S = 15.0
 """One that has not been refreshed for so long is nobody's any more."""
 
 SETTLE_S = 1.0

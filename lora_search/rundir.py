@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from lora_search.errors import InputError
 from lora_search.lease import LEASE, LEASE_S, leased
-from lora_search.spec import refuse_secret
+from lora_search.spec.secret import ADVICE, MASK, secret_kind
 from lora_search.storage import Folder, is_uri
 
 RECORDS = ("sweep.yaml", "provenance.json", "trials.jsonl", "study.journal")
@@ -224,10 +224,8 @@ def find_run(run: str, output: Path = Path("runs")) -> RunDirectory:
 
 
 def _find_in_store(uri: str) -> RunDirectory:
-    try:
-        refuse_secret("RUN", uri)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    if (kind := secret_kind(uri)) is not None:
+        raise InputError(f"RUN: found {MASK}, which looks like {kind}; {ADVICE}")
     folder = Folder(uri, patience_s=0)
     try:
         if "sweep.yaml" not in folder.names():

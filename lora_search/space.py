@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,14 +56,17 @@ def trial_config(spec: SweepSpec, sampled: Mapping[str, Any]) -> TrialConfig:
 
 
 def rungs(spec: SweepSpec) -> tuple[int, ...]:
-    """The steps at which ASHA compares trials, ascending: first_rung * reduction_factor^k, below the full budget."""
+    """The steps at which ASHA compares trials, ascending: first_rung * reduction_factor^k, below the full budget.
+
+    Rounded up where they are fractions: Ray compares what has reached a rung.
+    """
     scheduler = spec.search.scheduler
     if scheduler.name == "none":
         return ()
     rung = float(first_rung(spec))
     steps = []
     while rung < spec.max_steps:
-        steps.append(int(rung))
+        steps.append(math.ceil(rung))
         rung *= scheduler.reduction_factor
     return tuple(steps)
 

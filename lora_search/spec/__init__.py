@@ -2,7 +2,6 @@
 
 from lora_search.spec.domain import Choice, Domain, Fixed, IntUniform, LogUniform, Uniform
 from lora_search.spec.load import dump_spec, load_spec, parse_spec
-from lora_search.spec.paths import refuse_secret
 from lora_search.spec.schema import (
     LORA_KEYS,
     TARGET_SETS,
@@ -44,5 +43,4 @@ __all__ = [
     "dump_spec",
     "load_spec",
     "parse_spec",
-    "refuse_secret",
 ]
