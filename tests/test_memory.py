@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHARED, make_spec, shared, write_tiny_data
-from transformers import AutoModelForCausalLM, BloomConfig, JambaConfig, LlamaConfig, MambaConfig, OPTConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    Gemma2Config,
+    JambaConfig,
+    LlamaConfig,
+    MambaConfig,
+    OPTConfig,
+)
 
 from lora_search.errors import InputError
 from lora_search.memory import BaseMemory, Setup, TrialShape, corners, refuse_what_never_fits, weigh
@@ -174,7 +183,14 @@ def of_family(family: str) -> PreTrainedConfig:
     """A small configuration of an architecture that goes its own way somewhere."""
     sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
     mlp = {"intermediate_size": 128}
+    wide = sizes | mlp | {"num_key_value_heads": 2, "vocab_size": 4000}
     match family:
+        case "llama":
+            return LlamaConfig(**wide)
+        case "gemma2":
+            return Gemma2Config(**wide, head_dim=16)
+        case "cohere":
+            return CohereConfig(**wide)
         case "bloom":
             return BloomConfig(**sizes)
         case "jamba":
@@ -193,9 +209,11 @@ def on_shapes(config: PreTrainedConfig, setup: Setup) -> BaseMemory:
 
 
 def saved(config: PreTrainedConfig, folder: Path) -> SweepSpec:
-    """A sweep over a random model of this configuration."""
+    """A sweep over a random model of this configuration, whose logits are as large as a trained one's."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(str(folder / "model"))
+    model = AutoModelForCausalLM.from_config(config)
+    model.get_output_embeddings().weight.data.mul_(100)
+    model.save_pretrained(str(folder / "model"))
     write_tiny_data(folder / "data.jsonl")
     return make_spec(folder)
 
@@ -210,6 +228,24 @@ def test_replay_holds_what_the_engine_holds_of_a_family(tmp_path: Path, family: 
         memory = on_shapes(of_family(family), setup)
         memory.host([TrialShape(resolve(memory.tree, "attention"), 4, False, 2, 32)])
         assert not memory.by_rule
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
+def test_logits_that_a_model_caps_or_scales_are_held_as_the_engine_holds_them(tmp_path: Path, family: str) -> None:
+    """Most bases' logits are the output head's own, and the engine takes them in turns; Gemma-2 and Cohere go on."""
+    torch.set_num_threads(1)
+    spec = saved(of_family(family), tmp_path)
+    lora = Lora(rank=8, dropout=0.0, target_modules="attention")
+    measured, predicted = step_bytes(spec, lora, 1, 4, 32)
+    assert predicted == pytest.approx(measured, rel=0.03)
+    engine = engine_with(spec, 1, lora, 4, 32)
+    memory = on_shapes(of_family(family), replace(CPU, validation_tokens=16 * 32))
+    assert memory._replay.plain_head == engine._packed._plain_head == (family == "llama")
+    model = engine.base.model
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        engine.untrained()
+    shape = TrialShape(resolve(memory.tree, "attention"), 8, False, 4, 32)
+    assert 0.98 * live.peak < memory.host([shape]).evaluation < 1.12 * live.peak  # layers and head are added up
 
 
 def test_rule_of_thumb_is_as_wide_as_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -254,6 +254,22 @@ class _Head(torch.autograd.Function):
 _head: Callable[..., torch.Tensor] = _Head.apply
 
 
+class _Logits(torch.autograd.Function):
+    """The output head as a layer of its own; it is frozen, and keeps nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, vocabulary: int, dtype: torch.dtype) -> torch.Tensor:
+        ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
+        return _made(hidden, (*hidden.shape[:-1], vocabulary)).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grads[0].new_empty(ctx.shape, dtype=ctx.dtype), None, None
+
+
+_logits: Callable[..., torch.Tensor] = _Logits.apply
+
+
 class Stands(TorchFunctionMode):
     """What a device does by itself and the meta device does not: mixed precision on a GPU, products of experts."""
 
@@ -291,6 +307,9 @@ def attach(model: PreTrainedModel) -> None:
             module.forward = Site(name, out_features).forward  # type: ignore[method-assign]
         elif isinstance(module, nn.Dropout) and module.p > 0:
             module.forward = drop  # type: ignore[method-assign, assignment]
+    if isinstance(head_module, nn.Linear):
+        vocabulary = head_module.out_features
+        head_module.forward = lambda x: _logits(x, vocabulary, running().working)  # type: ignore[method-assign]
     _set_attention(model, NAME)
 
 
