@@ -309,7 +309,7 @@ def attach(model: PreTrainedModel) -> None:
             module.forward = drop  # type: ignore[method-assign, assignment]
     if isinstance(head_module, nn.Linear):
         vocabulary = head_module.out_features
-        head_module.forward = lambda x: _logits(x, vocabulary, running().working)  # type: ignore[method-assign]
+        head_module.forward = lambda input: _logits(input, vocabulary, running().working)  # type: ignore[method-assign]
     _set_attention(model, NAME)
 
 

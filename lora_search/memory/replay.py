@@ -87,8 +87,11 @@ class Replay:
 
         The engine takes plain ones in turns, within its head and loss; the others it leaves to the model's code.
         """
+        output_head = self._model.get_output_embeddings()
+        if output_head is None:
+            return True
         outputs: list[torch.Tensor] = []
-        hook = self._model.get_output_embeddings().register_forward_hook(lambda *args: outputs.append(args[-1]))
+        hook = output_head.register_forward_hook(lambda *args: outputs.append(args[-1]))
         now = Pass(replace(self.setup, device="cpu"), 1, PROBE, 0, False, frozenset())  # in float32: casts are nothing
         try:
             with run(now), Stands(now.setup), torch.no_grad():
@@ -145,7 +148,7 @@ class Replay:
             held = Held(at_head, max(forward, live.peak))
         return held if self.plain_head else Held(at_head, max(held.peak, self._peak_with_logits(now, backward)))
 
-    def _peak_with_logits(self, now: Pass, backward: bool) -> float:
+    def _peak_with_logits(self, now: Pass, backward: bool) -> int:
         """The most at once where the model's own code makes all logits of a pass, and autograd keeps what it needs."""
         with run(now), LiveBytes(self._known) as live, Stands(self.setup), torch.set_grad_enabled(backward):
             shape = (1, now.sequences * now.length) if self._flat else (now.sequences, now.length)
@@ -156,7 +159,8 @@ class Replay:
             total = losses_N.sum()
             if total.requires_grad:
                 torch.autograd.backward(total)
-            return live.peak
+            peak: int = live.peak
+            return peak
 
     def _hidden(self, now: Pass) -> torch.Tensor:
         """The last hidden states of all tokens, flat where the architecture can."""
