@@ -12,21 +12,31 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, make_spec, shared
-from transformers import AutoModelForCausalLM, LlamaConfig
+from conftest import SHARED, make_spec, shared, write_tiny_data
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    Gemma2Config,
+    JambaConfig,
+    LlamaConfig,
+    MambaConfig,
+    OPTConfig,
+)
 
 from lora_search.errors import InputError
 from lora_search.memory import BaseMemory, Setup, TrialShape, corners, refuse_what_never_fits, weigh
 from lora_search.memory.familiar import familiar_figures
 from lora_search.memory.live import LiveBytes
 from lora_search.memory.plain import plain_step
+from lora_search.memory.values import RULE_WIDTH
 from lora_search.memory.weights import quantised_names
 from lora_search.space import TrialConfig
 from lora_search.spec.schema import Lora, Training
 from lora_search.targets import resolve, skeleton
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from lora_search.data import TokenizedData
     from lora_search.engine import Engine
@@ -169,15 +179,99 @@ def test_layers_are_extrapolated_to_what_all_of_them_hold() -> None:
     assert extrapolated.activations > 2 * few.trial(shapes[0]).activations
 
 
-def test_architecture_that_cannot_run_on_shapes_goes_by_a_rule() -> None:
-    from transformers import BloomConfig
+def of_family(family: str) -> PreTrainedConfig:
+    """A small configuration of an architecture that goes its own way somewhere."""
+    sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
+    mlp = {"intermediate_size": 128}
+    wide = sizes | mlp | {"num_key_value_heads": 2, "vocab_size": 4000}
+    match family:
+        case "llama":
+            return LlamaConfig(**wide)
+        case "gemma2":
+            return Gemma2Config(**wide, head_dim=16)
+        case "cohere":
+            return CohereConfig(**wide)
+        case "bloom":
+            return BloomConfig(**sizes)
+        case "jamba":
+            layers = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2}
+            return JambaConfig(**sizes, **mlp, **layers, num_key_value_heads=2, mamba_d_state=8, mamba_dt_rank=8)
+        case "opt":
+            return OPTConfig(**sizes, ffn_dim=128, word_embed_proj_dim=64)
+        case "mamba":
+            return MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=100, state_size=8)
+    raise ValueError(family)
 
-    config = BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=100)
+
+def on_shapes(config: PreTrainedConfig, setup: Setup) -> BaseMemory:
     with torch.device("meta"):
-        memory = BaseMemory(AutoModelForCausalLM.from_config(config), GPU)
-    trial = memory.trial(TrialShape(resolve(memory.tree, "attention"), 4, False, 2, 32))
-    assert memory.by_rule
-    assert trial.activations > 0
+        return BaseMemory(AutoModelForCausalLM.from_config(config), setup)
+
+
+def saved(config: PreTrainedConfig, folder: Path) -> SweepSpec:
+    """A sweep over a random model of this configuration, whose logits are as large as a trained one's."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.get_output_embeddings().weight.data.mul_(100)
+    model.save_pretrained(str(folder / "model"))
+    write_tiny_data(folder / "data.jsonl")
+    return make_spec(folder)
+
+
+@pytest.mark.parametrize("family", ["bloom", "jamba"])
+def test_replay_holds_what_the_engine_holds_of_a_family(tmp_path: Path, family: str) -> None:
+    torch.set_num_threads(1)
+    spec = saved(of_family(family), tmp_path)
+    measured, predicted = step_bytes(spec, Lora(rank=8, dropout=0.0, target_modules="attention"), 1, 4, 32)
+    assert predicted == pytest.approx(measured, rel=0.06)
+    for setup in (CPU, GPU, replace(GPU, checkpointing=True)):
+        memory = on_shapes(of_family(family), setup)
+        memory.host([TrialShape(resolve(memory.tree, "attention"), 4, False, 2, 32)])
+        assert not memory.by_rule
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
+def test_logits_that_a_model_caps_or_scales_are_held_as_the_engine_holds_them(tmp_path: Path, family: str) -> None:
+    """Most bases' logits are the output head's own, and the engine takes them in turns; Gemma-2 and Cohere go on."""
+    torch.set_num_threads(1)
+    spec = saved(of_family(family), tmp_path)
+    lora = Lora(rank=8, dropout=0.0, target_modules="attention")
+    measured, predicted = step_bytes(spec, lora, 1, 4, 32)
+    assert predicted == pytest.approx(measured, rel=0.03)
+    engine = engine_with(spec, 1, lora, 4, 32)
+    memory = on_shapes(of_family(family), replace(CPU, validation_tokens=16 * 32))
+    assert memory._replay.plain_head == engine._packed._plain_head == (family == "llama")
+    model = engine.base.model
+    with LiveBytes([*model.parameters(), *model.buffers()]) as live:
+        engine.untrained()
+    shape = TrialShape(resolve(memory.tree, "attention"), 8, False, 4, 32)
+    assert 0.98 * live.peak < memory.host([shape]).evaluation < 1.12 * live.peak  # layers and head are added up
+
+
+def test_rule_of_thumb_is_as_wide_as_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all that run on shapes, OPT keeps least and Mamba most."""
+    few, many = (on_shapes(of_family(family), GPU) for family in ("opt", "mamba"))
+    shapes = [
+        TrialShape(resolve(few.tree, "mlp"), 4, False, 2, 32),
+        TrialShape(resolve(many.tree, "all-linear"), 4, True, 2, 32),
+    ]
+    bytes_of = [memory.trial(shape) for memory, shape in zip((few, many), shapes, strict=True)]
+    least, most = (found.activations + found.passing for found in bytes_of)
+    assert not few.by_rule
+    assert not many.by_rule
+
+    def unwilling(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("Tensor.item() cannot be called on meta tensors")
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", unwilling)
+    few, many = (on_shapes(of_family(family), GPU) for family in ("opt", "mamba"))
+    bytes_of = [memory.trial(shape) for memory, shape in zip((few, many), shapes, strict=True)]
+    too_much, too_little = (found.activations + found.passing for found in bytes_of)
+    assert few.by_rule
+    assert many.by_rule
+    too_small, too_large = RULE_WIDTH
+    assert too_small * too_much < least < too_much / 3
+    assert 3 * too_little < most < too_large * too_little
 
 
 def test_checkpointing_and_smaller_batches_take_less() -> None:

@@ -163,6 +163,22 @@ def test_plan_goes_on_without_a_tokenizer_and_says_so(tiny: Path, capsys: pytest
     assert "there is no tokenizer of" in printed
 
 
+def test_rule_of_thumb_is_called_one(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unwilling(*args: Any) -> None:
+        raise RuntimeError("Tensor.item() cannot be called on meta tensors")
+
+    (tiny / "ruled.yaml").write_text(dump_spec(make_spec(tiny)))
+    assert main(["plan", str(tiny / "ruled.yaml")]) == 0
+    assert "rule of thumb" not in capsys.readouterr().out
+    monkeypatch.setattr("torch.nn.Embedding.forward", unwilling)
+    assert main(["plan", str(tiny / "ruled.yaml")]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "a rule of thumb, for the code of LlamaForCausalLM does not" in printed
+    assert "may be 0.2 to 4.5 times what stands here" in printed
+
+
 def test_plan_as_json_is_one_document(tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tiny / "plan.yaml").write_text(dump_spec(make_spec(tiny)))
     assert main(["plan", str(tiny / "plan.yaml"), "--set", "search.trials=3", "--json"]) == 0

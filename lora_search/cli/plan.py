@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from lora_search.memory.values import RULE_WIDTH
 from lora_search.space import STARTUP_TRIALS
 from lora_search.spec import load_spec
 
@@ -206,7 +207,11 @@ def _assumptions(plan: Plan) -> Iterator[str]:
             f"{rows.reason}."
         )
     if plan.by_rule:
-        yield f"Activations are by a rule of thumb: the code of {plan.architecture} does not run on shapes alone."
+        less, more = RULE_WIDTH
+        yield (
+            f"Activations are by a rule of thumb, for the code of {plan.architecture} does not run on shapes alone: "
+            f"they may be {less:g} to {more:g} times what stands here, which decides what fits."
+        )
     if plan.quantization == "nf4":
         yield "What NF4 leaves out is held in float32, as peft.prepare_model_for_kbit_training does: 4 bytes a number."
     yield (

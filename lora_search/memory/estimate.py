@@ -104,7 +104,12 @@ class BaseMemory:
         return fits
 
     def _logits(self, targets: int) -> int:
-        """Bytes of the output head at work on so many targets at once, in turns."""
+        """Bytes of the output head at work on so many targets at once, in turns.
+
+        Logits that are scaled or capped are the replay's, with what their tokens hold.
+        """
+        if not self._replay.plain_head:
+            return self.weights.head_copy
         at_once = min(LOGIT_BYTES[self.setup.device], 4 * targets * self.weights.vocabulary)
         return LOGIT_COPIES * at_once + self.weights.head_copy
 

@@ -254,10 +254,29 @@ class _Head(torch.autograd.Function):
 _head: Callable[..., torch.Tensor] = _Head.apply
 
 
+class _Logits(torch.autograd.Function):
+    """The output head as a layer of its own; it is frozen, and keeps nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, vocabulary: int, dtype: torch.dtype) -> torch.Tensor:
+        ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
+        return _made(hidden, (*hidden.shape[:-1], vocabulary)).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grads[0].new_empty(ctx.shape, dtype=ctx.dtype), None, None
+
+
+_logits: Callable[..., torch.Tensor] = _Logits.apply
+
+
 class Stands(TorchFunctionMode):
     """What a device does by itself and the meta device does not: mixed precision on a GPU, products of experts."""
 
-    LOWER = (F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm, torch.baddbmm)
+    LOWER = (
+        *(F.linear, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__),
+        *(torch.bmm, torch.Tensor.bmm, torch.baddbmm, torch.Tensor.baddbmm),
+    )
     FLOAT32 = (F.layer_norm, F.softmax, torch.softmax, torch.Tensor.softmax, torch.Tensor.pow, torch.pow)
     GROUPED = tuple(getattr(where, name, None) for where, name in ((F, "grouped_mm"), (torch, "_grouped_mm")))
 
@@ -269,6 +288,8 @@ class Stands(TorchFunctionMode):
         if func in self.GROUPED:
             rows, weights = args[:2]  # the meta device's own takes bfloat16 alone
             return rows @ weights[0].to(rows.dtype)
+        if func is torch.Tensor.__bool__ and args[0].is_meta:
+            return False  # asked whether a mask is all ones, which one of padded rows is not
         to = self._working if func in self.LOWER else torch.float32 if func in self.FLOAT32 else None
         if to is not None and self._working is not None:
             args = tuple(a.to(to) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
@@ -286,6 +307,9 @@ def attach(model: PreTrainedModel) -> None:
             module.forward = Site(name, out_features).forward  # type: ignore[method-assign]
         elif isinstance(module, nn.Dropout) and module.p > 0:
             module.forward = drop  # type: ignore[method-assign, assignment]
+    if isinstance(head_module, nn.Linear):
+        vocabulary = head_module.out_features
+        head_module.forward = lambda input: _logits(input, vocabulary, running().working)  # type: ignore[method-assign]
     _set_attention(model, NAME)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from lora_search.memory.live import LiveBytes
 from lora_search.memory.mirror import Pass, Stands, attach, detach_attention, head, run
@@ -20,6 +22,12 @@ if TYPE_CHECKING:
 DEPTHS = (2, 3)
 """Layers that are replayed of a model of like layers: each further one adds what the third did."""
 
+
+PROBE = 8
+"""Tokens by which a model shows what it does with its logits."""
+
+UNWILLING = (TypeError, ValueError, RuntimeError, IndexError, AttributeError)
+"""Whatever an architecture's code says of tensors without values, or where it insists on a device."""
 
 RULE = 40
 """Numbers that a layer keeps of each token, for each of its hidden features, where nothing better is known: a Llama
@@ -73,13 +81,34 @@ class Replay:
         """A forward pass without gradients."""
         return self._remembered(Pass(self.setup, 1, length, 0, False, frozenset()), backward=False)
 
+    @cached_property
+    def plain_head(self) -> bool:
+        """Whether the model's logits are its output head's own, or else scaled or capped afterwards.
+
+        The engine takes plain ones in turns, within its head and loss; the others it leaves to the model's code.
+        """
+        output_head = self._model.get_output_embeddings()
+        if output_head is None:
+            return True
+        outputs: list[torch.Tensor] = []
+        hook = output_head.register_forward_hook(lambda *args: outputs.append(args[-1]))
+        now = Pass(replace(self.setup, device="cpu"), 1, PROBE, 0, False, frozenset())  # in float32: casts are nothing
+        try:
+            with run(now), Stands(now.setup), torch.no_grad():
+                self._hidden(now)
+                logits = self._run(now, (1, PROBE), self._model)
+        except UNWILLING:
+            return True
+        finally:
+            hook.remove()
+        return logits is outputs[-1]
+
     def _remembered(self, now: Pass, *, backward: bool) -> Held:
         key = (now.adapted, now.rank, now.dropout, now.length)
         if key not in self._found:
             try:
                 self._found[key] = self._at_full_depth(now.adapted, lambda: self._held(now, backward=backward))
-            except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
-                # Whatever an architecture's code says of tensors without values, or where it insists on a device.
+            except UNWILLING:
                 self.by_rule = True
                 self._found[key] = _rule_of_thumb(self._model, now, backward=backward)
         return self._found[key]
@@ -116,28 +145,44 @@ class Replay:
             at_head = live.peak
             if total.requires_grad:
                 torch.autograd.backward(total)
-            return Held(at_head, max(forward, live.peak))
+            held = Held(at_head, max(forward, live.peak))
+        return held if self.plain_head else Held(at_head, max(held.peak, self._peak_with_logits(now, backward)))
+
+    def _peak_with_logits(self, now: Pass, backward: bool) -> int:
+        """The most at once where the model's own code makes all logits of a pass, and autograd keeps what it needs."""
+        with run(now), LiveBytes(self._known) as live, Stands(self.setup), torch.set_grad_enabled(backward):
+            shape = (1, now.sequences * now.length) if self._flat else (now.sequences, now.length)
+            targets_N = torch.empty(now.sequences * now.length, dtype=torch.int64, device="meta")
+            losses_N = F.cross_entropy(  # as in the engine, nobody but autograd holds the logits
+                self._run(now, shape, self._model).flatten(0, 1)[targets_N].float(), targets_N, reduction="none"
+            )
+            total = losses_N.sum()
+            if total.requires_grad:
+                torch.autograd.backward(total)
+            peak: int = live.peak
+            return peak
 
     def _hidden(self, now: Pass) -> torch.Tensor:
         """The last hidden states of all tokens, flat where the architecture can."""
         if self._flat:
             try:
                 hidden = self._run(now, (1, now.sequences * now.length))
-            except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+            except UNWILLING:
                 self._flat = False
             else:
                 self._flat = now.attended
                 if self._flat:
-                    return hidden
+                    return hidden.flatten(0, 1)
             detach_attention(self._model)
-        return self._run(now, (now.sequences, now.length))
+        return self._run(now, (now.sequences, now.length)).flatten(0, 1)
 
-    def _run(self, now: Pass, shape: tuple[int, int]) -> torch.Tensor:
+    def _run(self, now: Pass, shape: tuple[int, int], model: nn.Module | None = None) -> torch.Tensor:
+        """What a model says first, in this shape: its logits, or its base's hidden states."""
         ids = torch.empty(shape, dtype=torch.int64, device="meta")
         # With a mask, transformers does not look for packed sequences, which nobody finds on the meta device.
         inputs = {"attention_mask": ids, **({"position_ids": ids} if self._flat else {})}
-        hidden: torch.Tensor = self._model.base_model(input_ids=ids, **inputs, use_cache=False)[0]
-        return hidden.reshape(-1, hidden.shape[-1])
+        out: torch.Tensor = (model or self._model.base_model)(input_ids=ids, **inputs, use_cache=False)[0]
+        return out
 
 
 def _rule_of_thumb(model: PreTrainedModel, now: Pass, *, backward: bool) -> Held:

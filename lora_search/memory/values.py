@@ -26,6 +26,10 @@ ALLOCATOR = {"cpu": 1.35, "cuda": 1.0}
 """Memory taken from the system for each byte in use: on a CPU, glibc's heap keeps gaps between tensors that come and
 go (measured on a base of 50 M parameters, with and without checkpointing; tests/test_memory.py)."""
 
+RULE_WIDTH = (0.2, 4.5)
+"""What activations may come to, for each byte of the rule of thumb: the extremes of 28 architectures that need no rule
+(small ones, all target sets, with and without dropout and checkpointing)."""
+
 
 @dataclass(frozen=True)
 class Setup:
