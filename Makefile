@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 	$(BIN)/lora-search run sweeps/demo.yaml
 
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -m "not slow and not gpu" --durations=15
 
 test-all: $(INSTALLED)
 	$(BIN)/pytest
