@@ -28,6 +28,10 @@ LOGIT_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 """Float32 logits that are held at once; more targets go through the output head in turns."""
 
 
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""What configurations call the cap of their logits."""
+
+
 class PackedBase:
     """A base that runs packs.
 
@@ -162,7 +166,7 @@ class PackedBase:
 
     def _probe(self, pack: Pack, *, plain_head: bool) -> torch.Tensor | None:
         """The probe's logits one way; None where the architecture has no such way."""
-        if plain_head and (self._decoder is None or not isinstance(self._head, nn.Linear)):
+        if plain_head and (self._decoder is None or not isinstance(self._head, nn.Linear) or self._is_capped()):
             return None
         try:
             with self._running(pack):
@@ -173,6 +177,11 @@ class PackedBase:
             if not pack.flat and not plain_head:
                 raise
             return None
+
+    def _is_capped(self) -> bool:
+        """Whether large logits are bent, as Gemma-2's are, which small ones of a probe do not show."""
+        config = self.base.model.config.get_text_config()
+        return any(getattr(config, name, None) is not None for name in CAPS)
 
     def _agrees(self, native: torch.Tensor, other: torch.Tensor | None) -> bool:
         tolerance = 1e-4 if self.base.compute_dtype == torch.float32 else 3e-2
