@@ -22,7 +22,7 @@ from lora_search.spec.secret import ADVICE, MASK, secret_kind
 from lora_search.storage import Folder, is_uri
 
 RECORDS = ("sweep.yaml", "provenance.json", "trials.jsonl", "study.journal")
-"""In the order in which a process that writes them has them copied: the study may know more than trials.jsonl."""
+"""The small files of a run directory."""
 
 CARD = "README.md"
 

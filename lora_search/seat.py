@@ -76,7 +76,7 @@ class Seat(tune.Trainable):  # type: ignore[misc]  # Ray's base class is untyped
         except OSError as error:
             return news | {"step": max(0, self._reported), "unsaved": str(error)}
         last = self._steps[-1]
-        return news | report | {"steps_total": last, "done": report["step"] >= last}
+        return news | report | {"done": report["step"] >= last}
 
     def _recall(self) -> dict[str, Any]:
         """Go on from the newest checkpoint, if there is one; what is new about that."""
@@ -97,6 +97,7 @@ class Seat(tune.Trainable):  # type: ignore[misc]  # Ray's base class is untyped
             self._checkpoint = None
         until = next(step for step in self._steps if step > self._reported)
         report: dict[str, Any] = _get(self._host.advance.remote(self._trial, until))
+        report["steps_total"] = self._steps[-1]
         self._reports.append(report)
         path = self._shelf.put(_get(self._host.snapshot.remote(self._trial)), self._parameters, self._reports)
         self._reported = until

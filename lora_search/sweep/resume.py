@@ -11,12 +11,16 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from lora_search.checkpoint import Shelf
 from lora_search.errors import InputError
 from lora_search.results import Row, read_events, trial_rows
 from lora_search.rundir import RunDirectory
 from lora_search.search.searcher import MEMORY
+from lora_search.search.study import decode
+from lora_search.space import trial_config
 from lora_search.spec import SweepSpec, load_spec
 from lora_search.tracking import RunRecord
+from lora_search.tracking.relay import REPORT_KEYS
 
 MAY_CHANGE = ("name", "output", "hosts", "tracking", "search.trials", "training.steps")
 """Keys of the sweep file that may differ when a sweep is resumed."""
@@ -74,20 +78,35 @@ def mend_last_line(file: Path) -> str | None:
     return f"{file}: the last line was damaged, and is left out ({len(content) - len(whole)} bytes)"
 
 
-def reconcile(run: RunDirectory, study: optuna.Study, record: RunRecord) -> Past:
-    """Tell the study or the record of the ends that only the other has heard of; the trials as they stand then."""
+def reconcile(spec: SweepSpec, run: RunDirectory, study: optuna.Study, record: RunRecord) -> Past:
+    """Tell the study or the record what only the other has heard of; the trials as they stand then.
+
+    Of a trial that has ended by the study alone, the record is told the reports that its checkpoints keep.
+    """
     known = {row["trial"]: row for row in trial_rows(read_events(run.trials))}
     for trial in study.get_trials(deepcopy=False):
         row = known.get(trial.number)
-        if row is None:
-            continue  # proposed, and never started
-        if trial.state.is_finished() and row["state"] == "running":
+        if trial.state.is_finished() and (row is None or row["state"] == "running"):
+            _tell_reports(spec, run, record, trial, row)
             state = _state(trial)
             record.trial_ended(trial.number, state, UNKNOWN_REASON if state == "failed" else None)
-        elif trial.state == TrialState.RUNNING and row["state"] != "running":
+        elif row is not None and trial.state == TrialState.RUNNING and row["state"] != "running":
             _tell(study, trial, row)
     events = tuple(read_events(run.trials))
     return Past(events, tuple(trial_rows(events)))
+
+
+def _tell_reports(
+    spec: SweepSpec, run: RunDirectory, record: RunRecord, trial: FrozenTrial, row: Mapping[str, Any] | None
+) -> None:
+    parameters = decode(spec.search.space, trial.params)
+    if row is None:
+        record.trial_started(trial.number, trial_config(spec, parameters).parameters() | parameters)
+    saved = Shelf(run.folder, trial.number).newest()
+    if saved is not None and saved.parameters == parameters:
+        for report in saved.reports:
+            if report["step"] > (row["steps"] if row else 0):
+                record.trial_reported(trial.number, {key: report[key] for key in REPORT_KEYS if key in report})
 
 
 def _state(trial: FrozenTrial) -> Any:

@@ -186,7 +186,7 @@ def search(
     record = RunRecord(run.trials)
     try:
         study = create_study(spec, run.path)
-        past = reconcile(run, study, record)
+        past = reconcile(spec, run, study, record)
         if past.rows:
             say(f"{past.ended} of {planned} trials have ended, {len(past.rows) - past.ended} go on")
             for observer in observers:

@@ -80,19 +80,23 @@ class _Uploads:
         """Of a file, size and time when it was uploaded."""
 
     def changed(self, folder: Folder) -> None:
-        """Upload the records that have changed, in their order.
+        """Upload the records that have changed.
+
+        The study last read is the first uploaded: it may know more than trials.jsonl, never less.
 
         Raises:
             StoreError: the store fails.
         """
+        changed = []
         for name in RECORDS:
             file = self._run.path / name
-            if not file.exists():
-                continue
-            now = (file.stat().st_size, file.stat().st_mtime_ns)
-            if self._seen.get(name) != now:
-                folder.write(name, file.read_bytes())
-                self._seen[name] = now
+            if file.exists():
+                now = (file.stat().st_size, file.stat().st_mtime_ns)
+                if self._seen.get(name) != now:
+                    changed.append((name, now, file.read_bytes()))
+        for name, now, content in reversed(changed):
+            folder.write(name, content)
+            self._seen[name] = now
 
     def go_on(self, ended: threading.Event, held: Callable[[], bool]) -> None:
         wait_s, folder = EVERY_S, Folder(self._run.folder.place, patience_s=0)
