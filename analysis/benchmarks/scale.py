@@ -97,7 +97,7 @@ def resume(spec: SweepSpec, run: RunDirectory) -> float:
     start = time.perf_counter()
     study = create_study(spec, run.path)
     record = RunRecord(run.trials)
-    past = reconcile(run, study, record)
+    past = reconcile(spec, run, study, record)
     record.close()
     StepAsha(sweep_of(spec.search.trials, "random", "asha")).replay(past.events)
     StudySearcher(spec, study, lambda: 1)
