@@ -156,7 +156,8 @@ def test_sweep_over_machines_of_their_own_network(
     head = ["--head", "--node-ip-address=10.77.0.1", "--port=6380", "--include-dashboard=false"]
     head += [f"--temp-dir={short_folder}"]
     worker = ["--address=10.77.0.1:6380", "--node-ip-address=10.77.0.2"]
-    spec = make_spec(tiny, name="machines", hosts={"trials_per_host": 1}, output=str(tmp_path))
+    long = {"steps": 200, "eval_every": 50}  # so that a trial is not over before the next one looks for a host
+    spec = make_spec(tiny, name="machines", hosts={"trials_per_host": 1}, training=long, output=str(tmp_path))
     (tmp_path / "sweep.yaml").write_text(dump_spec(spec))
     run = [sys.executable, "-m", "lora_search", "run", str(tmp_path / "sweep.yaml"), "--address", "10.77.0.1:6380"]
     for namespace, command in ((first, start + head), (second, start + worker), (first, run)):

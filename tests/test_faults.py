@@ -162,6 +162,7 @@ def test_trial_that_loses_every_seat_is_given_up_and_harms_no_other(ray: Any, ti
     assert "given up after 1 retries" in outcome.rows[1]["reason"]
 
 
+@pytest.mark.slow
 def test_slow_host_loses_no_trial_and_gets_less_work(ray: Any, tiny: Path, tmp_path: Path) -> None:
     """One of two hosts stands still nine tenths of the time."""
     over = threading.Event()

@@ -319,6 +319,7 @@ def test_sweep_lives_whole_in_the_store(
     assert main(["results", store.uri("runs/none")]) == 2
 
 
+@pytest.mark.slow
 def test_driver_that_is_killed_goes_on_from_the_store_on_another_machine(
     store: Store, tiny: Path, tmp_path: Path, undisturbed: list[Row]
 ) -> None:
