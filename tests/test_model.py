@@ -123,7 +123,7 @@ def test_code_of_a_model_is_not_run_unasked(tiny: Path, tmp_path: Path) -> None:
         config.replace('"model_type": "llama"', '"model_type": "evil", "auto_map": {"AutoConfig": "evil.EvilConfig"}')
     )
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')")
-    with pytest.raises(InputError, match="runs code of its own; base.trust_remote_code"):
+    with pytest.raises(InputError, match=r"runs code of its own; base\.trust_remote_code"):
         load_base(Base(model=str(tmp_path)), CPU)
     assert not (tmp_path / "was_run").exists()
 
