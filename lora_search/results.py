@@ -166,6 +166,11 @@ def run_rows(run: RunDirectory) -> list[Row]:
     return trial_rows(read_events(run.trials))
 
 
+def ended_count(rows: Iterable[Mapping[str, Any]]) -> int:
+    """How many of the trials have come to an end, of whatever kind."""
+    return sum(row["state"] != "running" for row in rows)
+
+
 def best_row(rows: Iterable[Mapping[str, Any]], metric: str, mode: Literal["min", "max"]) -> Row | None:
     """The row whose last report is best, among completed and stopped trials; None where there is none."""
     ended = [row for row in rows if row["state"] in ("completed", "stopped") and row.get(metric) is not None]

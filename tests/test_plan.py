@@ -49,8 +49,7 @@ def test_a_rung_decides_as_rays_own_scheduler_does(factor: float) -> None:
             goes_on = scheduler.on_trial_result(None, trial, {"step": 8, "loss": loss}) == TrialScheduler.CONTINUE
             told.append(goes_on)
             assert rung.lets_on(-loss) == goes_on
-        assert True in told
-        assert False in told
+        assert set(told) == {True, False}  # some go on, some are stopped
 
 
 @pytest.mark.parametrize("seats", [1, 4, 24])

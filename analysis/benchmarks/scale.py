@@ -33,7 +33,7 @@ from lora_search.rundir import RunDirectory, create_run
 from lora_search.search import StudySearcher, create_study
 from lora_search.search.asha import StepAsha
 from lora_search.spec import SweepSpec, parse_spec
-from lora_search.sweep.cluster import Hosts
+from lora_search.sweep.hosts import Hosts
 from lora_search.sweep.resume import reconcile
 from lora_search.sweep.run import search
 from lora_search.tracking import RunRecord

@@ -101,7 +101,6 @@ def _parser() -> argparse.ArgumentParser:
     _add_sweep(run)
     run.add_argument("--name", help="name of the run directory; default: the sweep's, numbered where it is taken")
     run.add_argument("--address", help="of a Ray cluster; default: start one on this machine")
-
     run.add_argument("--resume", action="store_true", help="go on with the newest run of that name, if there is one")
 
     plan = commands.add_parser("plan", help="what a sweep will cost: memory, trials per GPU, steps, time; no training")

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lora_search.checkpoint import Shelf
 from lora_search.errors import InputError
-from lora_search.results import Row, read_events, trial_rows
+from lora_search.results import Row, ended_count, read_events, trial_rows
 from lora_search.rundir import RunDirectory
 from lora_search.search.searcher import MEMORY
 from lora_search.search.study import decode
@@ -37,7 +37,7 @@ class Past:
 
     @property
     def ended(self) -> int:
-        return sum(row["state"] != "running" for row in self.rows)
+        return ended_count(self.rows)
 
 
 def refuse_other_sweep(spec: SweepSpec, run: RunDirectory) -> None:

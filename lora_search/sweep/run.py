@@ -6,7 +6,7 @@ import errno
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -29,7 +29,7 @@ from lora_search.best import (
 )
 from lora_search.checkpoint import trial_folder
 from lora_search.errors import Interrupted, SweepError
-from lora_search.results import Row, best_row, run_rows
+from lora_search.results import Row, best_row, ended_count, run_rows
 from lora_search.rundir import RunDirectory, locked
 from lora_search.search import StudySearcher, create_study
 from lora_search.search.asha import StepAsha
@@ -38,7 +38,9 @@ from lora_search.seat import Seat
 from lora_search.space import trial_config
 from lora_search.spec import SweepSpec, dump_spec
 from lora_search.storage import StoreError
-from lora_search.sweep.cluster import Hosts, asked_of_autoscaler, build_engine, cluster, import_engine, seat_resources
+from lora_search.sweep.build import build_engine, import_engine
+from lora_search.sweep.cluster import Say, asked_of_autoscaler, cluster, seat_resources
+from lora_search.sweep.hosts import Hosts
 from lora_search.sweep.prepare import DataSummary, prepare, refuse_other_data
 from lora_search.sweep.provenance import provenance, read_provenance, write_provenance
 from lora_search.sweep.resume import Past, mend_last_line, reconcile, refuse_other_sweep
@@ -55,8 +57,6 @@ TUNE_ENV = {
 }
 
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,7 @@ def _run(
             say(_data_line(summary))
             ready = hosts.load()
             write_provenance(run.provenance, facts | {"data": asdict(summary), "hosts": ready})
-            search(spec, run, hosts, observers, say)
-            rows = run_rows(run)
+            rows = search(spec, run, hosts, observers, say)
             best = best_row(rows, spec.search.metric, spec.search.mode)
             if best is None:
                 raise SweepError(_why_nothing(rows))
@@ -153,7 +152,7 @@ def _concluded(spec: SweepSpec, run: RunDirectory, before: Mapping[str, Any]) ->
     if "conclusion" not in before:
         return None
     rows = run_rows(run)
-    if sum(row["state"] != "running" for row in rows) < planned_trials(spec):
+    if ended_count(rows) < planned_trials(spec):
         return None
     try:
         conclusion = TypeAdapter(Conclusion).validate_python(before["conclusion"])
@@ -169,8 +168,8 @@ def search(
     hosts: Hosts,
     observers: Sequence[Observer] = (),
     say: Say = lambda line: None,
-) -> None:
-    """Run all trials of a sweep on its hosts, or those that are left of it.
+) -> list[Row]:
+    """Run all trials of a sweep on its hosts, or those that are left of it; the rows of all.
 
     Raises:
         Interrupted: by a signal; what the running trials had come to is saved.
@@ -193,7 +192,8 @@ def search(
                 observer.past(past.rows)
         if past.ended < planned:
             _tune(spec, run, hosts, [record, _Attend(hosts), *observers], study, past)
-        ended = sum(row["state"] != "running" for row in run_rows(run))
+        rows = run_rows(run)
+        ended = ended_count(rows)
         if ended < planned:
             for trial, step, path in hosts.save_all(run.folder):
                 record.trial_saved(trial, step, path)
@@ -201,6 +201,7 @@ def search(
                 f"interrupted after {ended} of {planned} trials; what they came to is in {run.place}, and "
                 "the same command with --resume goes on"
             )
+        return rows
     finally:
         record.close()
 
