@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_search.errors import SweepError
-from lora_search.storage import Folder
+from lora_search.storage import Folder, is_uri
 from lora_search.versions import differences, versions
 
 State = Literal["ok", "note", "wrong"]
@@ -37,7 +37,7 @@ def examine(address: str | None, output: str) -> Iterator[Check]:
     """Look at this machine, and at the Ray cluster at an address, if one is given."""
     yield from _machine(output)
     if address is not None:
-        yield from _cluster(address, output if "://" in output else str(Path(output).expanduser().resolve()))
+        yield from _cluster(address, output if is_uri(output) else str(Path(output).expanduser().resolve()))
 
 
 def _machine(output: str) -> Iterator[Check]:
@@ -51,7 +51,7 @@ def _machine(output: str) -> Iterator[Check]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield Check("cores and memory", "ok", f"{os.cpu_count()} cores, {memory / 2**30:.1f} GiB")
     yield _attempt(f"output {output}", lambda: _writes(output))
-    if "://" not in output:
+    if not is_uri(output):
         free = shutil.disk_usage(_existing(Path(output))).free
         yield Check("free disk", "ok" if free >= LEAST_DISK_BYTES else "note", f"{free / 2**30:.1f} GiB")
     from lora_search.tracking.wandb import wandb_mode

@@ -18,6 +18,7 @@ from lora_search.launch.machines import MACHINES, SKYPILOT, find_machine
 from lora_search.launch.size import START, Size, Wishes, size_cluster
 from lora_search.launch.template import Template, left_to_edit, load_template
 from lora_search.spec import SweepSpec, dump_spec
+from lora_search.storage import is_uri
 
 VOLUME = Path("/shared")
 """Where the pods of kuberay-job.yaml mount the volume that all of them see."""
@@ -182,7 +183,7 @@ def _on_volume(spec: SweepSpec) -> tuple[SweepSpec, list[tuple[Path, Path]]]:
 
     base = spec.base.model_copy(update={"model": moved(spec.base.model)})
     data = spec.data.model_copy(update={key: moved(getattr(spec.data, key)) for key in ("path", "validation", "test")})
-    output = spec.output if "://" in spec.output else str(VOLUME / spec.output)
+    output = spec.output if is_uri(spec.output) else str(VOLUME / spec.output)
     return spec.model_copy(update={"base": base, "data": data, "output": output}), copies
 
 
@@ -261,7 +262,7 @@ def _until(seconds: int) -> list[str]:
 
 def _check_output(request: Request) -> None:
     output = request.spec.output
-    if "://" not in output and not Path(output).is_absolute():
+    if not is_uri(output) and not Path(output).is_absolute():
         raise InputError(
             f"output: found {output!r}, which each node would have to itself; allowed: a bucket or the path of a "
             "folder that all nodes see, as in --set output=s3://BUCKET/runs"
