@@ -23,9 +23,9 @@ import yaml
 from conftest import make_spec, processes
 
 from lora_search.errors import InputError, SweepError
+from lora_search.journal import open_study
 from lora_search.results import Row, read_events, run_rows
 from lora_search.rundir import RunDirectory, create_run
-from lora_search.search import open_study
 from lora_search.sweep import run_sweep
 from lora_search.tracking import Observer
 

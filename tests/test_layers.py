@@ -15,6 +15,7 @@ FLOORS = {
     "errors": 0,
     "builtin": 0,
     "spec": 0,
+    "journal": 1,
     "rundir": 1,
     "lease": 1,
     "checkpoint": 1,

@@ -19,9 +19,9 @@ from conftest import make_spec, processes
 from optuna.trial import TrialState
 
 from lora_search.errors import InputError, SweepError
+from lora_search.journal import open_study
 from lora_search.results import read_events, run_rows
 from lora_search.rundir import RunDirectory, create_run
-from lora_search.search import open_study
 from lora_search.spec import load_spec
 from lora_search.sweep import Outcome, run_sweep
 from lora_search.tracking import Observer

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_search.errors import InputError, SweepError, harmless
-from lora_search.results import Row, best_row, frame, read_events, render, run_rows, trial_rows
+from lora_search.results import Row, best_row, read_events, render, rows_frame, run_rows, trial_rows
 from lora_search.rundir import RunDirectory, find_run, is_locked
 from lora_search.spec import SweepSpec, load_spec
 
@@ -27,7 +27,7 @@ def results(run: str, form: str, out: str | None) -> None:
         from pyarrow.lib import ArrowException
 
         try:
-            frame(rows).to_parquet(out, index=False)
+            rows_frame(rows).to_parquet(out, index=False)
         except (ArrowException, OverflowError) as error:  # a column of values of several kinds
             raise SweepError(f"{directory.trials}: cannot be a Parquet table: {error}") from None
     elif form == "table":

@@ -18,24 +18,17 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 
-from lora_search.errors import SweepError
+from lora_search.journal import journal_storage
 from lora_search.search.window import Window
 from lora_search.space import STARTUP_TRIALS, first_trials, grid_size
 from lora_search.spec import Choice, Domain, Fixed, IntUniform, LogUniform, Search, SweepSpec
-
-JOURNAL = "study.journal"
-
-JOURNAL_LOCK = f"{JOURNAL}.lock"
-"""Optuna's, held while it writes a line."""
 
 
 def create_study(spec: SweepSpec, folder: Path) -> optuna.Study:
     """The study in the run directory, a new one where there is none, with the configurations to try first waiting."""
     study = optuna.create_study(
-        storage=_storage(folder),
+        storage=journal_storage(folder),
         study_name=spec.name,
         direction="minimize" if spec.search.mode == "min" else "maximize",
         load_if_exists=True,
@@ -46,13 +39,6 @@ def create_study(spec: SweepSpec, folder: Path) -> optuna.Study:
         for configuration in itertools.islice(_grid(spec.search.space), planned_trials(spec)):
             study.enqueue_trial(encode(spec.search.space, configuration), skip_if_exists=True)
     return study
-
-
-def open_study(folder: Path) -> optuna.Study:
-    """The study of an existing run directory, to read."""
-    storage = _storage(folder)
-    (name,) = optuna.get_all_study_names(storage)
-    return optuna.load_study(study_name=name, storage=storage)
 
 
 def planned_trials(spec: SweepSpec) -> int:
@@ -109,17 +95,6 @@ def decode(space: Mapping[str, Domain], stored: Mapping[str, Any]) -> dict[str, 
         else:
             configuration[name] = stored[name]
     return configuration
-
-
-def _storage(folder: Path) -> JournalStorage:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        try:
-            return JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
-        except OSError:
-            raise
-        except Exception as error:  # whatever Optuna makes of lines that are not its own
-            raise SweepError(f"{folder / JOURNAL}: is no study: {type(error).__name__}: {error}") from error
 
 
 def _distribution(domain: Domain) -> BaseDistribution:

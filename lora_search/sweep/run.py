@@ -29,11 +29,12 @@ from lora_search.best import (
 )
 from lora_search.checkpoint import trial_folder
 from lora_search.errors import Interrupted, SweepError
+from lora_search.journal import JOURNAL, JOURNAL_LOCK
 from lora_search.results import Row, best_row, ended_count, run_rows
 from lora_search.rundir import RunDirectory, locked
 from lora_search.search import StudySearcher, create_study
 from lora_search.search.asha import StepAsha
-from lora_search.search.study import JOURNAL, JOURNAL_LOCK, planned_trials
+from lora_search.search.study import planned_trials
 from lora_search.seat import Seat
 from lora_search.space import trial_config
 from lora_search.spec import SweepSpec, dump_spec

@@ -1,0 +1,24 @@
+"""Results of runs: rows, frames, Optuna's study. Never imports Ray, nor torch."""
+
+from lora_search.results.events import read_events
+from lora_search.results.frames import COLUMNS, Column, render, rows_frame
+from lora_search.results.rows import Row, best_row, ended_count, run_rows, trial_rows
+from lora_search.results.run import Run, open_run
+from lora_search.results.several import Runs, open_runs
+
+__all__ = [
+    "COLUMNS",
+    "Column",
+    "Row",
+    "Run",
+    "Runs",
+    "best_row",
+    "ended_count",
+    "open_run",
+    "open_runs",
+    "read_events",
+    "render",
+    "rows_frame",
+    "run_rows",
+    "trial_rows",
+]

@@ -1,0 +1,70 @@
+"""One row a trial, as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from lora_search.results.events import Event, read_events
+from lora_search.rundir import RunDirectory
+
+Row = dict[str, Any]
+
+METRICS = (
+    "eval_loss",
+    "perplexity",
+    "token_accuracy",
+    "train_loss",
+    "grad_norm",
+    "lr",
+    "trainable_parameters",
+    "tokens",
+    "tokens_per_second",
+    "seconds",
+    "peak_memory_bytes",
+    "host",
+    "steps_total",
+)
+"""What a row takes from its trial's last report."""
+
+
+def trial_rows(events: Iterable[Event]) -> list[Row]:
+    """One row a trial, in the order of their numbers, from its events.
+
+    A row has trial, state (running, completed, stopped, failed), steps, the parameters by their own names, the last
+    report's figures, the reason of a failure, and when it started and ended, in seconds since 1970. What is not known
+    yet is None.
+    """
+    rows: dict[int, Row] = {}
+    for event in events:
+        trial = event["trial"]
+        if event["event"] == "start":
+            row = rows.setdefault(trial, {"trial": trial, "state": "running", "steps": 0})
+            late = dict.fromkeys(METRICS) | {"reason": None, "started": event["time"], "ended": None}
+            rows[trial] = row | event["parameters"] | late | row
+        elif trial not in rows:
+            continue
+        elif event["event"] == "report":
+            rows[trial].update({"steps": event["step"]} | {key: event.get(key) for key in METRICS})
+        elif event["event"] == "end":
+            rows[trial].update(state=event["state"], reason=event["reason"], ended=event["time"])
+    return [rows[trial] for trial in sorted(rows)]
+
+
+def run_rows(run: RunDirectory) -> list[Row]:
+    """The rows of a run directory."""
+    return trial_rows(read_events(run.trials))
+
+
+def ended_count(rows: Iterable[Mapping[str, Any]]) -> int:
+    """How many of the trials have come to an end, of whatever kind."""
+    return sum(row["state"] != "running" for row in rows)
+
+
+def best_row(rows: Iterable[Mapping[str, Any]], metric: str, mode: Literal["min", "max"]) -> Row | None:
+    """The row whose last report is best, among completed and stopped trials; None where there is none."""
+    ended = [row for row in rows if row["state"] in ("completed", "stopped") and row.get(metric) is not None]
+    if not ended:
+        return None
+    sign = 1 if mode == "min" else -1
+    return dict(min(ended, key=lambda row: (sign * row[metric], row["trial"])))

@@ -1,0 +1,195 @@
+"""Results as frames: of runs of ours, running or broken off, of somebody else's, and of published experiments."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from conftest import shared
+
+from lora_search import open_run, open_runs
+from lora_search.errors import InputError, SweepError
+from lora_search.results import COLUMNS
+from lora_search.spec.schema import SPACE_KEYS
+
+START = {"event": "start", "time": 1000.5}
+PARAMETERS = {"rank": 8, "alpha": 16.0, "dropout": 0, "target_modules": "attention", "learning_rate": 0.001}
+
+
+def report(trial: int, step: int, loss: float | None, **more: Any) -> dict[str, Any]:
+    figures = {"eval_loss": loss, "train_loss": 2.0, "tokens": 100 * step, "host": "host-0", "steps_total": 20}
+    return {"event": "report", "trial": trial, "time": 1000.5 + step, "step": step, **figures, **more}
+
+
+EVENTS = [
+    START | {"trial": 0, "parameters": PARAMETERS},
+    START | {"trial": 1, "parameters": PARAMETERS | {"rank": 64, "target_modules": ["q", "v"]}},
+    START | {"trial": 2, "parameters": PARAMETERS},
+    START | {"trial": 3, "parameters": PARAMETERS},
+    report(1, 10, 1.5),
+    report(0, 10, 1.25),
+    {"event": "checkpoint", "trial": 0, "time": 1010.5, "step": 10, "path": "tune/trial-0000/checkpoint_000010"},
+    {"event": "end", "trial": 1, "time": 1011.0, "state": "stopped", "reason": None},
+    {"event": "end", "trial": 2, "time": 1012.0, "state": "failed", "reason": "loss is not a number"},
+    report(0, 20, 1.0, history=[{"step": 11, "loss": 2.0}]),
+    {"event": "end", "trial": 0, "time": 1021.0, "state": "completed", "reason": None},
+]
+
+
+def write_run(folder: Path, events: list[dict[str, Any]] = EVENTS, sweep: str = "name: written\n") -> Path:
+    folder.mkdir(parents=True)
+    (folder / "sweep.yaml").write_text(sweep)
+    (folder / "trials.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    return folder
+
+
+def test_every_parameter_of_a_sweep_has_a_documented_column() -> None:
+    assert set(SPACE_KEYS) - {"steps"} <= COLUMNS.keys()  # `steps` itself is what a trial has done
+
+
+def test_trials_have_a_row_each_with_documented_dtypes(tmp_path: Path) -> None:
+    trials = open_run(write_run(tmp_path / "run")).trials
+    assert list(trials["trial"]) == [0, 1, 2, 3]
+    assert list(trials["state"]) == ["completed", "stopped", "failed", "running"]
+    assert list(trials["steps"]) == [20, 10, 0, 0]
+    assert list(trials["rank"]) == [8, 64, 8, 8]
+    assert trials["target_modules"][1] == "q, v"
+    assert trials["reason"][2] == "loss is not a number"
+    assert trials["ended"][0] == pd.Timestamp(1021.0, unit="s", tz="UTC")
+    assert pd.isna(trials["ended"][3])
+    assert {name: str(dtype) for name, dtype in trials.dtypes.items()} == {
+        name: COLUMNS[str(name)].dtype for name in trials
+    }
+
+
+def test_reports_have_a_row_each_in_their_order(tmp_path: Path) -> None:
+    reports = open_run(write_run(tmp_path / "run")).reports
+    assert list(reports["trial"]) == [1, 0, 0]
+    assert list(reports["eval_loss"]) == [1.5, 1.25, 1.0]
+    assert list(reports["tokens"]) == [1000, 1000, 2000]
+    assert {name: str(dtype) for name, dtype in reports.dtypes.items()} == {
+        name: COLUMNS[str(name)].dtype for name in reports
+    }
+
+
+def test_best_is_the_best_trial_that_has_ended(tmp_path: Path) -> None:
+    best = open_run(write_run(tmp_path / "run")).best
+    assert best is not None
+    assert (best["trial"], best["eval_loss"]) == (0, 1.0)
+
+
+@pytest.mark.parametrize("events", [[], EVENTS[:4]], ids=["no trial yet", "no report yet"])
+def test_run_that_has_just_begun_has_frames_and_no_best(tmp_path: Path, events: list[dict[str, Any]]) -> None:
+    run = open_run(write_run(tmp_path / "run", events))
+    assert len(run.trials) == len(events)
+    assert len(run.reports) == 0
+    assert str(run.reports["eval_loss"].dtype) == "float64"
+    assert run.best is None
+
+
+def test_run_that_is_being_written_is_read_without_its_last_torn_line(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    whole = (folder / "trials.jsonl").read_bytes()
+    for cut in range(1, 60):
+        (folder / "trials.jsonl").write_bytes(
+            whole[:-1] + b"\n" + b'{"event": "end", "trial": 3, "reason": "\xc3\xa9'[:cut]
+        )
+        assert len(open_run(folder).trials) == 4
+
+
+def test_lines_written_by_others_are_read_as_ours(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    ours = open_run(folder)
+    lines = [json.dumps(dict(reversed(event.items())), separators=(",", ":")) for event in EVENTS]
+    lines.append('{"event":"report","trial":3,"time":1020.0,"step":10,"eval_loss":NaN,"host":null}')
+    (folder / "trials.jsonl").write_text("\n".join(lines))
+    theirs = open_run(folder)
+    pd.testing.assert_frame_equal(theirs.trials.iloc[:3], ours.trials.iloc[:3])
+    assert pd.isna(theirs.reports["eval_loss"].iloc[-1])
+
+
+def test_values_of_another_type_than_documented_are_kept_as_text(tmp_path: Path) -> None:
+    events = [START | {"trial": 0, "parameters": PARAMETERS | {"rank": "sixteen", "mine": [["a"]][0], "other": 7}}]
+    trials = open_run(write_run(tmp_path / "run", events)).trials
+    assert (trials["rank"][0], trials["mine"][0], trials["other"][0]) == ("sixteen", "a", 7)
+
+
+def test_study_is_read_and_never_made(tmp_path: Path) -> None:
+    run = open_run(write_run(tmp_path / "run"))
+    with pytest.raises(SweepError, match=r"study\.journal: there is no study"):
+        _ = run.study
+    assert not (tmp_path / "run" / "study.journal").exists()
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "not JSON"), ("[1]", r"found \[1\]")])
+def test_provenance_that_is_none_is_said(tmp_path: Path, text: str, message: str) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / "provenance.json").write_text(text)
+    with pytest.raises(SweepError, match=message):
+        _ = open_run(folder).provenance
+
+
+def test_runs_stand_together_and_are_told_apart(tmp_path: Path) -> None:
+    max_sweep = "name: other\nsearch: {metric: token_accuracy, mode: max}\n"
+    accurate = [event | ({"token_accuracy": 0.5} if event["event"] == "report" else {}) for event in EVENTS]
+    write_run(tmp_path / "a" / "run")
+    write_run(tmp_path / "b" / "run", accurate, max_sweep)
+    runs = open_runs(tmp_path / "a" / "run", tmp_path / "b" / "run")
+    assert runs.names == ["run", "run (2)"]
+    assert list(runs.trials["run"]) == ["run"] * 4 + ["run (2)"] * 4
+    assert list(runs.reports["run"]) == ["run"] * 3 + ["run (2)"] * 3
+    assert list(runs.best["metric"]) == ["eval_loss", "token_accuracy"]
+    assert list(runs.best["value"]) == [1.0, 0.5]
+    assert open_runs(tmp_path / "a").names == ["run"]  # a folder of run directories
+
+
+def test_runs_need_not_have_begun(tmp_path: Path) -> None:
+    runs = open_runs(write_run(tmp_path / "run", []))
+    assert (len(runs.trials), len(runs.reports), len(runs.best)) == (0, 0, 0)
+
+
+def test_place_that_holds_no_results_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for place in (tmp_path / "empty", tmp_path / "nowhere"):
+        with pytest.raises(InputError, match="RUN: found"):
+            open_runs(place)
+
+
+def test_published_experiments_are_the_trials_of_one_run() -> None:
+    runs = open_runs(shared("peft-method-comparison"))
+    trials = runs.trials.set_index("experiment")
+    assert len(trials) == 4
+    rank32 = trials.loc["lora/llama-3.2-3B-rank32"]
+    assert (rank32["rank"], rank32["alpha"], rank32["target_modules"]) == (32, 64.0, "v_proj, q_proj")
+    assert rank32["trainable_parameters"] == 9_175_040  # ORIGINS.md
+    assert rank32["peak_memory_bytes"] == 22_292_725_760
+    assert (rank32["state"], rank32["steps"], rank32["host"]) == ("completed", 5000, "NVIDIA L40S")
+    assert 0.2 < rank32["accuracy"] < rank32["accuracy"] + rank32["test_accuracy"] < 1.2
+    assert runs.reports.groupby("trial")["step"].agg(["min", "max"]).values.tolist() == [[250, 5000]] * 4
+    assert runs.best["metric"].tolist() == ["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "Invalid JSON"), ("{}", "run_info: Field required"), ('{"run_info": {"experiment_name": 1}}', "run_info")],
+)
+def test_file_that_is_no_published_experiment_is_said(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "x.json").write_text(content)
+    with pytest.raises(SweepError, match=rf"x\.json: {message}"):
+        open_runs(tmp_path / "x.json")
+
+
+def test_results_need_neither_ray_nor_torch(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    script = (
+        "import sys, lora_search; assert 'pandas' not in sys.modules; run = lora_search.open_run(sys.argv[1]);"
+        "run.trials, run.reports, run.best, lora_search.open_runs(sys.argv[1]);"
+        "print([name for name in ('ray', 'torch', 'transformers', 'wandb') if name in sys.modules])"
+    )
+    said = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "[]"
