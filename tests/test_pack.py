@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_spec
@@ -15,9 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load as load_tensors
 
+from lora_search.best.conclude import loss_interval
 from lora_search.checkpoint import ADAPTER_WEIGHTS
-from lora_search.engine import Engine, StepMetrics
+from lora_search.data import TokenSplit
+from lora_search.engine import Engine, Evaluation, StepMetrics, evaluate
 from lora_search.errors import OUT_OF_MEMORY, TrialFailed
+from lora_search.model import load_base
 from lora_search.space import TrialConfig, trial_config
 
 if TYPE_CHECKING:
@@ -59,8 +63,6 @@ def _one_thread_a_pass(_two_threads: None) -> None:
 @pytest.fixture(scope="module", params=[1, 2], ids=["one-lane", "two-lanes"])
 def engine(spec: SweepSpec, tiny_data: TokenizedData, request: pytest.FixtureRequest) -> Engine:
     """One engine for every example: that nothing of a pack is left for the next is part of the promise."""
-    from lora_search.model import load_base
-
     return Engine(load_base(spec.base, "cpu"), tiny_data, lanes=request.param)
 
 
@@ -252,6 +254,39 @@ def test_trial_too_large_alone_fails_with_that_reason_and_no_other(
     assert engine.position("a") == 0
     short_of_memory(1)
     assert losses_of(engine.step(["a"]))  # the engine lives on
+
+
+def test_evaluation_tells_the_loss_of_each_row(engine: Engine, spec: SweepSpec) -> None:
+    engine.admit("trial", trial_config(spec, {"rank": 4}))
+    losses_of(engine.step(["trial"]))
+    found = engine.evaluate(["trial"], "test")["trial"]
+    assert found.losses_N is not None
+    assert found.targets_N is not None
+    rows = engine.data.test
+    for row in range(len(rows.lengths_N)):
+        tokens, trained = rows.row(row)
+        assert found.targets_N[row] == sum(trained[1:])
+    assert found.losses_N.sum() / found.targets_N.sum() == pytest.approx(found.loss, rel=1e-6)
+    tokens, trained = rows.row(2)
+    alone = evaluate(
+        load_base(spec.base, "cpu"),
+        TokenSplit(tokens, trained, np.array([0, len(tokens)])),
+        engine.data.pad_token_id,
+    )
+    plain = engine.untrained("test")
+    assert plain.losses_N is not None
+    assert plain.losses_N[2] / alone.targets == pytest.approx(alone.loss, rel=1e-5)
+
+
+def test_interval_of_a_loss_is_that_of_rows_drawn_anew() -> None:
+    generator = np.random.default_rng(1)
+    targets_N = np.full(400, 10)
+    losses_N = targets_N * generator.normal(2.0, 0.5, 400)
+    low, high = loss_interval(Evaluation(float(losses_N.sum() / 4000), 0.0, 4000, losses_N, targets_N))
+    assert (low + high) / 2 == pytest.approx(losses_N.sum() / 4000, abs=0.005)
+    assert high - low == pytest.approx(2 * 1.96 * 0.5 / 400**0.5, rel=0.15)
+    same = Evaluation(2.0, 0.0, 4000, 2.0 * targets_N, targets_N)
+    assert loss_interval(same) == (2.0, 2.0)
 
 
 @pytest.mark.parametrize("fitting", [1, 3])

@@ -125,7 +125,9 @@ def test_best_is_the_lowest_and_everything_of_it_is_there(finished: tuple[SweepS
     assert f"| {outcome.best['trial']} | completed" in (best / "README.md").read_text()
     # the adapter that was saved is the one that was reported
     assert outcome.conclusion.validation_loss == pytest.approx(outcome.best["eval_loss"], rel=1e-6)
-    assert outcome.conclusion.test_loss > 0
+    assert outcome.conclusion.test_loss_interval is not None
+    low, high = outcome.conclusion.test_loss_interval
+    assert 0 < low < outcome.conclusion.test_loss < high
 
 
 def test_best_config_is_a_sweep_of_one_that_comes_to_the_same_result(

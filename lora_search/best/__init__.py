@@ -1,6 +1,6 @@
 """The best trial: its adapter exported, tested, merged and described. Never imports Ray."""
 
-from lora_search.best.card import merge_line, signed, write_card
+from lora_search.best.card import interval, merge_line, signed, write_card
 from lora_search.best.conclude import (
     Conclusion,
     adapter_losses,
@@ -16,6 +16,7 @@ __all__ = [
     "Conclusion",
     "adapter_losses",
     "export_adapter",
+    "interval",
     "merge_best",
     "merge_line",
     "merge_trial",

@@ -52,7 +52,8 @@ def model_card(
             "| | loss, nats a token | untrained base |",
             "| --- | --- | --- |",
             f"| validation | {conclusion.validation_loss:.4f} | {conclusion.untrained_validation_loss:.4f} |",
-            f"| test, touched once | {conclusion.test_loss:.4f} | {conclusion.untrained_test_loss:.4f} |",
+            f"| test, touched once | {conclusion.test_loss:.4f}{interval(conclusion)} "
+            f"| {conclusion.untrained_test_loss:.4f} |",
             f"| merged model, validation | {conclusion.merged_loss:.4f} | |",
             "",
             merge_line(conclusion),
@@ -107,6 +108,14 @@ def merge_line(conclusion: Conclusion) -> str:
     if conclusion.merge_within_tolerance:
         return line
     return f"WARNING: the merged model differs from the adapter by more than 1 %. {line}"
+
+
+def interval(conclusion: Conclusion) -> str:
+    """The test loss's confidence interval, as it stands behind the loss."""
+    if conclusion.test_loss_interval is None:
+        return ""
+    low, high = conclusion.test_loss_interval
+    return f" (95 %: {low:.4f} to {high:.4f})"
 
 
 def signed(share: float) -> str:

@@ -45,7 +45,7 @@ def _show(spec: SweepSpec, outcome: Outcome) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from lora_search.best import merge_line
+    from lora_search.best import interval, merge_line
 
     best, conclusion, run = outcome.best, outcome.conclusion, outcome.run
     table = Table(title=f"{spec.name}: trial {best['trial']} is the best of {len(outcome.rows)}", title_justify="left")
@@ -59,7 +59,8 @@ def _show(spec: SweepSpec, outcome: Outcome) -> None:
         f"{conclusion.validation_loss:.4f}",
         f"{conclusion.merged_loss:.4f}",
     )
-    table.add_row("test", f"{conclusion.untrained_test_loss:.4f}", f"{conclusion.test_loss:.4f}", "")
+    tested = f"{conclusion.test_loss:.4f}{interval(conclusion)}"
+    table.add_row("test", f"{conclusion.untrained_test_loss:.4f}", tested, "")
     settings = ", ".join(
         f"{name} {best[name]:.3g}" if isinstance(best[name], float) else f"{name} {best[name]}"
         for name in ("rank", "alpha", "dropout", "target_modules", "learning_rate")

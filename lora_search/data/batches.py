@@ -91,6 +91,19 @@ class FlatRows:
     """Where, among the N, the token before each target stands."""
     targets_M: npt.NDArray[np.int64]
 
+    @property
+    def targets_by_row(self) -> npt.NDArray[np.int64]:
+        """Targets of each row."""
+        return np.bincount(self._row_of_target_M, minlength=len(self.lengths))
+
+    def sums_by_row(self, values_M: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+        """The sum over each row's targets."""
+        return np.bincount(self._row_of_target_M, values_M, minlength=len(self.lengths))
+
+    @property
+    def _row_of_target_M(self) -> npt.NDArray[np.int64]:
+        return np.searchsorted(np.cumsum(self.lengths), self.predictors_M, side="right")
+
 
 def flatten(split: TokenSplit, rows: Sequence[int]) -> FlatRows:
     """The named rows end to end."""

@@ -7,17 +7,18 @@ import math
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
 from lora_search.checkpoint import Checkpoint
-from lora_search.data import TokenizedData, TokenSplit, flatten, rows_by_length
+from lora_search.data import FlatRows, TokenizedData, TokenSplit, flatten, rows_by_length
 from lora_search.engine.adamw import clip_together, step_together
 from lora_search.engine.adapter import FlatAdapter, Places
 from lora_search.engine.evaluate import Evaluation
-from lora_search.engine.forward import PackedBase
+from lora_search.engine.forward import Measured, PackedBase
 from lora_search.engine.lanes import Lanes
 from lora_search.engine.layers import AdapterPassage, DropoutSite, LinearSite, working_dtype
 from lora_search.engine.metrics import Report, StepMetrics, peak_memory_bytes
@@ -319,16 +320,23 @@ class Engine:
     def _measure_in_passes(self, adapters: Sequence[FlatAdapter | None], rows: TokenSplit) -> list[Evaluation]:
         tokens = max(1, self._evaluation_tokens // len(adapters))
 
-        def measure(picked: list[int]) -> tuple[list[tuple[float, int]], int]:
+        def measure(picked: list[int]) -> tuple[list[Measured], FlatRows]:
             batch = flatten(rows, picked)
-            return self._packed.measure(self._packed.pack([Share(batch, a) for a in adapters])), len(batch.targets_M)
+            return self._packed.measure(self._packed.pack([Share(batch, a) for a in adapters])), batch
 
-        pieces = list(self._lanes.map(measure, list(rows_by_length(rows, tokens))))
-        targets = sum(count for _, count in pieces)
+        groups = list(rows_by_length(rows, tokens))
+        pieces = list(self._lanes.map(measure, groups))
+        counts_N = np.zeros(len(rows.lengths_N), np.int64)
+        for picked, (_, batch) in zip(groups, pieces, strict=True):
+            counts_N[picked] = batch.targets_by_row
+        targets = int(counts_N.sum())
         found = []
         for of_one in zip(*(piece for piece, _ in pieces), strict=True):
-            loss, hits = map(sum, zip(*of_one, strict=True))
-            found.append(Evaluation(loss / targets, hits / targets, targets))
+            losses_N = np.zeros(len(counts_N))
+            for measured, picked, (_, batch) in zip(of_one, groups, pieces, strict=True):
+                losses_N[picked] = batch.sums_by_row(measured.losses_M.cpu().numpy())
+            loss, hits = sum(measured.loss for measured in of_one), sum(measured.hits for measured in of_one)
+            found.append(Evaluation(loss / targets, hits / targets, targets, losses_N, counts_N))
         return found
 
     @property

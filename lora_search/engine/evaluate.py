@@ -6,9 +6,11 @@ Legend: B sequences, T positions, M target tokens of the batch, V vocabulary.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
@@ -31,6 +33,10 @@ class Evaluation:
     """Nats a target token."""
     token_accuracy: float
     targets: int
+    losses_N: npt.NDArray[np.float64] | None = field(default=None, repr=False, compare=False)
+    """Summed loss of each of the split's rows, in nats."""
+    targets_N: npt.NDArray[np.int64] | None = field(default=None, repr=False, compare=False)
+    """Target tokens of each of the split's rows."""
 
     @property
     def perplexity(self) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,18 @@ LOGIT_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 """What configurations call the cap of their logits."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A share's standing on its rows."""
+
+    loss: float
+    """Summed over its targets, in nats."""
+    hits: int
+    """Targets that were the most likely token."""
+    losses_M: torch.Tensor
+    """Nats of each target."""
 
 
 class PackedBase:
@@ -71,18 +84,17 @@ class PackedBase:
         return pack.per_part(losses_M.detach())
 
     @torch.no_grad()
-    def measure(self, pack: Pack) -> list[tuple[float, int]]:
-        """Each part's summed loss, and for how many targets the target was the most likely token."""
+    def measure(self, pack: Pack) -> list[Measured]:
+        """Each part's standing."""
         losses, hits = [], []
         with self._running(pack):
             for logits_mV, rows in self._logits_in_turns(pack):
                 targets_m = pack.targets_M[rows]
                 losses.append(F.cross_entropy(logits_mV, targets_m, reduction="none"))
                 hits.append((logits_mV.argmax(-1) == targets_m).float())
-        return [
-            (loss, round(hit))
-            for loss, hit in zip(pack.per_part(torch.cat(losses)), pack.per_part(torch.cat(hits)), strict=True)
-        ]
+        losses_M = torch.cat(losses)
+        sums = zip(pack.parts, pack.per_part(losses_M), pack.per_part(torch.cat(hits)), strict=True)
+        return [Measured(loss, round(hit), losses_M[part.targets]) for part, loss, hit in sums]
 
     def head_logits(self, hidden_ME: torch.Tensor, weight_VE: torch.Tensor) -> torch.Tensor:
         """The output head's float32 logits, the product in the compute dtype."""
