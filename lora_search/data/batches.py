@@ -98,7 +98,7 @@ class FlatRows:
 
     def sums_by_row(self, values_M: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
         """The sum over each row's targets."""
-        return np.bincount(self._row_of_target_M, values_M, minlength=len(self.lengths))
+        return np.bincount(self._row_of_target_M, values_M, minlength=len(self.lengths)).astype(np.float64)
 
     @property
     def _row_of_target_M(self) -> npt.NDArray[np.int64]:
