@@ -48,10 +48,10 @@ class Base(Section):
 class Columns(Section):
     """What the data set calls the columns we read."""
 
-    prompt: str = "prompt"
-    completion: str = "completion"
-    messages: str = "messages"
-    text: str = "text"
+    prompt: str = Field("prompt", description="of prompt-completion")
+    completion: str = Field("completion", description="of prompt-completion")
+    messages: str = Field("messages", description="of chat: a list of {role, content}")
+    text: str = Field("text", description="of text")
 
 
 class Data(Section):
@@ -62,7 +62,9 @@ class Data(Section):
     )
     name: str | None = Field(None, description="configuration of a hub data set")
     split: str = Field("train", description="split of a hub data set")
-    format: Literal["text", "prompt-completion", "chat"] = "prompt-completion"
+    format: Literal["text", "prompt-completion", "chat"] = Field(
+        "prompt-completion", description="what a row is; the loss counts a completion, an assistant's turns, or all"
+    )
     columns: Columns = Columns()
     template: str = Field("{prompt}\n", description="how a prompt stands before its completion")
     max_length: int = Field(256, ge=2, description="tokens; a longer row is cut at its end")
@@ -92,10 +94,10 @@ class Data(Section):
 class Lora(Section):
     """The adapter of a trial. Defaults hold for what `search.space` does not name."""
 
-    rank: int = Field(16, ge=1, le=4096)
+    rank: int = Field(16, ge=1, le=4096, description="r: columns of A and rows of B (LoRA, arXiv:2106.09685)")
     alpha: float | None = Field(None, gt=0, description="scaling numerator; or give alpha_ratio")
     alpha_ratio: float = Field(2.0, gt=0, description="alpha = alpha_ratio * rank")
-    dropout: float = Field(0.05, ge=0, lt=1)
+    dropout: float = Field(0.05, ge=0, lt=1, description="share of the adapter's input that a step leaves out")
     target_modules: str | list[str] = Field("all-linear", min_length=1, description="a target set, a list, a regex")
     use_rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (rsLoRA, arXiv:2312.03732)")
 
@@ -103,21 +105,21 @@ class Lora(Section):
 class Training(Section):
     """How a trial is trained. Any of these keys may stand in `search.space` as well."""
 
-    learning_rate: float = Field(2e-4, gt=0)
+    learning_rate: float = Field(2e-4, gt=0, description="the highest of the schedule")
     steps: int = Field(90, ge=1, description="optimiser steps")
     batch_size: int = Field(4, ge=1, description="sequences in one forward pass")
     gradient_accumulation_steps: int = Field(1, ge=1, description="forward passes in one optimiser step")
     eval_every: int = Field(10, ge=1, description="optimiser steps between reports")
-    warmup_ratio: float = Field(0.05, ge=0, le=1)
+    warmup_ratio: float = Field(0.05, ge=0, le=1, description="share of the steps in which the learning rate rises")
     lr_schedule: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
     ] = Field("cosine", description="a schedule of transformers.get_scheduler")
-    optimizer: Literal["adamw"] = "adamw"
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_epsilon: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
-    weight_decay: float = Field(0.0, ge=0)
+    optimizer: Literal["adamw"] = Field("adamw", description="AdamW (arXiv:1711.05101)")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="decay of the mean of gradients")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="decay of the mean of squared gradients")
+    adam_epsilon: float = Field(1e-8, gt=0, description="added to the root of the latter")
+    max_grad_norm: float = Field(1.0, ge=0, description="a longer gradient is cut to this L2 norm; 0: no clipping")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled from the gradient")
     seed: int = Field(0, ge=0, lt=2**31, description="initialisation, dropout and order of the data")
 
 
@@ -128,14 +130,16 @@ SPACE_KEYS = (*Lora.model_fields, *Training.model_fields)
 class Sampler(Section):
     """What proposes the trials."""
 
-    name: Literal["tpe", "random", "grid"] = "tpe"
-    seed: int = Field(0, ge=0, lt=2**32)
+    name: Literal["tpe", "random", "grid"] = Field(
+        "tpe", description="tpe: learns from the trials before; grid: every combination of choices"
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="of the proposals")
 
 
 class Asha(Section):
     """Asynchronous successive halving (arXiv:1810.05934), rungs counted in optimiser steps; `none` stops nothing."""
 
-    name: Literal["asha", "none"] = "asha"
+    name: Literal["asha", "none"] = Field("asha", description="none: every trial is trained to its last step")
     first_rung: int | None = Field(None, ge=1, description="steps before the first comparison; default eval_every")
     reduction_factor: float = Field(3, gt=1, description="1 of so many trials goes on at each rung")
 
@@ -154,15 +158,21 @@ def guide_space() -> dict[str, AnyDomain]:
 class Search(Section):
     """What is searched, by what measure, and how long."""
 
-    space: dict[str, Domain] = Field(default_factory=guide_space, min_length=1)
+    space: dict[str, Domain] = Field(
+        default_factory=guide_space,
+        min_length=1,
+        description="what is searched, by name; default: the usual LoRA guide's",
+    )
     enqueue: list[dict[str, Any]] | None = Field(
         None, description="configurations to try first; default: rank 16, alpha 32, dropout 0.05 where allowed"
     )
-    metric: Literal["eval_loss", "perplexity", "token_accuracy", "train_loss"] = "eval_loss"
-    mode: Literal["min", "max"] = "min"
+    metric: Literal["eval_loss", "perplexity", "token_accuracy", "train_loss"] = Field(
+        "eval_loss", description="what trials are judged by; eval_loss: nats a target token of the validation split"
+    )
+    mode: Literal["min", "max"] = Field("min", description="follows from the metric where it is left out")
     sampler: Sampler = Sampler()
     scheduler: Asha = Asha()
-    trials: int = Field(24, ge=1, le=100_000)
+    trials: int = Field(24, ge=1, le=100_000, description="configurations to try")
 
     @model_validator(mode="before")
     @classmethod
@@ -218,8 +228,8 @@ class Hosts(Section):
 class Wandb(Section):
     """Weights & Biases."""
 
-    project: str = "lora-search"
-    entity: str | None = None
+    project: str = Field("lora-search", description="where the runs go")
+    entity: str | None = Field(None, description="user or team; default: yours")
     mode: Literal["auto", "online", "offline", "disabled"] = Field(
         "auto", description="auto: online where an API key is set, else offline"
     )
@@ -234,7 +244,7 @@ class Tracking(Section):
 class SweepSpec(Section):
     """One sweep: one search, one run directory."""
 
-    name: Name = "sweep"
+    name: Name = Field("sweep", description="of the run directory: letters, digits and . _ -")
     base: Base = Base()
     data: Data = Data()
     search: Search = Field(default_factory=lambda: Search())
