@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from lora_search.cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -41,3 +46,61 @@ def test_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
     assert len(phrases) > 8
     pieces = {phrase: [piece for piece in re.split(r"\.\.\.", phrase) if len(piece) > 8] for phrase in phrases}
     assert not [phrase for phrase, wanted in pieces.items() if not all(piece in said for piece in wanted)]
+
+
+# Commands
+
+PLACEHOLDERS = {"SWEEP.yaml": "sweeps/demo.yaml", "RUN": "demo"}
+
+ELSEWHERE = {
+    "--address": "tests/test_cluster.py",
+    "--resume": "tests/test_faults.py",
+    "s3://": "tests/test_store.py",
+    "--template my-": "tests/test_launch.py",
+    "--on slurm|": "a list of options, no command",
+    "--set output=": "tests/test_launch.py",
+}
+"""What a command holds that is run by other tests."""
+
+SMALL = ["--set", "search.trials=3", "--set", "training.steps=10", "--set", "data.limit=300"]
+
+
+def shown_commands(page: Path) -> Iterator[str]:
+    """Commands of ours in a page: indented, fenced, or in the running text."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    found = re.findall(r"^ {4,}(lora-search .*)$|`(lora-search [^`]*)`", text, re.MULTILINE)
+    for indented, inline in found:
+        command = " ".join((indented.partition("  #")[0] or inline).split())
+        if len(shlex.split(command)) > 2 or command == "lora-search doctor":
+            yield command
+
+
+COMMANDS = sorted({command for page in PAGES for command in shown_commands(page)})
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sweeps of the repository and a finished run of the demo's, made small."""
+    folder = tmp_path_factory.mktemp("world")
+    shutil.copytree(ROOT / "sweeps", folder / "sweeps")
+    command = [sys.executable, "-m", "lora_search", "run", "sweeps/demo.yaml", *SMALL]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+def test_pages_show_commands() -> None:
+    assert len(COMMANDS) > 12
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_shown_command_runs(
+    command: str, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part, test in ELSEWHERE.items():
+        if part in command:
+            pytest.skip(f"{part}: {test}")
+    monkeypatch.chdir(world)
+    words = [PLACEHOLDERS.get(word, word) for word in shlex.split(command)[1:]]
+    if words[0] == "run":  # the world's run is one; here, that the sweep would begin
+        words[0] = "plan"
+    assert main(words) == 0, capsys.readouterr().err
