@@ -91,6 +91,8 @@ def load_base(
     Raises:
         InputError: there is no such model, it is no causal language model, or has no safetensors weights.
     """
+    if others and split is None:
+        raise ValueError("a base over several devices needs a split")
     device = torch.device(device)
     devices = {"": device} if split is None else split.device_map((device, *others))
     dtype = compute_dtype(base.compute_dtype, device)
