@@ -149,9 +149,8 @@ def test_gpus_share_a_trials_memory_and_leave_nothing_out() -> None:
 # The engine
 
 
-def dispatched(spec: SweepSpec, devices: Devices) -> FrozenBase:
+def dispatched(base: FrozenBase, devices: Devices) -> FrozenBase:
     """The tiny base with its second block on a second device, as `load_base` would have it there."""
-    base = load_base(spec.base, "cpu")
     places = (torch.device("cpu", 0), torch.device("cpu", 1))
     split = Split("model.layers", (range(1), range(1, 2)), (0, 0), ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"))
     for name, tensor in (*base.model.named_parameters(), *base.model.named_buffers()):
@@ -159,7 +158,7 @@ def dispatched(spec: SweepSpec, devices: Devices) -> FrozenBase:
         for part in _quant_state(tensor):
             devices.put(part, places[split.gpu_of(name)])
     attach_borders(base.model, split.device_map(places))
-    if spec.base.gradient_checkpointing:  # torch's own check looks at devices from where they cannot be pretended
+    if base.model.is_gradient_checkpointing:  # torch's own check looks at devices from where they cannot be pretended
         base.model.gradient_checkpointing_enable({"use_reentrant": False, "determinism_check": "none"})
     return replace(base, device=places[0], others=places[1:])
 
@@ -191,11 +190,11 @@ def train(engine: Engine, spec: SweepSpec, steps: int) -> tuple[list[torch.Tenso
 def test_two_devices_train_as_one_to_the_bit(
     tiny: Path, tiny_data: TokenizedData, quantization: str, checkpointing: bool
 ) -> None:
-    base = {"quantization": quantization, "gradient_checkpointing": checkpointing}
-    spec = make_spec(tiny, base=base)
+    spec = make_spec(tiny, base={"quantization": quantization, "gradient_checkpointing": checkpointing})
     alone = train(Engine(load_base(spec.base, "cpu"), tiny_data), spec, 5)
+    base = load_base(spec.base, "cpu")
     with pretend() as devices:
-        engine = Engine(dispatched(spec, devices), tiny_data)
+        engine = Engine(dispatched(base, devices), tiny_data)
         together = train(engine, spec, 5)
         adapters = [trial.adapter for trial in engine._trials.values()]
         assert [[str(v.device) for v in adapter.vectors] for adapter in adapters] == [
@@ -205,13 +204,13 @@ def test_two_devices_train_as_one_to_the_bit(
         ]
         assert devices.copies > 0
     assert alone[1:] == together[1:]
-    assert [float((one - other).abs().max()) for one, other in zip(alone[0], together[0], strict=True)] == [0.0] * len(alone[0])
+    assert all(torch.equal(one, other) for one, other in zip(alone[0], together[0], strict=True))
 
 
-def test_a_pretend_device_minds_what_a_gpu_minds(tiny_spec: SweepSpec, tiny_data: TokenizedData) -> None:
+def test_a_pretend_device_minds_what_a_gpu_minds(tiny_base: FrozenBase, tiny_data: TokenizedData) -> None:
     """The check above can fail: without borders, the second block is given what lies on the first device."""
     with pretend() as devices:
-        base = dispatched(tiny_spec, devices)
+        base = dispatched(tiny_base, devices)
         for module in base.model.modules():
             module._forward_pre_hooks.clear()
         with pytest.raises(MixedDevices):
