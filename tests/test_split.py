@@ -152,7 +152,12 @@ def test_gpus_share_a_trials_memory_and_leave_nothing_out() -> None:
 def dispatched(base: FrozenBase, devices: Devices) -> FrozenBase:
     """The tiny base with its second block on a second device, as `load_base` would have it there."""
     places = (torch.device("cpu", 0), torch.device("cpu", 1))
-    split = Split("model.layers", (range(1), range(1, 2)), (0, 0), ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"))
+    split = Split(
+        "model.layers",
+        (range(1), range(1, 2)),
+        (0, 0),
+        ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"),
+    )
     for name, tensor in (*base.model.named_parameters(), *base.model.named_buffers()):
         devices.put(tensor, places[split.gpu_of(name)])
         for part in _quant_state(tensor):

@@ -52,7 +52,9 @@ class _Piece:
         """Those of the targets that are on it."""
         if self.split is None:
             return targets
-        here = [[n for n in names if self.split.gpu_of(n) == self.gpu] for names in (targets.modules, targets.parameters)]
+        here = [
+            [n for n in names if self.split.gpu_of(n) == self.gpu] for names in (targets.modules, targets.parameters)
+        ]
         return replace(targets, modules=tuple(here[0]), parameters=tuple(here[1]))
 
 

@@ -42,9 +42,7 @@ class Split:
         its own begins with (layers.1 and layers.10).
         """
         blocks = {
-            f"{self.blocks}.{index}": device
-            for device, span in zip(devices, self.spans, strict=True)
-            for index in span
+            f"{self.blocks}.{index}": device for device, span in zip(devices, self.spans, strict=True) for index in span
         }
         return dict.fromkeys(self.rest, devices[0]) | blocks
 
@@ -99,9 +97,7 @@ def decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     from torch import nn
 
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    outer = {
-        name: module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)
-    }
+    outer = {name: module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
     return max(outer.items(), key=lambda pair: sum(p.numel() for p in pair[1].parameters()), default=None)
 
 
