@@ -1,4 +1,4 @@
-"""A base over several GPUs: its parts are laid out as planned, and a trial's result does not depend on where they lie."""
+"""A base over several GPUs: laid out as planned, and a trial's result does not depend on where its parts lie."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pretend_devices import Devices, MixedDevices, pretend
 from lora_search.engine import Engine, StepMetrics
 from lora_search.errors import InputError
 from lora_search.memory import BaseMemory, Setup, TrialShape, weigh
-from lora_search.memory.split import Split, balance, decoder_blocks, split_base
+from lora_search.memory.split import Split, balance, split_base
 from lora_search.memory.weights import parameter_bytes
 from lora_search.model import FrozenBase, load_base
 from lora_search.model.borders import attach_borders
@@ -220,3 +220,42 @@ def test_a_pretend_device_minds_what_a_gpu_minds(tiny_base: FrozenBase, tiny_dat
             module._forward_pre_hooks.clear()
         with pytest.raises(MixedDevices):
             Engine(base, tiny_data)
+
+
+def test_checkpoint_goes_from_two_devices_to_one(
+    tiny_spec: SweepSpec, tiny_base: FrozenBase, tiny_data: TokenizedData
+) -> None:
+    """A sweep may be resumed with other `hosts`: what a checkpoint holds does not depend on where layers lie."""
+    config = trial_config(tiny_spec, {**TRIALS[0], "max_grad_norm": 0.0})
+    alone = Engine(load_base(tiny_spec.base, "cpu"), tiny_data)
+    with pretend() as devices:
+        both = Engine(dispatched(tiny_base, devices), tiny_data)
+        both.admit("0", config)
+        for _ in range(3):
+            both.step(["0"])
+        checkpoint = both.snapshot("0")
+        both.release("0")
+        both.admit("0", config, checkpoint)  # and back onto two
+        there = both.step(["0"])["0"]
+    alone.admit("0", config, checkpoint)
+    here = alone.step(["0"])["0"]
+    assert isinstance(here, StepMetrics)
+    assert isinstance(there, StepMetrics)
+    assert (here.step, here.loss) == (there.step, there.loss)
+    assert here.grad_norm == pytest.approx(there.grad_norm)  # summed in another order
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_gpus_train_as_one(tiny: Path, tiny_data: TokenizedData) -> None:
+    spec = make_spec(tiny, base={"compute_dtype": "auto"})
+    alone = train(Engine(load_base(spec.base, "cuda:0"), tiny_data), spec, 8)
+    split = split_base(skeleton(spec.base.model), replace(GPU, gpus=2))
+    base = load_base(spec.base, "cuda:0", [torch.device("cuda", 1)], split)
+    assert {parameter.device.index for parameter in base.model.parameters()} == {0, 1}
+    engine = Engine(base, tiny_data)
+    together = train(engine, spec, 8)
+    assert together[1] == pytest.approx(alone[1], rel=1e-3)
+    assert together[2] == pytest.approx(alone[2], rel=1e-3)
+    for trial in engine.residents:
+        engine.release(trial)

@@ -24,10 +24,10 @@ def step_together(optimizers: Sequence[torch.optim.AdamW]) -> None:
         for parameter in optimizer.param_groups[0]["params"]:
             by_device.setdefault(parameter.device, []).append((optimizer, parameter))
     for there in by_device.values():
-        _step(*zip(*there, strict=True))
+        _step([optimizer for optimizer, _ in there], [parameter for _, parameter in there])
 
 
-def _step(optimizers: Sequence[torch.optim.AdamW], parameters: Sequence[torch.Tensor]) -> None:
+def _step(optimizers: Sequence[torch.optim.AdamW], parameters: list[torch.Tensor]) -> None:
     """Step these parameters, which are on one device, each as its optimiser says."""
     groups: list[dict[str, Any]] = [optimizer.param_groups[0] for optimizer in optimizers]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

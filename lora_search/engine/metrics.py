@@ -59,7 +59,7 @@ class Report:
 
 
 def peak_memory_bytes(devices: Sequence[torch.device]) -> int:
-    """The most memory this process has held: allocated on the fullest of its GPUs, or resident (Linux counts in KiB)."""
+    """The most this process has held: allocated on the fullest of its GPUs, or resident (Linux counts in KiB)."""
     if devices[0].type == "cuda":
         return max(int(torch.cuda.max_memory_allocated(device)) for device in devices)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

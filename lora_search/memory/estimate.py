@@ -79,7 +79,7 @@ class BaseMemory:
         self.setup = setup
         self.weights: Weights = weigh(self._model, setup)
         self._whole = _Piece(0, self.weights.total)
-        self._pieces = (self._whole,)
+        self._pieces: tuple[_Piece, ...] = (self._whole,)
         if setup.gpus > 1:
             split = split_base(self._model, setup)
             self._pieces = tuple(_Piece(gpu, base, split) for gpu, base in enumerate(split.base))

@@ -87,7 +87,7 @@ class Gauge:
 
 
 def usable_bytes(devices: Sequence[torch.device], hosts: int) -> int:
-    """What one of so many hosts on this machine may take: of each of its GPUs, the fullest, or of the machine's memory."""
+    """What one of so many hosts on this machine may take: of each of its GPUs, or of the machine's memory."""
     if devices[0].type == "cuda":
         import torch
 

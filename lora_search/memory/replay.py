@@ -60,7 +60,7 @@ class Replay:
         attach(self._model)
         self._known = [*self._model.parameters(), *self._model.buffers()]
         blocks = decoder_blocks(self._model)
-        self._layers = None if blocks is None else blocks[1]
+        self._blocks, self._layers = blocks or ("", None)
         self._flat = True
         self._found: dict[tuple[frozenset[str], int, bool, int, range | None, bool], Held] = {}
         self.by_rule = False
@@ -129,10 +129,9 @@ class Replay:
         return self._found[key]
 
     def _share(self, now: Pass, span: range, *, backward: bool) -> Held:
-        """Of what the whole model holds, a part as large as that of its blocks: where some do not run without others."""
-        assert self._layers is not None
+        """A part, by the blocks, of what the whole model holds: where these do not run without the others."""
         whole = self._remembered(now, None, backward=backward)
-        kept = whole.kept * len(span) / len(self._layers)
+        kept = whole.kept * len(span) / len(self._layers or ())
         return Held(kept, kept + whole.peak - whole.kept)
 
     @contextmanager
@@ -142,10 +141,9 @@ class Replay:
         Args:
             reached: a gradient goes through them to blocks before them.
         """
-        if span is None:
+        if span is None or self._layers is None:
             yield
             return
-        assert self._layers is not None
         whole = list(self._layers)
         hooks = [self._model.get_input_embeddings().register_forward_hook(_wants_gradient)] if reached else []
         _cut(self._layers, [whole[index] for index in span])
@@ -158,9 +156,7 @@ class Replay:
 
     def _is_reached(self, modules: Collection[str], span: range) -> bool:
         """Whether a block before these, or what stands before all of them, is adapted."""
-        blocks = decoder_blocks(self._model)
-        assert blocks is not None
-        return any(index is None or index < span.start for index in map(partial(_block, blocks[0]), modules))
+        return any(index is None or index < span.start for index in map(partial(_block, self._blocks), modules))
 
     def _at_full_depth(self, modules: Collection[str], span: range | None, held: Callable[[], Held]) -> Held:
         """Measure some layers of like ones, and go on from there."""
