@@ -60,7 +60,8 @@ class Replay:
         attach(self._model)
         self._known = [*self._model.parameters(), *self._model.buffers()]
         blocks = decoder_blocks(self._model)
-        self._blocks, self._layers = blocks or ("", None)
+        self._blocks = "" if blocks is None else blocks[0]
+        self._layers = None if blocks is None else blocks[1]
         self._flat = True
         self._found: dict[tuple[frozenset[str], int, bool, int, range | None, bool], Held] = {}
         self.by_rule = False
