@@ -409,7 +409,8 @@ def test_size_follows_the_plan_where_the_user_leaves_it_open(demo_plan: Plan, mo
     def size(text: str, hours: float, **wishes: Any) -> Size:
         """Of a sweep that takes so many hours on any one GPU."""
         devices = tuple(replace(device, seconds=3600 * hours) for device in demo_plan.devices)
-        monkeypatch.setattr("lora_search.launch.size.plan_sweep", lambda spec: replace(demo_plan, devices=devices))
+        plan = replace(demo_plan, devices=devices)
+        monkeypatch.setattr("lora_search.launch.size.plan_sweep", lambda spec, gpus: plan)
         return size_cluster(parse_spec(text, source="sweep", folder=Path()), Wishes(**wishes))
 
     short = size("search: {trials: 12}", 1)
@@ -433,7 +434,8 @@ def test_gpu_that_cannot_hold_the_largest_trial_is_refused_and_skipped(
     demo_plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     devices = [replace(device, largest=0) if device.name in ("T4", "L4") else device for device in demo_plan.devices]
-    monkeypatch.setattr("lora_search.launch.size.plan_sweep", lambda spec: replace(demo_plan, devices=tuple(devices)))
+    plan = replace(demo_plan, devices=tuple(devices))
+    monkeypatch.setattr("lora_search.launch.size.plan_sweep", lambda spec, gpus: plan)
     spec = parse_spec("search: {trials: 12}", source="sweep", folder=Path())
     assert size_cluster(spec, Wishes()).gpu == "L40S"
     said = r"--gpu: found 'L4'; allowed, as the largest trial fits there: RTX 4090, L40S, .*, or on more with base.grad"

@@ -154,7 +154,7 @@ def step_bytes(spec: SweepSpec, lora: Lora, trials: int, batch: int, length: int
     model = engine.base.model
     known = [*model.parameters(), *model.buffers()]
     for trial in engine._trials.values():
-        known += [trial.adapter.vector_P, trial.adapter.gradient_P]
+        known += [*trial.adapter.vectors, *trial.adapter.gradients]
     shares = {name: engine._trials[name].next_shares(engine.data.train) for name in names}
     with LiveBytes(known) as live:
         engine._accumulate(shares)
@@ -307,7 +307,7 @@ engine = engine_with(spec, 4, Lora(rank=16, dropout=0.05, target_modules="all-li
 for _ in range(2):
     engine.step(engine.residents)
 engine.report(engine.residents)
-print(peak_memory_bytes(torch.device("cpu")))
+print(peak_memory_bytes([torch.device("cpu")]))
 """
 
 

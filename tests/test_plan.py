@@ -193,7 +193,7 @@ def test_plan_refuses_what_run_refuses(tiny: Path, monkeypatch: pytest.MonkeyPat
     )
     place = HostPlace("host-0", "here", cpus=2, gpus=0)
     _, data = prepare(spec, place)
-    alone, beside = (capacity._memory(spec, place, lanes, data) for lanes in (1, 2))
+    alone, beside = (capacity.memory_of(spec, place, lanes, data) for lanes in (1, 2))
     longest = capacity._rows(data)
     least, more = (memory.host([corners(spec, memory.tree, longest)[-1].shape]).total for memory in (alone, beside))
     assert least < more

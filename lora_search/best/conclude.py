@@ -18,6 +18,8 @@ from lora_search.space import TrialConfig
 from lora_search.spec import SweepSpec
 
 if TYPE_CHECKING:
+    import torch
+
     from lora_search.data import TokenizedData
     from lora_search.engine import Engine, Evaluation
     from lora_search.merge import Merged
@@ -134,7 +136,7 @@ def merge_best(
 
     from lora_search.merge import merge_adapter
 
-    device = torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu")
+    device = _merging_device(spec) if gpu else torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
         adapter = Path(folder) / "adapter"
         _write_adapter(checkpoint, adapter)
@@ -158,19 +160,24 @@ def merge_trial(spec: SweepSpec, run: RunDirectory, trial: int, out: Path) -> Me
         InputError: the trial has no checkpoint.
         SweepError: `out` exists, or the checkpoint is damaged.
     """
-    import torch
-
     from lora_search.data import tokenize_data
     from lora_search.merge import merge_adapter
     from lora_search.model import load_base, load_tokenizer
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _merging_device(spec)
     data = tokenize_data(spec.data, load_tokenizer(spec.base))
     with tempfile.TemporaryDirectory() as folder:
         adapter = Path(folder) / "adapter"
         export_adapter(run, trial, adapter)
         loss = adapter_losses(load_base(spec.base, device), adapter, data, splits=("validation",))["validation"].loss
         return merge_adapter(spec.base, adapter, data, loss, out, device)
+
+
+def _merging_device(spec: SweepSpec) -> torch.device:
+    """Where a base is merged, in float32: on the CPU where its host needed several GPUs for it."""
+    import torch
+
+    return torch.device("cuda" if spec.hosts.gpus_per_host <= 1 and torch.cuda.is_available() else "cpu")
 
 
 def adapter_losses(

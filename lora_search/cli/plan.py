@@ -47,9 +47,8 @@ def _print(plan: Plan) -> None:
     rows = f"batches of {batches} x {plan.rows.longest} tokens"
     console.print(f"\nWhat a trial adds, {rows}, on {plan.corner_device}", style="italic")
     console.print(_corners(plan))
-    console.print(
-        "\nTrials that fit together on one device, without and with base.gradient_checkpointing", style="italic"
-    )
+    one = "one device" if plan.gpus_per_host == 1 else f"{plan.gpus_per_host} GPUs of one host"
+    console.print(f"\nTrials that fit together on {one}, without and with base.gradient_checkpointing", style="italic")
     console.print(_devices(plan))
     for line in _unfit(plan):
         console.print(line, style="bold red", markup=False)
@@ -222,6 +221,11 @@ def _assumptions(plan: Plan) -> Iterator[str]:
         "Logits are never all there at once, and packs hold no padding. Evaluation takes up to 32,768 tokens a pass on "
         "a GPU, 2,048 on a CPU; it is in what fits."
     )
+    if plan.gpus_per_host > 1:
+        yield (
+            f"A host's {plan.gpus_per_host} GPUs share the base's layers, and the fullest decides what fits; they work "
+            "in turn, so that such a host is as fast as one GPU."
+        )
     yield (
         "A GPU keeps 0.5 GiB for its context and 4 % for gaps; a process on a CPU starts at 0.6 GB, and its heap takes "
         "1.35 bytes for each byte in use."

@@ -6,6 +6,7 @@ what becomes of a trial does not depend on the others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,14 +15,21 @@ import torch
 
 @torch.no_grad()
 def step_together(optimizers: Sequence[torch.optim.AdamW]) -> None:
-    """Step each of these optimisers, of one parameter each: what each one's own `step` does, and the same state.
+    """Step each of these optimisers, of one group each: what each one's own `step` does, and the same state.
 
     Norm and clipping come before; the gradient is not touched.
     """
-    if not optimizers:
-        return
+    by_device: dict[torch.device, list[tuple[torch.optim.AdamW, torch.Tensor]]] = {}
+    for optimizer in optimizers:
+        for parameter in optimizer.param_groups[0]["params"]:
+            by_device.setdefault(parameter.device, []).append((optimizer, parameter))
+    for there in by_device.values():
+        _step([optimizer for optimizer, _ in there], [parameter for _, parameter in there])
+
+
+def _step(optimizers: Sequence[torch.optim.AdamW], parameters: list[torch.Tensor]) -> None:
+    """Step these parameters, which are on one device, each as its optimiser says."""
     groups: list[dict[str, Any]] = [optimizer.param_groups[0] for optimizer in optimizers]
-    parameters: list[torch.Tensor] = [group["params"][0] for group in groups]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     states = [_state(optimizer, p) for optimizer, p in zip(optimizers, parameters, strict=True)]
     for state in states:
@@ -42,15 +50,30 @@ def step_together(optimizers: Sequence[torch.optim.AdamW]) -> None:
     torch._foreach_addcdiv_(parameters, first, roots, sizes)
 
 
-def clip_together(gradients: Sequence[torch.Tensor], norms: Sequence[float], limits: Sequence[float]) -> None:
+def norms_together(gradients: Sequence[Sequence[torch.Tensor]]) -> list[float]:
+    """The L2 norm of each trial's gradient, which is in one piece on each device that it is on."""
+    norms: list[list[float]] = [[] for _ in gradients]
+    by_device: dict[torch.device, list[tuple[int, torch.Tensor]]] = {}
+    for index, pieces in enumerate(gradients):
+        for piece in pieces:
+            by_device.setdefault(piece.device, []).append((index, piece))
+    for there in by_device.values():
+        found = torch.stack(torch._foreach_norm([piece for _, piece in there])).tolist()
+        for (index, _), norm in zip(there, found, strict=True):
+            norms[index].append(norm)
+    return [math.hypot(*pieces) for pieces in norms]  # of one piece, its own norm to the bit
+
+
+def clip_together(gradients: Sequence[Sequence[torch.Tensor]], norms: Sequence[float], limits: Sequence[float]) -> None:
     """Scale each gradient whose norm is above its limit down to it, as torch.nn.utils.clip_grad_norm_; 0: no limit."""
     clipped = [
-        (gradient, limit / (norm + 1e-6))
-        for gradient, norm, limit in zip(gradients, norms, limits, strict=True)
+        (piece, limit / (norm + 1e-6))
+        for pieces, norm, limit in zip(gradients, norms, limits, strict=True)
         if limit and norm > limit
+        for piece in pieces
     ]
     if clipped:
-        torch._foreach_mul_([gradient for gradient, _ in clipped], [scale for _, scale in clipped])
+        torch._foreach_mul_([piece for piece, _ in clipped], [scale for _, scale in clipped])
 
 
 def _state(optimizer: torch.optim.AdamW, parameter: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -1,11 +1,13 @@
 """A trial's adapter as one vector: PEFT's own parameters, laid end to end, and their gradients likewise.
 
+Where the base is on several devices it is one vector on each: an adapter's weights are where their layers are.
+
 Legend: P trainable parameters, R rank, S ranks of several layers together, I and O in- and out-features of a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,8 +39,39 @@ class Down:
     """Each layer's share of S."""
 
 
+class Piece:
+    """Parameters of one device, moved into one float32 vector without PEFT noticing."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> None:
+        """
+        Args:
+            dtype: of the products; where it is not float32, the layers work on a copy (see `refresh`).
+        """
+        size = sum(parameter.numel() for parameter in parameters)
+        self.vector_P = nn.Parameter(torch.empty(size, dtype=torch.float32, device=parameters[0].device))
+        self.gradient_P = torch.zeros_like(self.vector_P)
+        self.vector_P.grad = self.gradient_P
+        self.working_P = self.vector_P.data if dtype == torch.float32 else torch.empty_like(self.vector_P, dtype=dtype)
+        self.spans: dict[int, slice] = {}
+        """Where each parameter stands, by its identity."""
+        start = 0
+        for parameter in parameters:
+            span = slice(start, start + parameter.numel())
+            self.vector_P.data[span].copy_(parameter.data.reshape(-1))
+            parameter.data = self.vector_P.data[span].view_as(parameter)
+            parameter.grad = self.gradient_P[span].view_as(parameter)
+            self.spans[id(parameter)] = span
+            start = span.stop
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Bring the working copy up to the parameters."""
+        if self.working_P.dtype != torch.float32:
+            self.working_P.copy_(self.vector_P)
+
+
 class FlatAdapter:
-    """The parameters that PEFT made under a name, moved into one float32 vector without PEFT noticing.
+    """The parameters that PEFT made under a name, as one vector a device.
 
     Norm, clipping and the optimiser each take one operation over a trial this way, whatever its layers; and A of the
     layers that read the same input (query, key and value) is one matrix, for one product.
@@ -59,7 +92,7 @@ class FlatAdapter:
             places: the number of each linear layer of the base, by its name there.
             siblings: the layers that share an input; each layer stands in one of them.
             scaling: the factor on B A x.
-            dtype: of the products; where it is not float32, the layers work on a copy (see `refresh`).
+            dtype: of the products.
         """
         self.scaling = scaling
         self.parameters: dict[str, nn.Parameter] = {
@@ -70,32 +103,14 @@ class FlatAdapter:
         ordered += [b for _, b in pairs.values()]
         seen = set(map(id, ordered))
         ordered += [parameter for parameter in self.parameters.values() if id(parameter) not in seen]
-        size = sum(parameter.numel() for parameter in ordered)
-        self.vector_P = nn.Parameter(torch.empty(size, dtype=torch.float32, device=ordered[0].device))
-        self.gradient_P = torch.zeros_like(self.vector_P)
-        self.vector_P.grad = self.gradient_P
-        self._working_P = self.vector_P.data if dtype == torch.float32 else torch.empty_like(self.vector_P, dtype=dtype)
-        spans = self._move_in(ordered)
-        self._downs = {place: (spans[id(a)], a.shape[1]) for place, (a, _) in pairs.items()}
+        devices = dict.fromkeys(parameter.device for parameter in ordered)
+        self.pieces = tuple(Piece([p for p in ordered if p.device == device], dtype) for device in devices)
+        on = {id(parameter): piece for piece in self.pieces for parameter in ordered if id(parameter) in piece.spans}
+        self._order = [(self.pieces.index(on[id(p)]), on[id(p)].spans[id(p)]) for p in ordered]
+        self._downs = {place: (on[id(a)], on[id(a)].spans[id(a)], a.shape[1]) for place, (a, _) in pairs.items()}
         self._stacks: dict[Places, Down | None] = {}
-        self.ups = {
-            place: Up(self._working_P[spans[id(b)]].view_as(b), self.gradient_P[spans[id(b)]].view_as(b))
-            for place, (_, b) in pairs.items()
-        }
+        self.ups = {place: _up(on[id(b)], b) for place, (_, b) in pairs.items()}
         self.refresh()
-
-    def _move_in(self, ordered: Iterable[nn.Parameter]) -> dict[int, slice]:
-        """Make each parameter a view into the vector; where it stands, by its identity."""
-        spans: dict[int, slice] = {}
-        start = 0
-        for parameter in ordered:
-            span = slice(start, start + parameter.numel())
-            self.vector_P.data[span].copy_(parameter.data.reshape(-1))
-            parameter.data = self.vector_P.data[span].view_as(parameter)
-            parameter.grad = self.gradient_P[span].view_as(parameter)
-            spans[id(parameter)] = span
-            start = span.stop
-        return spans
 
     def down(self, siblings: Places) -> Down | None:
         """A of those of the layers that are adapted; they are all of a group, or one. None where none is adapted."""
@@ -109,23 +124,54 @@ class FlatAdapter:
         spans: dict[int, slice] = {}
         start = 0
         for place in adapted:
-            span, features = self._downs[place]
+            _, span, features = self._downs[place]
             spans[place] = slice(start, start + (span.stop - span.start) // features)
             start = spans[place].stop
-        whole = slice(self._downs[adapted[0]][0].start, self._downs[adapted[-1]][0].stop)
-        features = self._downs[adapted[0]][1]
-        return Down(self._working_P[whole].view(start, features), self.gradient_P[whole].view(start, features), spans)
+        piece, first, features = self._downs[adapted[0]]
+        whole = slice(first.start, self._downs[adapted[-1]][1].stop)
+        return Down(piece.working_P[whole].view(start, features), piece.gradient_P[whole].view(start, features), spans)
 
     @property
     def size(self) -> int:
         """Trainable parameters."""
-        return self.vector_P.numel()
+        return sum(piece.vector_P.numel() for piece in self.pieces)
 
-    @torch.no_grad()
+    @property
+    def vectors(self) -> list[nn.Parameter]:
+        return [piece.vector_P for piece in self.pieces]
+
+    @property
+    def gradients(self) -> list[torch.Tensor]:
+        return [piece.gradient_P for piece in self.pieces]
+
+    def clear_gradients(self) -> None:
+        for piece in self.pieces:
+            piece.gradient_P.zero_()
+
     def refresh(self) -> None:
-        """Bring the working copy up to the parameters; after every change of them."""
-        if self._working_P.dtype != torch.float32:
-            self._working_P.copy_(self.vector_P)
+        """Bring the working copies up to the parameters; after every change of them."""
+        for piece in self.pieces:
+            piece.refresh()
+
+    def joined(self, of_pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+        """One vector of what the pieces have, in an order that does not depend on which device has what; a copy."""
+        device = of_pieces[0].device
+        return torch.cat([of_pieces[index][span].detach().to(device) for index, span in self._order])
+
+    def parted(self, vector_P: torch.Tensor) -> list[torch.Tensor]:
+        """What each piece has of a joined vector, on its device; copies."""
+        parts = [torch.empty_like(piece.vector_P, requires_grad=False) for piece in self.pieces]
+        start = 0
+        for index, span in self._order:
+            stop = start + span.stop - span.start
+            parts[index][span] = vector_P[start:stop].to(parts[index].device)
+            start = stop
+        return parts
+
+
+def _up(piece: Piece, b: nn.Parameter) -> Up:
+    span = piece.spans[id(b)]
+    return Up(piece.working_P[span].view_as(b), piece.gradient_P[span].view_as(b))
 
 
 def _pairs(model: PeftModel, name: str, places: Mapping[str, int]) -> dict[int, tuple[nn.Parameter, nn.Parameter]]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from lora_search.checkpoint import Checkpoint
 from lora_search.data import FlatRows, TokenizedData, TokenSplit, flatten, rows_by_length
-from lora_search.engine.adamw import clip_together, step_together
+from lora_search.engine.adamw import clip_together, norms_together, step_together
 from lora_search.engine.adapter import FlatAdapter, Places
 from lora_search.engine.evaluate import Evaluation
 from lora_search.engine.forward import Measured, PackedBase
@@ -94,7 +94,7 @@ class Engine:
         name = f"trial_{trial}"
         targets = resolve(self._tree, config.lora.target_modules)
         adapter = lora_config(config, targets)
-        with seeded(config.training.seed, self.base.device):
+        with seeded(config.training.seed, self.base.devices):
             if self._peft is None:
                 self._peft = get_peft_model(self.base.model, adapter, adapter_name=name)
             else:
@@ -152,8 +152,8 @@ class Engine:
             group = {name: self._trials[name] for name in names}
             self._accumulate({name: trial.next_shares(self.data.train) for name, trial in group.items()})
             for name, trial in group.items():
-                found[name] = trial.adapter.gradient_P.clone()
-                trial.adapter.gradient_P.zero_()
+                found[name] = trial.adapter.joined(trial.adapter.gradients)
+                trial.adapter.clear_gradients()
         return found
 
     def _groups(self, trials: Sequence[str]) -> list[list[str]]:
@@ -185,7 +185,7 @@ class Engine:
             return self._finish(group, shares, losses, time.perf_counter() - start)
         finally:
             for trial in group.values():
-                trial.adapter.gradient_P.zero_()
+                trial.adapter.clear_gradients()
         self._free_memory()  # outside of the handler: the exception holds the failed pass's frames and their tensors
         if len(names) == 1:
             step = group[names[0]].step + 1
@@ -216,8 +216,7 @@ class Engine:
     ) -> dict[str, StepMetrics | TrialFailed]:
         """Check each trial's loss and gradient, and step its optimiser."""
         start = time.perf_counter()
-        gradients = [trial.adapter.gradient_P for trial in group.values()]
-        norms = dict(zip(group, torch.stack(torch._foreach_norm(gradients)).tolist(), strict=True))
+        norms = dict(zip(group, norms_together([trial.adapter.gradients for trial in group.values()]), strict=True))
         tokens = {name: sum(len(share.rows.tokens_N) for share in of_trial) for name, of_trial in shares.items()}
         outcomes: dict[str, StepMetrics | TrialFailed] = {}
         for name, trial in group.items():
@@ -228,7 +227,7 @@ class Engine:
                 outcomes[name] = failure
         sound = {name: trial for name, trial in group.items() if name not in outcomes}
         clip_together(
-            [trial.adapter.gradient_P for trial in sound.values()],
+            [trial.adapter.gradients for trial in sound.values()],
             [norms[name] for name in sound],
             [trial.config.training.max_grad_norm for trial in sound.values()],
         )
@@ -256,7 +255,7 @@ class Engine:
                 reports[name] = failure
             resident.window, resident.window_seconds = [], 0.0
         if self._gauge is not None:
-            self._gauge.saw([trial.config for trial in self._trials.values()], peak_memory_bytes(self.base.device))
+            self._gauge.saw([trial.config for trial in self._trials.values()], peak_memory_bytes(self.base.devices))
         return reports
 
     def _report(self, trial: ResidentTrial, evaluation: Evaluation) -> Report:
@@ -273,7 +272,7 @@ class Engine:
             tokens=trial.tokens,
             tokens_per_second=sum(metrics.tokens for metrics in window) / max(trial.window_seconds, 1e-9),
             seconds=trial.seconds,
-            peak_memory_bytes=peak_memory_bytes(self.base.device),
+            peak_memory_bytes=peak_memory_bytes(self.base.devices),
             trainable_parameters=trial.adapter.size,
             history=tuple(window),
         )

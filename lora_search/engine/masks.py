@@ -34,7 +34,7 @@ class Masks:
         words = (count + 3) // 4
         if device.type == "cpu":
             bits = np.random.SFC64(key).random_raw(words).view(np.uint16)[:count]
-            return torch.from_numpy(bits >= drop).view(shape)
+            return torch.from_numpy(bits >= drop).view(shape).to(device)
         generator = torch.Generator(device).manual_seed(int(key.generate_state(1, np.uint64)[0]))
         drawn = torch.empty(words, dtype=torch.int64, device=device).random_(-(1 << 63), None, generator=generator)
         return (drawn.view(torch.int16)[:count] >= drop - LEVELS // 2).view(shape)

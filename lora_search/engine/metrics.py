@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -48,7 +49,7 @@ class Report:
     seconds: float
     """This trial's own training and evaluation time so far."""
     peak_memory_bytes: int
-    """Most memory that the trial's host has held: of its GPU, or resident in its process."""
+    """Most memory that the trial's host has held: of its fullest GPU, or resident in its process."""
     trainable_parameters: int
     history: tuple[StepMetrics, ...]
     """The steps since the last report."""
@@ -57,8 +58,8 @@ class Report:
         return asdict(self)
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory this process has held: allocated on a CUDA device, or resident (Linux counts in KiB)."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+def peak_memory_bytes(devices: Sequence[torch.device]) -> int:
+    """The most this process has held: allocated on the fullest of its GPUs, or resident (Linux counts in KiB)."""
+    if devices[0].type == "cuda":
+        return max(int(torch.cuda.max_memory_allocated(device)) for device in devices)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

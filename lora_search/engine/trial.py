@@ -65,7 +65,7 @@ class ResidentTrial:
         self._model = model
         training = config.training
         self.optimizer = torch.optim.AdamW(
-            [adapter.vector_P],
+            adapter.vectors,
             lr=training.learning_rate,
             betas=(training.adam_beta1, training.adam_beta2),
             eps=training.adam_epsilon,
@@ -118,7 +118,6 @@ class ResidentTrial:
 
     def snapshot(self) -> Checkpoint:
         """Everything that the rest of the trial follows from."""
-        optimizer = self.optimizer.state.get(self.adapter.vector_P, {})
         schedule = {key: value for key, value in self._schedule.state_dict().items() if key != "lr_lambdas"}
         adapter = get_peft_model_state_dict(
             self._model, state_dict=dict(self.adapter.parameters), adapter_name=self.name, save_embedding_layers=False
@@ -127,7 +126,7 @@ class ResidentTrial:
             {
                 ADAPTER_CONFIG: _config_json(self._model.peft_config[self.name]),
                 ADAPTER_WEIGHTS: save_tensors(_on_cpu(adapter), metadata={"format": "pt"}),
-                OPTIMIZER: save_tensors(_on_cpu(optimizer)),
+                OPTIMIZER: save_tensors(_on_cpu(self._moments())),
             },
             {
                 "format": FORMAT,
@@ -145,18 +144,14 @@ class ResidentTrial:
         """Become the trial that `snapshot` was taken of; going on from here is, to the bit, what it would have done."""
         verify(checkpoint)
         state = json.loads(checkpoint[TRIAL])
-        vector = self.adapter.vector_P
+        device = self.adapter.vectors[0].device
         set_peft_model_state_dict(
             self._model,
-            {key: tensor.to(vector.device) for key, tensor in load_tensors(checkpoint[ADAPTER_WEIGHTS]).items()},
+            {key: tensor.to(device) for key, tensor in load_tensors(checkpoint[ADAPTER_WEIGHTS]).items()},
             self.name,
         )
         self.adapter.refresh()
-        moments = load_tensors(checkpoint[OPTIMIZER])
-        if moments:
-            self.optimizer.state[vector] = {
-                name: tensor if name == "step" else tensor.to(vector.device) for name, tensor in moments.items()
-            }
+        self._restore_moments(load_tensors(checkpoint[OPTIMIZER]))
         # The lambdas are functions of the configuration, made anew with the schedule.
         groups: Sequence[dict[str, Any]] = self.optimizer.param_groups
         self._schedule.load_state_dict({**state["schedule"], "lr_lambdas": [None] * len(groups)})
@@ -165,6 +160,22 @@ class ResidentTrial:
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.window = [StepMetrics(**metrics) for metrics in state["window"]]
         self.window_seconds = state["window_seconds"]
+
+    def _moments(self) -> dict[str, torch.Tensor]:
+        """The optimiser's state as that of one parameter, whatever devices it is on; empty before the first step."""
+        states = [self.optimizer.state[vector] for vector in self.adapter.vectors if vector in self.optimizer.state]
+        if not states:
+            return {}
+        names = [name for name in states[0] if name != "step"]
+        moments = {name: self.adapter.joined([state[name] for state in states]) for name in names}
+        return {"step": states[0]["step"], **moments}
+
+    def _restore_moments(self, moments: Mapping[str, torch.Tensor]) -> None:
+        for name, tensor in moments.items():
+            vectors = self.adapter.vectors
+            parts = [tensor.clone() for _ in vectors] if name == "step" else self.adapter.parted(tensor)
+            for vector, part in zip(vectors, parts, strict=True):
+                self.optimizer.state[vector][name] = part
 
 
 def _config_json(config: LoraConfig) -> bytes:

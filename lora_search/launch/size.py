@@ -97,7 +97,8 @@ def _planned(spec: SweepSpec) -> Plan:
     """The plan, made here for hosts elsewhere: how many this machine has room for does not matter."""
     hosts = {"count": "auto", "cpus_per_host": "auto", "gpus_per_host": min(1, spec.hosts.gpus_per_host)}
     try:
-        return plan_sweep(spec.model_copy(update={"hosts": spec.hosts.model_copy(update=hosts)}))
+        here = spec.model_copy(update={"hosts": spec.hosts.model_copy(update=hosts)})
+        return plan_sweep(here, gpus=spec.hosts.gpus_per_host)
     except InputError as error:
         raise InputError(f"{error}\nWith --nodes and --time-limit, nothing is planned.") from None
 
@@ -113,7 +114,7 @@ def _limited(wishes: Wishes, nodes: int, gpus: int, gpu: str | None, seconds: fl
 def _device(spec: SweepSpec, plan: Plan, wanted: str | None) -> DevicePlan:
     devices = {device.name: device for device in plan.devices if not device.here}
     name = find_gpu(wanted) if wanted is not None else None
-    fitting = [device for device in devices.values() if _holds(spec, device) > 0 or spec.hosts.gpus_per_host > 1]
+    fitting = [device for device in devices.values() if _holds(spec, device) > 0]
     if name is None:
         usual = [device for device in fitting if device.name in USUAL]
         if usual:
@@ -127,15 +128,14 @@ def _device(spec: SweepSpec, plan: Plan, wanted: str | None) -> DevicePlan:
 
 
 def _holds(spec: SweepSpec, device: DevicePlan) -> int:
-    """Largest trials that fit together."""
+    """Largest trials that fit together on a host."""
     return device.largest_recomputed if spec.base.gradient_checkpointing else device.largest
 
 
 def _seats(spec: SweepSpec, device: DevicePlan) -> int:
     """Trials that a host holds."""
     most = most_trials(HostPlace("host", "node", 1, spec.hosts.gpus_per_host), spec.hosts)
-    open_ = spec.hosts.trials_per_host == "auto" and spec.hosts.gpus_per_host == 1
-    return max(1, min(most, _holds(spec, device))) if open_ else most
+    return max(1, min(most, _holds(spec, device))) if spec.hosts.trials_per_host == "auto" else most
 
 
 def _seconds(spec: SweepSpec, device: DevicePlan, seats: int, gpus: int) -> float:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from lora_search.memory.split import Split, split_base
 from lora_search.memory.values import (
     ALLOCATOR,
     DTYPE_BYTES,
     EVALUATION_TOKENS,
     LOGIT_BYTES,
+    LOGIT_COPIES,
     RUNTIME_BYTES,
     HostBytes,
     Setup,
@@ -20,7 +24,7 @@ from lora_search.memory.values import (
     Weights,
 )
 from lora_search.memory.weights import nf4_constants, quantised_names, weigh
-from lora_search.targets import ModuleTree, module_tree, trainable_parameters
+from lora_search.targets import ModuleTree, Targets, module_tree, trainable_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,8 +34,28 @@ if TYPE_CHECKING:
 MOST_TOGETHER = 512
 """Trials on one host, where memory sets no limit."""
 
-LOGIT_COPIES = 2
-"""Float32 logits at once: themselves, and what logsumexp takes while it runs."""
+
+@dataclass(frozen=True)
+class _Piece:
+    """What of a base is on one GPU: all of it, or some decoder blocks."""
+
+    gpu: int
+    base: int
+    """Bytes of its weights."""
+    split: Split | None = None
+
+    @property
+    def span(self) -> range | None:
+        return None if self.split is None else self.split.spans[self.gpu]
+
+    def targets(self, targets: Targets) -> Targets:
+        """Those of the targets that are on it."""
+        if self.split is None:
+            return targets
+        here = [
+            [n for n in names if self.split.gpu_of(n) == self.gpu] for names in (targets.modules, targets.parameters)
+        ]
+        return replace(targets, modules=tuple(here[0]), parameters=tuple(here[1]))
 
 
 class BaseMemory:
@@ -41,12 +65,39 @@ class BaseMemory:
         """
         Args:
             model: a skeleton (`lora_search.targets.skeleton`); it is changed for good.
+
+        Raises:
+            InputError: the base cannot be split over so many GPUs.
         """
-        self.setup = setup
         self.tree: ModuleTree = module_tree(model)
-        self.weights: Weights = weigh(model, setup)
+        self._model = model
+        self._set(setup)
         self._dense = _largest_dense(model, setup)
         self._replay = _replay(model, setup)
+
+    def _set(self, setup: Setup) -> None:
+        self.setup = setup
+        self.weights: Weights = weigh(self._model, setup)
+        self._whole = _Piece(0, self.weights.total)
+        self._pieces: tuple[_Piece, ...] = (self._whole,)
+        if setup.gpus > 1:
+            split = split_base(self._model, setup)
+            self._pieces = tuple(_Piece(gpu, base, split) for gpu, base in enumerate(split.base))
+
+    @property
+    def split(self) -> Split | None:
+        """How the base lies on the GPUs, where there are several."""
+        return self._pieces[0].split
+
+    def over(self, gpus: int, gpu_bytes: int) -> BaseMemory:
+        """The same base over so many GPUs that have so much to give, each.
+
+        Raises:
+            InputError: it cannot be split so.
+        """
+        other = copy(self)
+        other._set(replace(self.setup, gpus=gpus, gpu_bytes=gpu_bytes if gpus > 1 else 0))
+        return other
 
     @property
     def by_rule(self) -> bool:
@@ -54,9 +105,12 @@ class BaseMemory:
         return self._replay.by_rule
 
     def trial(self, shape: TrialShape) -> TrialBytes:
-        """What a trial adds to its host."""
-        size = trainable_parameters(self.tree, shape.targets, shape.rank)
-        held = self._replay.training(shape.targets.modules, shape.rank, shape.dropout, shape.length)
+        """What a trial adds to its host, to all of its GPUs together."""
+        return self._trial(shape, self._whole)
+
+    def _trial(self, shape: TrialShape, piece: _Piece) -> TrialBytes:
+        size = trainable_parameters(self.tree, piece.targets(shape.targets), shape.rank)
+        held = self._replay.training(shape.targets.modules, shape.rank, shape.dropout, shape.length, piece.span)
         activations = math.ceil(held.kept * shape.batch_size)
         return TrialBytes(
             trainable=size,
@@ -68,27 +122,30 @@ class BaseMemory:
         )
 
     def host(self, shapes: Sequence[TrialShape]) -> HostBytes:
-        """A host that trains these trials together.
+        """A host that trains these trials together; of one with several GPUs, the fullest.
 
         All rows of a pass count as if their adapters stood where the largest one stands: a layer that one trial
         adapts keeps its input for all of them.
         """
+        return max((self._host(shapes, piece) for piece in self._pieces), key=lambda host: host.total)
+
+    def _host(self, shapes: Sequence[TrialShape], piece: _Piece) -> HostBytes:
         counts = Counter(shapes)
-        trials = {shape: self.trial(shape) for shape in counts}
+        trials = {shape: self._trial(shape, piece) for shape in counts}
         lanes = max(1, min(self.setup.lanes, len(shapes)))
         tokens = sum(shape.tokens * count for shape, count in counts.items())
         kept = tokens * max((trial.activations / shape.tokens for shape, trial in trials.items()), default=0.0)
         passing = tokens * max((trial.passing / shape.tokens for shape, trial in trials.items()), default=0.0)
-        logits = lanes * self._logits(math.ceil(tokens / lanes))
+        logits = lanes * self._logits(math.ceil(tokens / lanes)) if piece.gpu == 0 else 0  # where the output head is
         back = passing + lanes * self._dense  # the logits have gone when the first gradient comes
         return HostBytes(
             runtime=RUNTIME_BYTES if self.setup.device == "cpu" else 0,
-            base=self.weights.total,
+            base=piece.base,
             trials=sum(trial.state * counts[shape] for shape, trial in trials.items()),
             activations=math.ceil(kept),
             passing=math.ceil(back) if back >= logits else 0,
             logits=logits if logits > back else 0,
-            evaluation=self._evaluation(shapes),
+            evaluation=self._evaluation(shapes, piece),
             allocator=ALLOCATOR[self.setup.device],
         )
 
@@ -113,14 +170,15 @@ class BaseMemory:
         at_once = min(LOGIT_BYTES[self.setup.device], 4 * targets * self.weights.vocabulary)
         return LOGIT_COPIES * at_once + self.weights.head_copy
 
-    def _evaluation(self, shapes: Sequence[TrialShape]) -> int:
+    def _evaluation(self, shapes: Sequence[TrialShape], piece: _Piece) -> int:
         length = max((shape.length for shape in shapes), default=1)
         tokens = max(EVALUATION_TOKENS[self.setup.device], len(shapes) * length)
         lanes = self.setup.lanes
         if self.setup.validation_tokens is not None:
             tokens = min(tokens, -(-len(shapes) * self.setup.validation_tokens // lanes))
         passing = self._replay.evaluation(length).peak / length * tokens
-        return math.ceil(lanes * (passing + self._logits(tokens) + self._dense))
+        logits = self._logits(tokens) if piece.gpu == 0 else 0
+        return math.ceil(lanes * (passing + logits + self._dense))
 
     def _experts_delta(self, shape: TrialShape) -> int:
         """PEFT adds an adapter of fused experts to their weight, and both are there for that moment."""

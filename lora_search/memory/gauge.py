@@ -29,7 +29,7 @@ class Gauge:
     def __init__(self, spec: SweepSpec, memory: BaseMemory, capacity: int, longest: int, most: int) -> None:
         """
         Args:
-            capacity: bytes that the host may take.
+            capacity: bytes that the host may take, of each of its GPUs.
             longest: tokens of the longest row.
             most: trials that will ever be together.
         """
@@ -43,7 +43,7 @@ class Gauge:
         self._most_predicted = 0
 
     def room(self, configs: Sequence[TrialConfig]) -> int:
-        """Bytes that a host with these trials has left; negative where they do not fit together.
+        """Bytes that a host with these trials has left, on its fullest GPU; negative where they do not fit together.
 
         Where so many of the largest trials of the space would fit, it is not looked at more closely.
         """
@@ -86,11 +86,11 @@ class Gauge:
         )
 
 
-def usable_bytes(device: torch.device, hosts: int) -> int:
-    """What one of so many hosts on this machine may take: of the GPU's free memory, or of the machine's."""
-    if device.type == "cuda":
+def usable_bytes(devices: Sequence[torch.device], hosts: int) -> int:
+    """What one of so many hosts on this machine may take: of each of its GPUs, or of the machine's memory."""
+    if devices[0].type == "cuda":
         import torch
 
-        free, _ = torch.cuda.mem_get_info(device)
-        return int((free + torch.cuda.memory_reserved(device)) * (1 - GAPS))
+        free = [torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) for device in devices]
+        return int(min(free) * (1 - GAPS))
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // hosts

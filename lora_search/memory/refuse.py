@@ -12,6 +12,9 @@ from lora_search.memory.estimate import BaseMemory
 from lora_search.memory.values import TrialShape
 from lora_search.spec import SweepSpec
 
+GPUS = (2, 3, 4, 6, 8)
+"""Of one host, that are tried."""
+
 SHORTEST = 64
 """Tokens of a row that still say something."""
 
@@ -42,9 +45,10 @@ def refuse_what_never_fits(
     """
     base = memory.host([]).total
     if base > capacity:
-        less = "base.quantization: nf4 holds it in a quarter" if not memory.setup.quantised else "no smaller form of it"
+        less = "no smaller form of it" if memory.setup.quantised else "base.quantization: nf4 holds it in a quarter"
+        advice = _more_gpus(memory, [], capacity) or less
         raise InputError(
-            f"base.model: {spec.base.model} alone takes {_gb(base)}, and {device} has {_gb(capacity)} to give; {less}"
+            f"base.model: {spec.base.model} alone takes {_gb(base)}, and {device} has {_gb(capacity)} to give; {advice}"
         )
     for corner in reversed(corners):  # the largest first: what holds for it holds for the others
         needed = memory.host([corner.shape]).total
@@ -67,6 +71,8 @@ def _message(
     helps = [knob for knob in knobs if totals[knob.key] <= capacity] or knobs
     guilty = min(helps, key=lambda knob: totals[knob.key])  # whichever frees most
     advice = guilty.fitting() if totals[guilty.key] <= capacity else "no single value of the sweep file makes it fit"
+    if more := _more_gpus(memory, [shape], capacity):
+        advice += f"; {more}"
     if not memory.setup.checkpointing:
         advice += "; base.gradient_checkpointing: true takes less memory for more time"
     return (
@@ -74,6 +80,19 @@ def _message(
         f"{shape.batch_size} x {shape.length} tokens takes {_gb(needed)}, and {device} has {_gb(capacity)} to give; "
         f"{advice}"
     )
+
+
+def _more_gpus(memory: BaseMemory, shapes: Sequence[TrialShape], capacity: int) -> str | None:
+    """How many GPUs of that size a host needs for these trials; None where none of the usual numbers helps."""
+    if memory.setup.device != "cuda":
+        return None
+    for gpus in (count for count in GPUS if count > memory.setup.gpus):
+        try:
+            if memory.over(gpus, capacity).host(shapes).total <= capacity:
+                return f"hosts.gpus_per_host: {gpus} holds it, its layers split over {gpus} such GPUs"
+        except InputError:  # it cannot be split so
+            return None
+    return None
 
 
 def _knobs(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lora_search.memory.live import LiveBytes
 from lora_search.memory.mirror import Pass, Stands, attach, detach_attention, head, run
+from lora_search.memory.split import decoder_blocks
 from lora_search.memory.values import Setup
 
 if TYPE_CHECKING:
@@ -58,9 +59,11 @@ class Replay:
         self._model.config.use_cache = False
         attach(self._model)
         self._known = [*self._model.parameters(), *self._model.buffers()]
-        self._layers = _decoder_layers(self._model)
+        blocks = decoder_blocks(self._model)
+        self._blocks = "" if blocks is None else blocks[0]
+        self._layers = None if blocks is None else blocks[1]
         self._flat = True
-        self._found: dict[tuple[frozenset[str], int, bool, int], Held] = {}
+        self._found: dict[tuple[frozenset[str], int, bool, int, range | None, bool], Held] = {}
         self.by_rule = False
         """Whether the architecture cannot be run on shapes alone, and a rule of thumb stands in."""
         if setup.checkpointing and self._model.supports_gradient_checkpointing:
@@ -72,14 +75,20 @@ class Replay:
             self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
             self._model.enable_input_require_grads()
 
-    def training(self, modules: Sequence[str], rank: int, dropout: bool, length: int) -> Held:
-        """Forward and backward of one adapter on these modules."""
+    def training(
+        self, modules: Sequence[str], rank: int, dropout: bool, length: int, span: range | None = None
+    ) -> Held:
+        """Forward and backward of one adapter on these modules.
+
+        Args:
+            span: the decoder blocks on one of several GPUs, whose share this is; None for all on one.
+        """
         now = Pass(self.setup, 1, length, rank, dropout, frozenset(modules))
-        return self._remembered(now, backward=True)
+        return self._remembered(now, span, backward=True)
 
     def evaluation(self, length: int) -> Held:
-        """A forward pass without gradients."""
-        return self._remembered(Pass(self.setup, 1, length, 0, False, frozenset()), backward=False)
+        """A forward pass without gradients; layers give what they hold to the next, on whatever GPU."""
+        return self._remembered(Pass(self.setup, 1, length, 0, False, frozenset()), None, backward=False)
 
     @cached_property
     def plain_head(self) -> bool:
@@ -103,20 +112,57 @@ class Replay:
             hook.remove()
         return logits is outputs[-1]
 
-    def _remembered(self, now: Pass, *, backward: bool) -> Held:
-        key = (now.adapted, now.rank, now.dropout, now.length)
+    def _remembered(self, now: Pass, span: range | None, *, backward: bool) -> Held:
+        reached = backward and span is not None and self._is_reached(now.adapted, span)
+        key = (now.adapted, now.rank, now.dropout, now.length, span, backward)
         if key not in self._found:
             try:
-                self._found[key] = self._at_full_depth(now.adapted, lambda: self._held(now, backward=backward))
+                with self._cut_to(span, reached=reached):
+                    self._found[key] = self._at_full_depth(
+                        now.adapted, span, lambda: self._held(now, backward=backward)
+                    )
             except UNWILLING:
-                self.by_rule = True
-                self._found[key] = _rule_of_thumb(self._model, now, backward=backward)
+                if span is not None:
+                    self._found[key] = self._share(now, span, backward=backward)
+                else:
+                    self.by_rule = True
+                    self._found[key] = _rule_of_thumb(self._model, now, backward=backward)
         return self._found[key]
 
-    def _at_full_depth(self, modules: Collection[str], held: Callable[[], Held]) -> Held:
+    def _share(self, now: Pass, span: range, *, backward: bool) -> Held:
+        """A part, by the blocks, of what the whole model holds: where these do not run without the others."""
+        whole = self._remembered(now, None, backward=backward)
+        kept = whole.kept * len(span) / len(self._layers or ())
+        return Held(kept, kept + whole.peak - whole.kept)
+
+    @contextmanager
+    def _cut_to(self, span: range | None, *, reached: bool) -> Iterator[None]:
+        """Leave those blocks alone in the model.
+
+        Args:
+            reached: a gradient goes through them to blocks before them.
+        """
+        if span is None or self._layers is None:
+            yield
+            return
+        whole = list(self._layers)
+        hooks = [self._model.get_input_embeddings().register_forward_hook(_wants_gradient)] if reached else []
+        _cut(self._layers, [whole[index] for index in span])
+        try:
+            yield
+        finally:
+            _cut(self._layers, whole)
+            for hook in hooks:
+                hook.remove()
+
+    def _is_reached(self, modules: Collection[str], span: range) -> bool:
+        """Whether a block before these, or what stands before all of them, is adapted."""
+        return any(index is None or index < span.start for index in map(partial(_block, self._blocks), modules))
+
+    def _at_full_depth(self, modules: Collection[str], span: range | None, held: Callable[[], Held]) -> Held:
         """Measure some layers of like ones, and go on from there."""
         layers = self._layers
-        if layers is None or len(layers) <= max(DEPTHS) or not _alike(self._model, layers, modules):
+        if layers is None or len(layers) <= max(DEPTHS) or not _alike(self._model, layers, modules, span):
             return held()
         whole = list(layers)
         found = []
@@ -197,25 +243,32 @@ def _rule_of_thumb(model: PreTrainedModel, now: Pass, *, backward: bool) -> Held
     return Held(kept, kept + layer / 2)
 
 
-def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList | None:
-    """The model's longest list of modules."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=len, default=None)
-
-
-def _alike(model: PreTrainedModel, layers: nn.ModuleList, modules: Collection[str]) -> bool:
+def _alike(model: PreTrainedModel, layers: nn.ModuleList, modules: Collection[str], span: range | None) -> bool:
     """Whether all layers have the same parts of the same shapes, and the adapter is on the same parts of each."""
     (prefix,) = (name for name, module in model.named_modules() if module is layers)
+    first = 0 if span is None else span.start
     adapted: list[set[str]] = [set() for _ in layers]
     for name in modules:
-        if name.startswith(f"{prefix}."):
-            index, _, rest = name.removeprefix(f"{prefix}.").partition(".")
-            adapted[int(index)].add(rest)
+        index = _block(prefix, name)
+        if index is not None and 0 <= index - first < len(layers):
+            adapted[index - first].add(name.removeprefix(f"{prefix}.{index}."))
     if any(parts != adapted[0] for parts in adapted):
         return False
     kinds = getattr(model.config, "layer_types", None) or ()
     shapes = [[(name, tuple(p.shape)) for name, p in layer.named_parameters()] for layer in layers]
     return len(set(kinds)) < 2 and all(one == shapes[0] for one in shapes)
+
+
+def _block(blocks: str, name: str) -> int | None:
+    """The number of the block that a module is in; None outside of them."""
+    if not name.startswith(f"{blocks}."):
+        return None
+    return int(name.removeprefix(f"{blocks}.").partition(".")[0])
+
+
+def _wants_gradient(module: nn.Module, args: object, hidden: torch.Tensor) -> None:
+    if torch.is_grad_enabled():
+        hidden.requires_grad_(True)
 
 
 def _cut(layers: nn.ModuleList, to: Sequence[nn.Module]) -> None:

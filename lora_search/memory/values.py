@@ -22,6 +22,9 @@ RUNTIME_BYTES = 580 << 20
 and what loading a first model leaves behind. A GPU's own context is neither in this nor in
 `torch.cuda.max_memory_allocated`."""
 
+LOGIT_COPIES = 2
+"""Float32 logits at once: themselves, and what logsumexp takes while it runs."""
+
 ALLOCATOR = {"cpu": 1.35, "cuda": 1.0}
 """Memory taken from the system for each byte in use: on a CPU, glibc's heap keeps gaps between tensors that come and
 go (measured on a base of 50 M parameters, with and without checkpointing; tests/test_memory.py)."""
@@ -44,6 +47,10 @@ class Setup:
     """Passes side by side: torch's threads on a CPU, but no more than trials; one on a GPU."""
     validation_tokens: int | None = None
     """Of the validation split, where that is known."""
+    gpus: int = 1
+    """GPUs that the base's layers are split over."""
+    gpu_bytes: int = 0
+    """What each of several GPUs has to give, by which the layers are laid on them; 0: by their weights alone."""
 
     @classmethod
     def of(
@@ -55,6 +62,8 @@ class Setup:
         lanes: int,
         validation_tokens: int | None,
         checkpointing: bool | None = None,
+        gpus: int = 1,
+        gpu_bytes: int = 0,
     ) -> Setup:
         """As a sweep file says.
 
@@ -69,6 +78,8 @@ class Setup:
             checkpointing=base.gradient_checkpointing if checkpointing is None else checkpointing,
             lanes=lanes,
             validation_tokens=validation_tokens,
+            gpus=gpus,
+            gpu_bytes=gpu_bytes if gpus > 1 else 0,
         )
 
     @property
@@ -144,7 +155,7 @@ class TrialBytes:
 
 @dataclass(frozen=True)
 class HostBytes:
-    """The most that a host holds at once, by part."""
+    """The most that a host holds at once, by part; of a host with several GPUs, what is on the fullest."""
 
     runtime: int
     """The process itself, on a CPU."""

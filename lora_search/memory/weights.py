@@ -22,14 +22,13 @@ TABLES = 4 * (16 + 256 + 1)
 def weigh(model: PreTrainedModel, setup: Setup) -> Weights:
     """Count a model's bytes as `lora_search.model.load_base` holds it."""
     linear = quantised_names(model) if setup.quantised else frozenset()
-    # prepare_model_for_kbit_training leaves nothing in half precision.
-    width = 4 if setup.quantised else DTYPE_BYTES[setup.compute]
+    width = _width(setup)
     quantised = packed = constants = rest = 0
     for name, parameter in model.named_parameters():  # each once, however many modules share it
         size = parameter.numel()
         if name.removesuffix(".weight") in linear:
             quantised += size
-            packed += (size + 1) // 2
+            packed += _packed(size)
             constants += nf4_constants(size)
         else:
             rest += width * size
@@ -45,6 +44,26 @@ def weigh(model: PreTrainedModel, setup: Setup) -> Weights:
         head_copy=head_size * DTYPE_BYTES[setup.compute] if width != DTYPE_BYTES[setup.compute] else 0,
         vocabulary=head.weight.shape[0] if head is not None else 0,
     )
+
+
+def parameter_bytes(model: PreTrainedModel, setup: Setup) -> dict[str, int]:
+    """What each parameter takes as `load_base` holds it, by name; one that modules share stands there once."""
+    linear = quantised_names(model) if setup.quantised else frozenset()
+    return {
+        name: _packed(parameter.numel()) + nf4_constants(parameter.numel())
+        if name.removesuffix(".weight") in linear
+        else _width(setup) * parameter.numel()
+        for name, parameter in model.named_parameters()
+    }
+
+
+def _width(setup: Setup) -> int:
+    """Bytes of a number that is not quantised: prepare_model_for_kbit_training leaves nothing in half precision."""
+    return 4 if setup.quantised else DTYPE_BYTES[setup.compute]
+
+
+def _packed(size: int) -> int:
+    return (size + 1) // 2
 
 
 def nf4_constants(size: int) -> int:

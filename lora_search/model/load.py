@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 from lora_search.builtin import model_folder
-from lora_search.errors import InputError
+from lora_search.errors import InputError, SweepError
+from lora_search.memory.split import Split
+from lora_search.model.borders import attach_borders
 from lora_search.model.precision import compute_dtype
 from lora_search.spec import Base
 
@@ -26,8 +28,15 @@ class FrozenBase:
 
     model: PreTrainedModel
     device: torch.device
+    """Where tokens come in and losses are taken; of several, the first."""
     compute_dtype: torch.dtype
     quantized: bool
+    others: tuple[torch.device, ...] = ()
+    """Where further decoder blocks are."""
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        return (self.device, *self.others)
 
     @property
     def autocast(self) -> torch.autocast:
@@ -67,18 +76,27 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(base: Base, device: torch.device | str) -> FrozenBase:
-    """The base on one device, quantised as the sweep file says, ready for adapters.
+def load_base(
+    base: Base, device: torch.device | str, others: Sequence[torch.device] = (), split: Split | None = None
+) -> FrozenBase:
+    """The base on one device, or its decoder blocks over several, quantised as the sweep file says, ready for adapters.
 
     What `peft.prepare_model_for_kbit_training` does holds here too: every parameter frozen, what is not quantised in
     float32, input gradients on where activations are recomputed.
 
+    Args:
+        others: further devices.
+        split: which blocks each device holds, where there are several (`BaseMemory.split`).
+
     Raises:
         InputError: there is no such model, it is no causal language model, or has no safetensors weights.
     """
+    if others and split is None:
+        raise ValueError("a base over several devices needs a split")
     device = torch.device(device)
+    devices = {"": device} if split is None else split.device_map((device, *others))
     dtype = compute_dtype(base.compute_dtype, device)
-    model = load_weights(base, dtype="auto" if base.quantization == "nf4" else dtype, device=device, nf4_compute=dtype)
+    model = load_weights(base, dtype="auto" if base.quantization == "nf4" else dtype, device=devices, nf4_compute=dtype)
     if base.quantization == "nf4":
         _prepare_for_kbit_training(model)
     else:
@@ -87,18 +105,24 @@ def load_base(base: Base, device: torch.device | str) -> FrozenBase:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     model.config.use_cache = False
-    return FrozenBase(model=model, device=device, compute_dtype=dtype, quantized=base.quantization == "nf4")
+    if split is not None:
+        _own_borders(model, devices)
+    return FrozenBase(model, device, dtype, base.quantization == "nf4", tuple(others))
 
 
 def load_weights(
     base: Base,
     *,
     dtype: torch.dtype | str,
-    device: torch.device,
+    device: torch.device | Mapping[str, torch.device],
     nf4_compute: torch.dtype = torch.float32,
     quantize: bool | None = None,
 ) -> PreTrainedModel:
-    """The model as transformers loads it, in NF4 or in `dtype`; `quantize` overrules the sweep file."""
+    """The model as transformers loads it, in NF4 or in `dtype`; `quantize` overrules the sweep file.
+
+    Args:
+        device: one for all, or one for each part of the model, by name.
+    """
     options: dict[str, Any] = {}
     if (base.quantization == "nf4") if quantize is None else quantize:
         options["quantization_config"] = BitsAndBytesConfig(
@@ -114,10 +138,22 @@ def load_weights(
             trust_remote_code=base.trust_remote_code,
             use_safetensors=True,
             dtype=dtype,
-            device_map={"": device},
+            device_map={"": device} if isinstance(device, torch.device) else dict(device),
             **options,
         )
     return model
+
+
+def _own_borders(model: PreTrainedModel, devices: Mapping[str, torch.device]) -> None:
+    """Put our borders in the place of accelerate's hooks, once every weight is known to be where it should be."""
+    from accelerate.hooks import remove_hook_from_submodules
+
+    remove_hook_from_submodules(model)
+    for name, parameter in model.named_parameters():
+        wanted = next(device for part, device in devices.items() if name == part or name.startswith(f"{part}."))
+        if parameter.device != wanted:
+            raise SweepError(f"base.model: {name} is on {parameter.device} after loading, and should be on {wanted}")
+    attach_borders(model, devices)
 
 
 def _prepare_for_kbit_training(model: PreTrainedModel) -> None:

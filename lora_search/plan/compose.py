@@ -38,8 +38,12 @@ if TYPE_CHECKING:
 class _Memories:
     """Predictions for one sweep's base, made as they are asked for."""
 
-    def __init__(self, spec: SweepSpec, rows: RowFacts) -> None:
-        self._spec, self._rows = spec, rows
+    def __init__(self, spec: SweepSpec, rows: RowFacts, gpus: int) -> None:
+        """
+        Args:
+            gpus: of a host, where devices are GPUs.
+        """
+        self._spec, self._rows, self._gpus = spec, rows, gpus
         self._made: dict[Setup, BaseMemory] = {}
 
     def of(self, device: Device, *, checkpointing: bool) -> BaseMemory:
@@ -51,14 +55,22 @@ class _Memories:
             lanes=device.lanes,
             validation_tokens=tokens,
             checkpointing=checkpointing,
+            gpus=self._gpus if device.kind == "cuda" else 1,
+            gpu_bytes=device.usable,
         )
         if setup not in self._made:
-            self._made[setup] = BaseMemory(_skeleton(self._spec), setup)
+            alone = replace(setup, gpus=1, gpu_bytes=0)
+            if alone not in self._made:
+                self._made[alone] = BaseMemory(_skeleton(self._spec), alone)
+            self._made[setup] = self._made[alone].over(setup.gpus, setup.gpu_bytes)
         return self._made[setup]
 
 
-def plan_sweep(spec: SweepSpec) -> Plan:
+def plan_sweep(spec: SweepSpec, gpus: int | None = None) -> Plan:
     """Plan a sweep, on this machine and on well-known GPUs; nothing is trained.
+
+    Args:
+        gpus: of a host elsewhere; None as the sweep file says.
 
     Raises:
         InputError: the base, the data or a target set cannot be used.
@@ -70,7 +82,8 @@ def plan_sweep(spec: SweepSpec) -> Plan:
     per_host = most_trials(places[0], spec.hosts)
     here = this_machine(spec.base.compute_dtype, places[0])
     here = replace(here, lanes=min(here.lanes, per_host))
-    memories = _Memories(spec, rows)
+    gpus = max(1, spec.hosts.gpus_per_host if gpus is None else gpus)
+    memories = _Memories(spec, rows, gpus)
     memory = memories.of(here, checkpointing=False)
     found = corners(spec, memory.tree, rows.longest)
     shown = here if here.kind == "cuda" or _fits(memories, here, found) else GPUS[-1]
@@ -94,6 +107,7 @@ def plan_sweep(spec: SweepSpec) -> Plan:
         host=plain.host([found[-1].shape]),
         devices=tuple(_device(memories, device, found, sweep, hosts, per_host) for device in (here, *GPUS)),
         hosts=hosts,
+        gpus_per_host=gpus,
         trials_per_host=per_host,
         familiar=familiar_figures(partial(_skeleton, spec)),
         sweep=sweep,
@@ -108,7 +122,9 @@ def _skeleton(spec: SweepSpec) -> PreTrainedModel:
 def _refused(spec: SweepSpec, memories: _Memories, found: Sequence[Corner], device: Device) -> str | None:
     memory = memories.of(replace(device, lanes=1), checkpointing=spec.base.gradient_checkpointing)
     try:
-        refuse_what_never_fits(spec, memory, found, device.usable, device.name)
+        gpus = memory.setup.gpus
+        name = device.name if gpus == 1 else f"each of {gpus} {device.name}"
+        refuse_what_never_fits(spec, memory, found, device.usable, name)
     except InputError as error:
         return str(error)
     return None

@@ -89,7 +89,7 @@ def this_machine(compute_dtype: str, place: HostPlace) -> Device:
         return Device(properties.name, "cuda", properties.total_memory, dtype, flops, here=True)
     dtype = _name(chosen(compute_dtype, torch.device("cpu")))
     threads = place.threads
-    memory = usable_bytes(torch.device("cpu"), place.neighbours)
+    memory = usable_bytes([torch.device("cpu")], place.neighbours)
     name = f"a host here ({threads} core{'s' * (threads > 1)})"
     return Device(name, "cpu", memory, dtype, _measured_flops(dtype) * threads, threads, here=True)
 

@@ -35,7 +35,7 @@ class CornerPlan:
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """How many trials of the space fit together on a device, and how long the sweep takes on one of them."""
+    """How many trials of the space fit together on a host with such devices, and how long the sweep takes on one."""
 
     name: str
     here: bool
@@ -52,7 +52,7 @@ class DevicePlan:
     never: bool
     """Whether the largest trial fits in no way."""
     seconds: float
-    """Expected duration of the sweep on one such device."""
+    """Expected duration of the sweep on one such host; layers wait for each other: several GPUs are as fast as one."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,8 @@ class Plan:
     """With the largest trial alone, on the device of `corners`."""
     devices: tuple[DevicePlan, ...]
     hosts: int
+    gpus_per_host: int
+    """Over which a base is split on a host, wherever `devices` are GPUs."""
     trials_per_host: int
     familiar: tuple[Familiar, ...]
     sweep: SweepPlan

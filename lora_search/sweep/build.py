@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lora_search.host import TrainsTrials
 from lora_search.placement import HostPlace
 from lora_search.spec import SweepSpec
-from lora_search.sweep.capacity import device_of, gauge
+from lora_search.sweep.capacity import devices_of, gauge, memory_of
 
 if TYPE_CHECKING:
     from lora_search.data import TokenizedData
@@ -18,7 +18,7 @@ Build = Callable[[SweepSpec, HostPlace, int, Any], TrainsTrials]
 
 
 def build_engine(spec: SweepSpec, place: HostPlace, capacity: int, data: TokenizedData) -> TrainsTrials:
-    """The real engine, with the base on this host's device; on a CPU, a lane a core."""
+    """The real engine, with the base on this host's device, or over its GPUs; on a CPU, a lane a core."""
     import torch
 
     from lora_search.engine import Engine
@@ -26,8 +26,12 @@ def build_engine(spec: SweepSpec, place: HostPlace, capacity: int, data: Tokeniz
 
     torch.set_num_threads(place.threads)
     lanes = min(place.threads, capacity)
-    fits = gauge(spec, place, lanes, capacity, data) if spec.hosts.trials_per_host == "auto" else None
-    return Engine(load_base(spec.base, device_of(place)), data, lanes, fits)
+    device, *others = devices_of(place)
+    by_memory = spec.hosts.trials_per_host == "auto"
+    memory = memory_of(spec, place, lanes, data) if by_memory or others else None
+    fits = gauge(spec, place, memory, capacity, data) if memory is not None and by_memory else None
+    split = memory.split if memory is not None else None
+    return Engine(load_base(spec.base, device, others, split), data, lanes, fits)
 
 
 def import_engine() -> None:

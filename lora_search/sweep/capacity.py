@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from lora_search.errors import SweepError
 from lora_search.memory import BaseMemory, Setup, corners, refuse_what_never_fits
 from lora_search.memory.gauge import Gauge, usable_bytes
 from lora_search.placement import HostPlace
@@ -16,17 +17,26 @@ if TYPE_CHECKING:
     from lora_search.data import TokenizedData
 
 
-def device_of(place: HostPlace) -> torch.device:
-    """The device that a host trains on."""
+def devices_of(place: HostPlace) -> tuple[torch.device, ...]:
+    """The devices that a host trains on: the GPUs that Ray shows it, or its cores.
+
+    Raises:
+        SweepError: it sees fewer GPUs than it was given.
+    """
     import torch
 
-    return torch.device("cuda" if place.gpus and torch.cuda.is_available() else "cpu")
+    if not place.gpus or not torch.cuda.is_available():
+        return (torch.device("cpu"),)
+    if place.gpus == 1:
+        return (torch.device("cuda"),)
+    if torch.cuda.device_count() < place.gpus:
+        raise SweepError(f"{place.name} was given {place.gpus} GPUs, and sees {torch.cuda.device_count()}")
+    return tuple(torch.device("cuda", index) for index in range(place.gpus))
 
 
-def gauge(spec: SweepSpec, place: HostPlace, lanes: int, most: int, data: TokenizedData) -> Gauge:
+def gauge(spec: SweepSpec, place: HostPlace, memory: BaseMemory, most: int, data: TokenizedData) -> Gauge:
     """How a host tells which trials fit together. Made before the base is loaded."""
-    usable = usable_bytes(device_of(place), place.neighbours)
-    return Gauge(spec, _memory(spec, place, lanes, data), usable, _rows(data), most)
+    return Gauge(spec, memory, usable_bytes(devices_of(place), place.neighbours), _rows(data), most)
 
 
 def refuse_too_large(spec: SweepSpec, place: HostPlace, data: TokenizedData) -> None:
@@ -35,21 +45,34 @@ def refuse_too_large(spec: SweepSpec, place: HostPlace, data: TokenizedData) -> 
     Raises:
         InputError: names the key of the sweep file that makes it too large.
     """
-    memory = _memory(spec, place, 1, data)
-    device = device_of(place)
+    memory = memory_of(spec, place, 1, data)
+    devices = devices_of(place)
     largest = {corner.target: corner for corner in corners(spec, memory.tree, _rows(data))}  # the last of each set
-    name = "the GPU" if device.type == "cuda" else "a host"
-    refuse_what_never_fits(spec, memory, tuple(largest.values()), usable_bytes(device, place.neighbours), name)
+    name = "a host" if devices[0].type != "cuda" else "the GPU" if len(devices) == 1 else f"each of {len(devices)} GPUs"
+    refuse_what_never_fits(spec, memory, tuple(largest.values()), usable_bytes(devices, place.neighbours), name)
 
 
-def _memory(spec: SweepSpec, place: HostPlace, lanes: int, data: TokenizedData) -> BaseMemory:
+def memory_of(spec: SweepSpec, place: HostPlace, lanes: int, data: TokenizedData) -> BaseMemory:
+    """What is predicted for the base on a host like this.
+
+    Raises:
+        InputError: the base cannot be split over so many GPUs.
+    """
     from lora_search.model import compute_dtype
 
-    device = device_of(place)
+    devices = devices_of(place)
     base = spec.base
-    kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
-    auto = str(compute_dtype("auto", device)).removeprefix("torch.")
-    setup = Setup.of(base, kind, auto, lanes=lanes, validation_tokens=len(data.validation.tokens_S))
+    kind: Literal["cpu", "cuda"] = "cuda" if devices[0].type == "cuda" else "cpu"
+    auto = str(compute_dtype("auto", devices[0])).removeprefix("torch.")
+    setup = Setup.of(
+        base,
+        kind,
+        auto,
+        lanes=lanes,
+        validation_tokens=len(data.validation.tokens_S),
+        gpus=len(devices),
+        gpu_bytes=usable_bytes(devices, place.neighbours),
+    )
     return BaseMemory(skeleton(base.model, trust_remote_code=base.trust_remote_code, revision=base.revision), setup)
 
 
