@@ -26,7 +26,7 @@ def fill(template: str, values: Mapping[str, Any], parts: Mapping[str, str] | No
     Raises:
         KeyError: the template has a place that is not in `values`.
     """
-    write = python if template.endswith(".py.txt") else _yaml
+    write = python if template.endswith(".py.txt") else plain_yaml
     text = _part("", {**(parts or {}), "": _read(template)})
     return VALUE.sub(lambda found: write(values[found[1]]), text)
 
@@ -52,6 +52,7 @@ def python(value: Any) -> str:
     return line if len(line) <= 96 else "[\n" + "".join(f"        {one},\n" for one in inside) + "    ]"
 
 
-def _yaml(value: Any) -> str:
+def plain_yaml(value: Any) -> str:
+    """A value of YAML in one line."""
     text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=False)
     return text.removesuffix("\n").removesuffix("...").rstrip("\n")

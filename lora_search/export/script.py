@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_search.export.fill import fill, python
+from lora_search.export.fill import fill, plain_yaml, python
 from lora_search.export.material import Material, RowFile
 from lora_search.export.trained import Trained
 
@@ -63,6 +63,15 @@ def _checkpointing(trained: Trained) -> str:
     return '    gradient_checkpointing=True,\n    gradient_checkpointing_kwargs={"use_reentrant": False},\n'
 
 
+def base_path(trained: Trained, folder: str | None) -> str:
+    """Where the base is, as a configuration that is read in its own folder says it."""
+    return trained.spec.base.model if folder is None else f"./{folder}"
+
+
+def revision_line(key: str, revision: str | None) -> str:
+    return "" if revision is None else f"{key}: {plain_yaml(revision)}\n"
+
+
 def base_file(trained: Trained) -> Mapping[str, str]:
     return BASE_FILE if trained.spec.base.model.startswith("builtin:") else {}
 
@@ -91,6 +100,16 @@ def common_limits(trained: Trained) -> list[str]:
     if Path(trained.spec.base.model).is_absolute():
         found.append("The base is a folder of the machine that the export was made on; edit its path on another one.")
     return found
+
+
+def foreign_limits(tool: str) -> list[str]:
+    """What a trainer that sets the adapter up by itself does otherwise."""
+    return [
+        f"{tool} draws the adapter's first values itself, after what it has drawn before: the seed is the trial's, the "
+        "values may not be.",
+        f"A validation loss that {tool} tells while it trains is a mean of its batches' means; lora-search's is nats a "
+        "target token over the whole split. The test split is for you: nothing here reads it.",
+    ]
 
 
 def rows_note(trained: Trained, rows: list[RowFile]) -> str:
