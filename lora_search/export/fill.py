@@ -54,5 +54,10 @@ def python(value: Any) -> str:
 
 def plain_yaml(value: Any) -> str:
     """A value of YAML in one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=False)
+    text = _one_line(value)
+    return text if "\n" not in text else _one_line(value, default_style='"')
+
+
+def _one_line(value: Any, **style: str) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=False, **style)
     return text.removesuffix("\n").removesuffix("...").rstrip("\n")
