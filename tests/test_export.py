@@ -265,10 +265,10 @@ def test_wandb_sweep_is_narrowed_and_valid(run: RunDirectory, tmp_path: Path) ->
     assert rate["distribution"] == "log_uniform_values"
     assert 1e-4 < rate["min"] < 1e-3 < 5e-3 < rate["max"] < 1e-2
     assert parameters["dropout"] == {"distribution": "uniform", "min": 0.0, "max": pytest.approx(0.0625)}
-    sweeps = pytest.importorskip(
-        "sweeps.config", reason="W&B's own schema of sweep configurations, of the package sweeps"
-    )
-    assert sweeps.schema_violations_from_proposed_config(config) == []
+    pytest.importorskip("sweeps.config", reason="W&B's schema of sweeps, of the package sweeps")
+    from sweeps import schema_violations_from_proposed_config
+
+    assert schema_violations_from_proposed_config(config) == []
 
 
 def test_wandb_program_trains_what_its_arguments_say(run: RunDirectory, tmp_path: Path) -> None:

@@ -58,6 +58,6 @@ def plain_yaml(value: Any) -> str:
     return text if "\n" not in text else _one_line(value, default_style='"')
 
 
-def _one_line(value: Any, **style: str) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**9, allow_unicode=False, **style)
+def _one_line(value: Any, default_style: str | None = None) -> str:
+    text = str(yaml.safe_dump(value, default_flow_style=True, width=10**9, default_style=default_style))
     return text.removesuffix("\n").removesuffix("...").rstrip("\n")

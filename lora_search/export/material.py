@@ -95,6 +95,12 @@ class Material:
         """Full names for PEFT's `target_parameters`: the fused weights of experts."""
         return list(self.targets(target).parameters)
 
+    def sizes(self) -> list[int]:
+        """Numbers in each linear weight of the base but its output head."""
+        from lora_search.targets import module_tree
+
+        return [module.in_features * module.out_features for module in module_tree(self._skeleton).modules]
+
     def copy_base(self, out: Path) -> str | None:
         """Copy a built-in base into an export; the folder's name there, None where the base is not a built-in one."""
         name = self._trained.spec.base.model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +71,7 @@ def revision_line(key: str, revision: str | None) -> str:
     return "" if revision is None else f"{key}: {plain_yaml(revision)}\n"
 
 
-def base_file(trained: Trained) -> Mapping[str, str]:
+def base_file(trained: Trained) -> dict[str, str]:
     return BASE_FILE if trained.spec.base.model.startswith("builtin:") else {}
 
 

@@ -20,8 +20,17 @@ COMPONENTS = "trial.py"
 ATTENTION = {"q_proj": "q_proj", "k_proj": "k_proj", "v_proj": "v_proj", "o_proj": "output_proj"}
 """torchtune's names of the modules that it can adapt one by one."""
 
+NF4_NUMBERS = 64 * 256
+"""torchao quantises a weight to NF4 only where it divides into blocks of so many numbers."""
+
 MLP = {"gate_proj", "up_proj", "down_proj"}
 """Adapted together or not at all."""
+
+QUANTISED = {
+    (False, False): "  quantize_base: false\n",
+    (True, False): "  quantize_base: true  # NF4 with double quantisation, by torchao\n",
+    (True, True): "  quantize_base: false  # torchao takes no weights of these shapes; the trial's base was in NF4\n",
+}
 
 
 def write(trained: Trained, out: Path) -> Page:
@@ -35,6 +44,8 @@ def write(trained: Trained, out: Path) -> Page:
     attention, mlp = _modules(material)
     lora, training = trained.config.lora, trained.config.training
     folder = material.copy_base(out)
+    quantises = trained.spec.base.quantization == "nf4"
+    refused = quantises and any(size % NF4_NUMBERS for size in material.sizes())
     found = values(trained, material) | {
         "component": component,
         "model_type": model_type,
@@ -50,6 +61,7 @@ def write(trained: Trained, out: Path) -> Page:
     files = sorted(file.name for file in weights.glob("*.safetensors")) if weights.is_dir() else []
     alpha = trained.alpha * math.sqrt(lora.rank) if lora.use_rslora else trained.alpha
     parts = {
+        "quantised": QUANTISED[quantises, refused],
         "model": "".join(f"  {name}: {plain_yaml(value)}\n" for name, value in model.items()),
         "alpha": f"  lora_alpha: {plain_yaml(alpha)}"
         + ("  # rsLoRA has no key: alpha times the root of the rank\n" if lora.use_rslora else "\n"),
@@ -68,7 +80,7 @@ def write(trained: Trained, out: Path) -> Page:
         made_for=CHECKED,
         rows=rows,
         notes=[rows_note(trained, rows)],
-        limits=_limits(trained, bool(files)),
+        limits=_limits(trained, bool(files), refused),
     )
 
 
@@ -122,15 +134,23 @@ def _modules(material: Material) -> tuple[list[str], bool]:
     return [ATTENTION[name] for name in names if name in ATTENTION], set(names) >= MLP
 
 
-def _limits(trained: Trained, has_weights: bool) -> list[str]:
+def _limits(trained: Trained, has_weights: bool, refused: bool) -> list[str]:
     found = [line for line in common_limits(trained) if "GradScaler" not in line]
     found += foreign_limits("torchtune")
+    found.append(
+        "`tune validate` does not look into this folder for `trial.py`, as `tune run` does: put PYTHONPATH=. before it."
+    )
     found.append("torchtune's recipe measures no validation loss; validation.jsonl is there for your own measurement.")
     found.append(
         "torchtune has one `dtype` for everything, the adapter too: in bf16 its small steps are rounded, where the "
         "trial's adapter was in float32. It quantises by torchao, in blocks of its own, and knows no dtype `auto`: "
         "the file has bf16 on CUDA; with `device=cpu dtype=fp32` it runs without a GPU."
     )
+    if refused:
+        found.append(
+            f"torchao quantises to NF4 only weights whose numbers divide by {NF4_NUMBERS:,}; some of this base do not, "
+            "so it is trained unquantised here, where the trial's base was in NF4."
+        )
     if trained.spec.base.compute_dtype == "float16":
         found.append("The recipe refuses fp16, in which the trial was trained; bf16 stands for it.")
     if trained.config.lora.use_rslora:
