@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -233,7 +234,7 @@ def test_adapter_loads_with_peft_and_has_the_reported_loss(run: RunDirectory, tm
 
 
 def test_study_opens_with_optuna_alone_and_is_the_same(run: RunDirectory, tmp_path: Path) -> None:
-    from lora_search.search import open_study
+    from lora_search.journal import open_study
 
     out = export(run, "optuna", tmp_path / "out")
     code = (
@@ -304,6 +305,25 @@ def test_llamafactory_reads_its_configuration(
     model, data, training, tuning, _ = hparams.get_train_args(raw | {"bf16": False})
     assert (model.quantization_bit, data.tokenized_path, training.max_steps) == (4, "tokenized", 24)
     assert (tuning.lora_rank, tuning.lora_target, tuning.disable_shuffling) == (16, ["q_proj", "v_proj"], True)
+
+
+def test_torchtune_names_what_it_cannot_adapt_or_quantise(
+    run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = yaml.safe_load((export(run, "torchtune", tmp_path / "out", 2) / "config.yaml").read_text())
+    assert config["model"]["lora_attn_modules"] == ["q_proj", "output_proj"]
+    assert config["model"]["quantize_base"] is False  # 192 x 192 is no whole number of torchao's blocks
+    assert "divide by 16,384" in (tmp_path / "out" / "README.md").read_text()
+    raw = yaml.safe_load(run.spec.read_text())
+    raw["search"]["space"]["target_modules"] = {"choice": [["down_proj"], "attention-qv", "all-linear"]}
+    other = tmp_path / "other"
+    shutil.copytree(run.path, other)
+    (other / "sweep.yaml").write_text(yaml.safe_dump(raw))
+    text = (other / "trials.jsonl").read_text()
+    (other / "trials.jsonl").write_text(text.replace('["q_proj", "o_proj"]', '["down_proj"]'))
+    capsys.readouterr()
+    assert main(["export", str(other), "--trial", "2", "--to", "torchtune", "--out", str(tmp_path / "no")]) == 2
+    assert "it cannot adapt just down_proj" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["transformers", "trl", "unsloth", "llamafactory", "axolotl", "wandb", "torchtune"])
@@ -399,8 +419,6 @@ def test_empty_folder_is_filled(run: RunDirectory, tmp_path: Path) -> None:
 def test_other_data_than_the_sweeps_is_refused(
     run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     other = shutil.copytree(run.path, tmp_path / "other")
     (other / "provenance.json").write_text(json.dumps({"data": {"fingerprint": "0" * 64}}))
     assert main(["export", str(other), "--to", "trl", "--out", str(tmp_path / "out")]) == 2
@@ -411,8 +429,6 @@ def test_other_data_than_the_sweeps_is_refused(
 def test_base_with_code_of_its_own_needs_the_users_word(
     run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     other = shutil.copytree(run.path, tmp_path / "other")
     spec = yaml.safe_load((other / "sweep.yaml").read_text())
     spec["base"]["trust_remote_code"] = True

@@ -10,6 +10,7 @@ from pathlib import Path
 from lora_search.errors import SweepError
 from lora_search.export.page import Page, installed
 from lora_search.export.trained import Trained
+from lora_search.journal import JOURNAL, open_study
 
 FILE = "study.db"
 
@@ -22,9 +23,7 @@ def write(trained: Trained, out: Path) -> Page:
     """
     import optuna
 
-    from lora_search.search import open_study
-
-    journal = trained.run.path / "study.journal"
+    journal = trained.run.path / JOURNAL
     if not journal.is_file():
         raise SweepError(f"{journal}: is not there; --to optuna needs it")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -37,17 +36,18 @@ def write(trained: Trained, out: Path) -> Page:
                 from_study_name=study.study_name,
                 from_storage=study._storage,
                 to_storage=f"sqlite:///{out / FILE}",
+                to_study_name=trained.spec.name,  # the journal's own may be anybody's text
             )
         except SweepError:
             raise
         except Exception as error:  # whatever Optuna makes of a journal that is not its own
             raise SweepError(f"{journal}: is no study: {type(error).__name__}: {error}") from error
-        name, trials = study.study_name, len(study.get_trials(deepcopy=False))
+        trials = len(study.get_trials(deepcopy=False))
     return Page(
         title=f"The study of {trials} trials",
         commands=[
             "python -c 'import optuna; "
-            f'print(optuna.load_study(study_name="{name}", storage="sqlite:///{FILE}").best_trial)\'',
+            f'print(optuna.load_study(study_name="{trained.spec.name}", storage="sqlite:///{FILE}").best_trial)\'',
             f"optuna-dashboard sqlite:///{FILE}",
         ],
         files={FILE: "the study, in Optuna's SQLite format"},
