@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import lora_search
 from lora_search.errors import InputError, Interrupted, SweepError, harmless
+from lora_search.export.formats import FORMATS
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -79,6 +80,12 @@ def _dispatch(arguments: argparse.Namespace) -> int:
             from lora_search.cli import merge
 
             merge.merge(arguments.run, arguments.trial, arguments.out, trusts_code=arguments.trust_remote_code)
+        case "export":
+            from lora_search.cli import export
+
+            export.export(
+                arguments.run, arguments.trial, arguments.to, arguments.out, trusts_code=arguments.trust_remote_code
+            )
         case "doctor":
             from lora_search.cli import doctor
 
@@ -124,6 +131,8 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", required=True, metavar="DIR")
     merge.add_argument("--trust-remote-code", action="store_true", help="run code of the base's, if the run did")
 
+    _add_export(commands)
+
     doctor = commands.add_parser("doctor", help="what this machine and a cluster can do, and what is missing")
     doctor.add_argument("--address", help="of a Ray cluster to look at too")
     doctor.add_argument(
@@ -142,6 +151,20 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set", action="append", default=[], metavar="key.path=value", help="lay a value over the sweep file's"
     )
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write a trial for another tool",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="formats:\n" + "\n".join(f"  {name:13} {meaning}" for name, meaning in FORMATS.items()),
+    )
+    _add_run(export)
+    export.add_argument("--trial", default="best", metavar="ID|best")
+    export.add_argument("--to", required=True, metavar="FORMAT", choices=FORMATS, help="one of those below")
+    export.add_argument("--out", required=True, metavar="DIR", help="must not be there, or be empty")
+    export.add_argument("--trust-remote-code", action="store_true", help="run code of the base's, if the run did")
 
 
 def _add_launch(command: argparse.ArgumentParser) -> None:
