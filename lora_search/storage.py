@@ -56,7 +56,10 @@ class Folder:
         from pyarrow.fs import FileSelector
 
         def names(system: FileSystem, path: str) -> list[str]:
-            return sorted(entry.base_name for entry in system.get_file_info(FileSelector(path, allow_not_found=True)))
+            # Of Google's store pyarrow lists the objects alone, not the folders that their names make (26.0).
+            whole = system.type_name == "gcs"
+            found = system.get_file_info(FileSelector(path, allow_not_found=True, recursive=whole))
+            return sorted({entry.path.removeprefix(f"{path}/").partition("/")[0] for entry in found})
 
         return self._ask(names)
 

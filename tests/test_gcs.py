@@ -98,5 +98,5 @@ def test_lease_is_held_by_one(bucket: str) -> None:
 
 
 def test_missing_bucket_is_said(bucket: str) -> None:
-    with pytest.raises(InputError, match="output: found .*cannot be written to"):
+    with pytest.raises(InputError, match=r"output: found .*cannot be written to"):
         create_run(bucket.format("x").replace(BUCKET, "no-such-bucket"), "a", exact=False)
