@@ -9,6 +9,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -125,7 +126,8 @@ class Folder:
         def remove(system: FileSystem, path: str) -> None:
             match system.get_file_info(f"{path}/{name}").type:
                 case FileType.Directory:
-                    system.delete_dir(f"{path}/{name}")
+                    with suppress(FileNotFoundError):  # in Google's store a folder need not be an object of its own
+                        system.delete_dir(f"{path}/{name}")
                 case FileType.File:
                     system.delete_file(f"{path}/{name}")
 
