@@ -119,10 +119,11 @@ def _cluster(address: str, output: str) -> Iterator[Check]:
         mark, folder = f".doctor-{uuid.uuid4().hex[:8]}", Folder(output)
         folder.write(mark, b"")
         look = ray.remote(num_cpus=0, max_retries=0)(look_at_node)
+        began = time.time()
         asked = {node.id: look.options(**_on(node.id)).remote(output, mark) for node in there}
         for node in there:
             try:
-                yield _node(node.id, ray.get(asked[node.id], timeout=NODE_ANSWERS_S))
+                yield _node(node.id, ray.get(asked[node.id], timeout=NODE_ANSWERS_S), began)
             except ray.exceptions.RayError as error:
                 yield Check(f"node {node.id[:8]}", "wrong", str(error).strip().splitlines()[-1])
         folder.remove(mark)
@@ -159,8 +160,12 @@ def look_at_node(output: str, mark: str) -> dict[str, Any]:
     }
 
 
-def _node(node: str, said: dict[str, Any]) -> Check:
-    skew = said["time"] - time.time()  # answers come at once where nothing is wrong
+def _node(node: str, said: dict[str, Any], began: float) -> Check:
+    """
+    Args:
+        began: when it was asked, by this machine's clock; it has answered since, but may have taken its time.
+    """
+    skew = said["time"] - min(max(said["time"], began), time.time())
     wrong = differences(versions(), said["versions"])
     if said["storage"] is not None:
         wrong.append(f"output {said['output']}: {said['storage']}")

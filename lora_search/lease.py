@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 
 from lora_search.errors import InputError
 from lora_search.storage import Folder
@@ -23,6 +24,12 @@ REFRESH_S = 3.0
 
 LEASE_S = 15.0
 """One that has not been refreshed for so long is nobody's any more."""
+
+LOOK_S = 0.5
+"""Between two looks at somebody else's."""
+
+LONG_AGO = timedelta(days=1)
+"""By any two clocks, however wrong, a lease of before then is nobody's."""
 
 SETTLE_S = 1.0
 """Of two processes that take a lease at once, the one that wrote last has it; so long a write takes at most."""
@@ -54,6 +61,26 @@ def leased(folder: Folder) -> Iterator[Callable[[], bool]]:
         if not lost.is_set():
             with suppress(OSError):  # then it ends by itself
                 folder.remove(LEASE)
+
+
+def is_leased(folder: Folder) -> bool:
+    """Whether some process holds the lease of a folder now. Only reads.
+
+    It watches whether the lease is refreshed, REFRESH_S as a rule; LEASE_S, where its last holder was killed.
+
+    Raises:
+        StoreError: the store fails.
+    """
+    found = folder.modified(LEASE)
+    if found is None or datetime.now(UTC) - found > LONG_AGO:
+        return False
+    end = time.monotonic() + LEASE_S
+    while time.monotonic() < end:
+        time.sleep(LOOK_S)
+        now = folder.modified(LEASE)
+        if now != found:
+            return now is not None
+    return False
 
 
 def _wait_until_free(folder: Folder) -> None:

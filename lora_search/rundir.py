@@ -11,13 +11,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from lora_search.errors import InputError
-from lora_search.lease import LEASE, LEASE_S, leased
+from lora_search.lease import is_leased, leased
 from lora_search.spec.secret import ADVICE, MASK, secret_kind
 from lora_search.storage import Folder, is_uri
 
@@ -192,10 +191,9 @@ def locked(run: RunDirectory) -> Iterator[Callable[[], bool]]:
 
 
 def is_locked(run: RunDirectory) -> bool:
-    """Whether a process writes to the run directory now; of one in an object store, by this machine's clock."""
+    """Whether a process writes to the run directory now; of one in an object store, that takes seconds to see."""
     if run.uri is not None:
-        refreshed = run.folder.modified(LEASE)
-        return refreshed is not None and datetime.now(UTC) - refreshed < timedelta(seconds=3 * LEASE_S)
+        return is_leased(run.folder)
     try:
         with locked(run):
             return False

@@ -9,6 +9,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -56,7 +57,10 @@ class Folder:
         from pyarrow.fs import FileSelector
 
         def names(system: FileSystem, path: str) -> list[str]:
-            return sorted(entry.base_name for entry in system.get_file_info(FileSelector(path, allow_not_found=True)))
+            # Of Google's store pyarrow lists the objects alone, not the folders that their names make (26.0).
+            whole = system.type_name == "gcs"
+            found = system.get_file_info(FileSelector(path, allow_not_found=True, recursive=whole))
+            return sorted({entry.path.removeprefix(f"{path}/").partition("/")[0] for entry in found})
 
         return self._ask(names)
 
@@ -122,7 +126,8 @@ class Folder:
         def remove(system: FileSystem, path: str) -> None:
             match system.get_file_info(f"{path}/{name}").type:
                 case FileType.Directory:
-                    system.delete_dir(f"{path}/{name}")
+                    with suppress(FileNotFoundError):  # in Google's store a folder need not be an object of its own
+                        system.delete_dir(f"{path}/{name}")
                 case FileType.File:
                     system.delete_file(f"{path}/{name}")
 

@@ -64,7 +64,14 @@ def status(run: str, *, as_json: bool) -> None:
     for reason, count in found["failures"].items():
         print(f"  failed {count} times: {harmless(str(reason))}")
     if found["last_event_seconds_ago"] is not None:
-        print(f"  last heard of {found['last_event_seconds_ago']:.0f} s ago")
+        print(f"  last heard of {_ago(found['last_event_seconds_ago'])}")
+
+
+def _ago(seconds: float) -> str:
+    """By this machine's clock, of what another machine has dated by its own."""
+    if round(seconds) < 0:
+        return f"at a time {-seconds:.0f} s ahead of this machine's clock: that of the machine it runs on differs"
+    return f"{max(0.0, seconds):.0f} s ago"
 
 
 def sweep_status(directory: RunDirectory) -> dict[str, Any]:

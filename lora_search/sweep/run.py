@@ -101,6 +101,11 @@ def run_sweep(
         if error.errno not in UNWRITABLE and not isinstance(error, StoreError):
             raise
         raise SweepError(f"{run.place} cannot be written to: {error}; mend it, then --resume") from error
+    except RuntimeError as error:  # what Optuna makes of a lock file that it cannot write or remove
+        cause = error.__context__
+        if not isinstance(cause, OSError) or cause.errno not in UNWRITABLE:
+            raise
+        raise SweepError(f"{run.place} cannot be written to: {cause}; mend it, then --resume") from error
     finally:
         for observer in observers:
             observer.close()

@@ -1,0 +1,102 @@
+"""A run directory in Google's object store, by an emulator of it: what a folder of ours asks of a store works there."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lora_search.checkpoint import ADAPTER_WEIGHTS, Shelf, seal
+from lora_search.errors import InputError
+from lora_search.lease import is_leased, leased
+from lora_search.rundir import create_run
+from lora_search.storage import Folder
+
+BUCKET = "lora-search-test"
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """The URI of a bucket, up to the folder's name, and what comes after that."""
+    pytest.importorskip("gcp_storage_emulator", reason="needs gcp-storage-emulator for a Google object store")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = f"import gcp_storage_emulator.server as s; s.create_server('127.0.0.1', {port}, True).run()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/storage/v1/b?project=test",
+        data=json.dumps({"name": BUCKET}).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                urllib.request.urlopen(request, timeout=5).close()
+                break
+            except urllib.error.URLError:
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+        yield f"gs://anonymous@{BUCKET}/{{}}?endpoint_override=127.0.0.1%3A{port}&scheme=http&retry_limit_seconds=3"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_folder_gives_back_what_it_was_given(bucket: str, tmp_path: Path) -> None:
+    folder = Folder(bucket.format("folder"), patience_s=0)
+    assert folder.names() == []
+    assert folder.modified("a") is None
+    with pytest.raises(FileNotFoundError):
+        folder.read("a")
+    folder.write("a", b"first")
+    folder.write("a", b"second")
+    folder.below("sub").write("b", b"")
+    assert folder.names() == ["a", "sub"]
+    assert folder.read("a") == b"second"
+    assert folder.modified("a") is not None
+    source = tmp_path / "source"
+    (source / "deep").mkdir(parents=True)
+    (source / "deep" / "c").write_bytes(bytes(range(256)) * 1000)
+    folder.below("sub").upload(source)
+    assert folder.below("sub/deep").read("c") == bytes(range(256)) * 1000
+    folder.check()
+    for name in ("sub", "a", "never was"):
+        folder.remove(name)
+    assert folder.names() == []
+
+
+def test_checkpoints_are_kept_and_a_damaged_one_is_passed_over(bucket: str) -> None:
+    run = Folder(bucket.format("shelf"), patience_s=0)
+    shelf = Shelf(run, 3)
+    for step in (2, 4, 6):
+        shelf.put(seal({ADAPTER_WEIGHTS: b"weights"}, {"step": step}), {"rank": 8}, [{"step": step}])
+    assert run.below("tune/trial-0003").names() == ["checkpoint_000004", "checkpoint_000006"]
+    run.below("tune/trial-0003/checkpoint_000006").write(ADAPTER_WEIGHTS, b"others")
+    saved = shelf.newest()
+    assert saved is not None
+    assert (saved.reports, len(saved.damaged)) == ([{"step": 4}], 1)
+
+
+def test_lease_is_held_by_one(bucket: str) -> None:
+    folder = Folder(bucket.format("lease"), patience_s=0)
+    with leased(folder):
+        assert is_leased(folder)
+        with pytest.raises(InputError, match="another lora-search run is writing to it"), leased(folder):
+            pass
+    assert not is_leased(folder)
+
+
+def test_missing_bucket_is_said(bucket: str) -> None:
+    with pytest.raises(InputError, match=r"output: found .*cannot be written to"):
+        create_run(bucket.format("x").replace(BUCKET, "no-such-bucket"), "a", exact=False)
