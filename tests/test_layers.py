@@ -37,6 +37,7 @@ FLOORS = {
     "merge": 4,
     "best": 4,
     "plan": 4,
+    "serve": 4,
     "launch": 5,
     "sweep": 5,
     "doctor": 5,
@@ -55,6 +56,7 @@ FORBIDDEN = {
     "results": {"ray", "torch"},
     "merge": {"ray"},
     "best": {"ray"},
+    "serve": {"ray", "wandb"},
     "memory": {"ray", "optuna", "wandb"},
     "plan": {"ray", "optuna", "wandb"},
 }
@@ -127,6 +129,7 @@ def test_rooms_on_one_floor_make_no_circle() -> None:
         ("lora_search.plan", ["torch", "ray", "transformers", "peft"]),
         ("lora_search.engine", ["ray", "optuna", "wandb"]),
         ("lora_search.best", ["ray"]),
+        ("lora_search.serve", ["ray", "torch"]),
     ],
 )
 def test_importing_a_room_leaves_out(module: str, absent: list[str]) -> None:
