@@ -36,21 +36,19 @@ def serve(run: str, *, trials: str | None, top: int, host: str, port: int, trust
         adapters, left_out = collect_adapters(directory, rows, chosen, Path(folder))
         for reason in left_out:
             _say(f"left out: {reason}")
-        import torch
-
         from lora_search.serve.answers import Endpoints
         from lora_search.serve.guard import is_loopback
         from lora_search.serve.http import Server
-        from lora_search.serve.model import ServedModel
+        from lora_search.serve.model import ServedModel, best_device
 
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        _say(f"loading {spec.base.model} with {len(adapters)} adapters on {device}")
-        best = best_row(rows, spec.search.metric, spec.search.mode)
-        model = ServedModel(spec.base, adapters, None if best is None else int(best["trial"]), device)
-        endpoints = Endpoints(spec, model)
-        with Server(host, port, endpoints) as server:
+        with Server(host, port) as server:
+            device = best_device()
+            _say(f"loading {spec.base.model} with {len(adapters)} adapters on {device}")
+            best = best_row(rows, spec.search.metric, spec.search.mode)
+            model = ServedModel(spec.base, adapters, None if best is None else int(best["trial"]), device)
+            server.endpoints = Endpoints(spec, model)
             _say(f"models: {', '.join(model.adapters)}")
-            _say(f"a chat is written by {endpoints.prompts.chat_format}")
+            _say(f"a chat is written by {server.endpoints.prompts.chat_format}")
             if not is_loopback(host):
                 _say(
                     f"WARNING: {host} is no loopback address: whoever reaches this machine may ask, without a password"

@@ -121,11 +121,7 @@ def _teller(shape: _Shape, head: dict[str, Any], index: int, send: Send) -> Call
 
 
 def _piece(shape: _Shape, head: dict[str, Any], index: int, text: str, reason: str | None) -> dict[str, Any]:
-    said: dict[str, Any]
-    if shape is CHAT:
-        said = {"delta": {"content": text} if text else {}}
-    else:
-        said = {"text": text}
+    said: dict[str, Any] = {"delta": {"content": text} if text else {}} if shape is CHAT else {"text": text}
     choice = {"index": index, **said, "logprobs": None, "finish_reason": reason}
     return head | {"object": shape.piece, "choices": [choice]}
 

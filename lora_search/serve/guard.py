@@ -7,7 +7,6 @@ also send requests whose answers it cannot read; those carry its `Origin`, or ar
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from lora_search.serve.fault import RequestFault
@@ -15,18 +14,18 @@ from lora_search.serve.fault import RequestFault
 LOCAL = "localhost"
 
 
-def require_own_site(headers: Mapping[str, str], host: str) -> None:
+def require_own_site(asked: str, origin: str | None, host: str) -> None:
     """Raise RequestFault unless a request is meant for this server, and no other site's page made it.
 
     Args:
+        asked: the `Host` header.
+        origin: the `Origin` header, which browsers send for pages.
         host: what the server listens on. On loopback, only loopback's own names are taken; elsewhere any address, and
             `host` itself where that is a name: an address cannot be made to mean another machine.
     """
-    asked = headers.get("Host", "")
     name = _name(asked)
     if name is None or not _is_ours(name, host):
         raise RequestFault(403, f"Host: found {asked[:80]!r}; this server answers to its own address only")
-    origin = headers.get("Origin")
     if origin is not None and urlsplit(origin).netloc != asked:
         raise RequestFault(403, f"Origin: found {origin[:80]!r}; pages of other sites are not answered")
 

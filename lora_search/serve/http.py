@@ -33,7 +33,7 @@ FILES = {
 }
 
 GET, POST = "GET", "POST"
-METHODS = {path: GET for path in (*FILES, "/v1/models", "/healthz")} | {
+METHODS = dict.fromkeys((*FILES, "/v1/models", "/healthz"), GET) | {
     "/v1/completions": POST,
     "/v1/chat/completions": POST,
 }
@@ -56,13 +56,15 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, host: str, port: int, endpoints: Endpoints) -> None:
+    endpoints: Endpoints
+    """To be set before `serve_forever`: the address is taken first, since a base may take minutes to load."""
+
+    def __init__(self, host: str, port: int) -> None:
         """
         Raises:
             InputError: the address cannot be listened on.
         """
         self.host = host
-        self.endpoints = endpoints
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), _Handler)
@@ -108,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _guarded(self, answer: Callable[[str], None]) -> None:
         self._streams = False
         try:
-            require_own_site(self.headers, self.server.host)
+            require_own_site(self.headers.get("Host", ""), self.headers.get("Origin"), self.server.host)
             path = self.path.partition("?")[0]
             allowed = METHODS.get(path)
             if allowed is None:

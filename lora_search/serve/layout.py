@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import tempfile
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 from lora_search.builtin import model_folder
 from lora_search.checkpoint import ADAPTER_CONFIG
-from lora_search.errors import InputError, SweepError
+from lora_search.errors import InputError, SweepError, harmless
 from lora_search.results import best_row, run_rows
 from lora_search.rundir import RunDirectory
 from lora_search.serve.adapters import BEST, ServedAdapter, collect_adapters
@@ -143,9 +144,7 @@ def _peft(spec: SweepSpec, names: Mapping[str, ServedAdapter], out: Path, base: 
         "nf4": spec.base.quantization == "nf4",
         "names": list(names),
     }
-    text = SCRIPT.read_text(encoding="utf-8")
-    for name, value in values.items():
-        text = text.replace("{{" + name + "}}", repr(value))
+    text = re.sub(r"\{\{(\w+)\}\}", lambda place: repr(values[place[1]]), SCRIPT.read_text(encoding="utf-8"))
     (out / "load_adapters.py").write_text(text, encoding="utf-8")
     first = next(iter(names))
     template = _code(json.dumps(spec.data.template))
@@ -173,7 +172,7 @@ def _page(title: str, spec: SweepSpec, names: Mapping[str, ServedAdapter], comma
             row.get("target_modules"),
         ]
         lines.append(f"| {name} | " + " | ".join(_code(value) for value in shown) + " |")
-    lines += ["", "Run in this folder:", "", "```sh", command, "```", ""]
+    lines += ["", "Run in this folder:", "", "```sh", harmless(command), "```", ""]
     for note in notes:
         lines += [note, ""]
     return "\n".join(lines)

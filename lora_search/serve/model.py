@@ -62,17 +62,16 @@ class ServedModel:
         """
         self.tokenizer = load_tokenizer(base)
         self.base: FrozenBase = load_base(base.model_copy(update={"gradient_checkpointing": False}), device)
-        self.adapters: Mapping[str, ServedAdapter | None] = {BASE: None} | (
-            {BEST: adapter for adapter in adapters if adapter.trial == best}
-            | {adapter.name: adapter for adapter in adapters}
-        )
+        named = [(BEST, adapter) for adapter in adapters if adapter.trial == best]
+        named += [(adapter.name, adapter) for adapter in adapters]
+        self.adapters: Mapping[str, ServedAdapter | None] = {BASE: None, **dict(named)}
         """By the names that requests may use."""
         self._model = _with_adapters(self.base, adapters)
         self._turn = threading.Lock()
         self._counting = threading.Lock()
         self._waiting = 0
         self._closing = threading.Event()
-        ends = self.base.model.generation_config.eos_token_id  # type: ignore[union-attr]
+        ends = self.base.model.generation_config.eos_token_id
         self._ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
     @property
@@ -111,7 +110,7 @@ class ServedModel:
             )
         if not prompt:
             raise RequestFault(400, "the prompt has no tokens", param="prompt")
-        vocabulary = self.base.model.get_input_embeddings().num_embeddings  # type: ignore[union-attr]
+        vocabulary = self.base.model.get_input_embeddings().num_embeddings
         if max(prompt) >= vocabulary:
             raise RequestFault(
                 400, f"prompt: found token {max(prompt)}; the vocabulary has {vocabulary}", param="prompt"
@@ -220,6 +219,11 @@ class _Watch(BaseStreamer):  # type: ignore[misc]
     def _say(self, piece: str) -> None:
         if self._tell is not None:
             self._tell(piece)
+
+
+def best_device() -> torch.device:
+    """The first GPU, or the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _with_adapters(base: FrozenBase, adapters: Sequence[ServedAdapter]) -> Any:
