@@ -59,6 +59,7 @@ ELSEWHERE = {
     "--template my-": "tests/test_launch.py",
     "--on slurm|": "a list of options, no command",
     "--set output=": "tests/test_launch.py",
+    "lora-search serve": "tests/test_serve.py",
 }
 """What a command holds that is run by other tests."""
 

@@ -38,6 +38,7 @@ FLOORS = {
     "best": 4,
     "plan": 4,
     "export": 4,
+    "serve": 4,
     "launch": 5,
     "sweep": 5,
     "doctor": 5,
@@ -57,6 +58,7 @@ FORBIDDEN = {
     "merge": {"ray"},
     "best": {"ray"},
     "export": {"ray", "torch"},
+    "serve": {"ray", "wandb"},
     "memory": {"ray", "optuna", "wandb"},
     "plan": {"ray", "optuna", "wandb"},
 }
@@ -130,6 +132,7 @@ def test_rooms_on_one_floor_make_no_circle() -> None:
         ("lora_search.engine", ["ray", "optuna", "wandb"]),
         ("lora_search.best", ["ray"]),
         ("lora_search.export", ["ray", "torch", "transformers", "peft", "optuna", "wandb"]),
+        ("lora_search.serve", ["ray", "torch"]),
     ],
 )
 def test_importing_a_room_leaves_out(module: str, absent: list[str]) -> None:

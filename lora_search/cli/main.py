@@ -86,6 +86,17 @@ def _dispatch(arguments: argparse.Namespace) -> int:
             export.export(
                 arguments.run, arguments.trial, arguments.to, arguments.out, trusts_code=arguments.trust_remote_code
             )
+        case "serve":
+            from lora_search.cli import serve
+
+            serve.serve(
+                arguments.run,
+                trials=arguments.trials,
+                top=arguments.top,
+                host=arguments.host,
+                port=arguments.port,
+                trusts_code=arguments.trust_remote_code,
+            )
         case "doctor":
             from lora_search.cli import doctor
 
@@ -132,6 +143,15 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--trust-remote-code", action="store_true", help="run code of the base's, if the run did")
 
     _add_export(commands)
+
+    serve = commands.add_parser("serve", help="answer OpenAI-compatible requests from the base and a run's adapters")
+    _add_run(serve)
+    which = serve.add_mutually_exclusive_group()
+    which.add_argument("--top", type=int, default=3, metavar="K", help="serve the K best trials; default: 3")
+    which.add_argument("--trials", metavar="A,B", help="serve these trials instead")
+    serve.add_argument("--port", type=int, default=8000, help="default: 8000; 0: any that is free")
+    serve.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, which this machine alone reaches")
+    serve.add_argument("--trust-remote-code", action="store_true", help="run code of the base's, if the run did")
 
     doctor = commands.add_parser("doctor", help="what this machine and a cluster can do, and what is missing")
     doctor.add_argument("--address", help="of a Ray cluster to look at too")
