@@ -87,7 +87,7 @@ def merge_adapter(
             merged = Merged(ways[0], {}, None, None, options.tolerance, writer.in_memory, writer.notes)
         else:
             assert data is not None  # noqa: S101 - asked for above
-            probe = make_probe(data, tokenizer, _vocabulary(base))
+            probe = make_probe(data, tokenizer, writer.vocabulary)
             say("verifying: the model is loaded whole, as transformers does it")
             answers = {way: fresh.ask(parts / way, probe) for way in ways}
             losses = {way: answer.loss for way, answer in answers.items() if answer.loss is not None}
@@ -136,6 +136,7 @@ class _Writer:
         self._shards: ShardMerge | None = None
         self._quantised: Sequence[str] | None = None
         self._model = skeleton(base.model, trust_remote_code=base.trust_remote_code, revision=base.revision)
+        self.vocabulary = int(self._model.get_output_embeddings().weight.shape[0])
         self._published_dtype = getattr(self._model.config, "dtype", None) or torch.float32
         try:
             if base.trust_remote_code and getattr(self._model.config, "auto_map", None):
@@ -218,9 +219,3 @@ def _require_equal(check: Check, base: Base, dtype: str, device: torch.device) -
             f"{check.same_weights.relative:.2%} of their standard deviation on average, where rounding explains "
             f"{allowed:.1%}; nothing was kept"
         )
-
-
-def _vocabulary(base: Base) -> int:
-    model = skeleton(base.model, trust_remote_code=base.trust_remote_code, revision=base.revision)
-    head = model.get_output_embeddings()
-    return int(head.weight.shape[0])

@@ -90,9 +90,11 @@ class Update:
         Raises:
             SweepError: the sum is not finite.
         """
-        if parameter in self.replaced:
-            return self.replaced[parameter].float()
-        layer = self._layers[parameter]
+        if parameter in self.replaced:  # as well as adapted, maybe: PEFT saves an adapted embedding's base with it
+            weight = self.replaced[parameter].to(torch.float32, copy=True)
+        layer = self._layers.get(parameter)
+        if layer is None:
+            return weight
         base = layer.get_base_layer()
         name = parameter.rpartition(".")[2]
         hollow = base._parameters[name]
