@@ -118,14 +118,16 @@ def write_adapter(base: Path, lora: Mapping[str, Any], folder: Path) -> Path:
     adapted = get_peft_model(model, LoraConfig(**settings))
     torch.manual_seed(1)
     with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
+        for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * (0.02 if parameter.ndim > 1 else 0.05))
     adapted.save_pretrained(str(folder))
     return folder
 
 
-def adapted_logits(base: Path, adapter: Path, quantization: Literal["none", "nf4"]) -> tuple[torch.Tensor, torch.Tensor]:
+def adapted_logits(
+    base: Path, adapter: Path, quantization: Literal["none", "nf4"]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the base alone, and with the adapter, as PEFT runs it on the base as trials train on it."""
     from peft import PeftModel
 

@@ -1,12 +1,13 @@
 """The best trial: its adapter exported, tested, merged and described. Never imports Ray."""
 
-from lora_search.best.card import interval, merge_line, signed, write_card
+from lora_search.best.card import interval, merge_line, merged_loss, signed, write_card
 from lora_search.best.conclude import (
     Conclusion,
     adapter_losses,
     export_adapter,
     merge_best,
     merge_trial,
+    merge_trials,
     require_trial,
     test_adapter,
     write_config,
@@ -20,6 +21,8 @@ __all__ = [
     "merge_best",
     "merge_line",
     "merge_trial",
+    "merge_trials",
+    "merged_loss",
     "require_trial",
     "signed",
     "test_adapter",

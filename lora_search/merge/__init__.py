@@ -1,6 +1,6 @@
 """Merge an adapter into a standard model: shard by shard, verified, and complete or not at all. Never imports Ray."""
 
-from lora_search.merge.card import signed
+from lora_search.merge.memory import lack_of_memory
 from lora_search.merge.merge import merge_adapter
 from lora_search.merge.values import TOLERANCE, Check, LogitsDifference, Merged, Options, Text
 
@@ -11,6 +11,6 @@ __all__ = [
     "Merged",
     "Options",
     "Text",
+    "lack_of_memory",
     "merge_adapter",
-    "signed",
 ]

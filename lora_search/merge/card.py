@@ -56,15 +56,10 @@ def _measured(merged: Merged) -> list[str]:
         f"| adapter on its own base | {merged.adapter_loss:.4f} |",
         *(f"| merged onto the {way} weights | {loss:.4f} |" for way, loss in merged.losses.items()),
         "",
-        f"Over {same.targets:,} held-out tokens its logits differ from those of the base (the {merged.onto} weights) with "
-        f"the adapter by {same.mean:.2g} on average and {same.largest:.2g} at most; their standard deviation is "
+        f"Over {same.targets:,} held-out tokens its logits differ from those of the base (the {merged.onto} weights) "
+        f"with the adapter by {same.mean:.2g} on average and {same.largest:.2g} at most; their standard deviation is "
         f"{same.spread:.3g}.",
     ]
-
-
-def signed(share: float) -> str:
-    """A relative difference, one that rounds to nothing without a sign."""
-    return f"{share:+.2%}" if abs(share) >= 5e-5 else "0.00%"
 
 
 def _value(value: object) -> str:

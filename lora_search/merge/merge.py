@@ -90,7 +90,7 @@ def merge_adapter(
             probe = make_probe(data, tokenizer, writer.vocabulary)
             say("verifying: the model is loaded whole, as transformers does it")
             answers = {way: fresh.ask(parts / way, probe) for way in ways}
-            losses = {way: answer.loss for way, answer in answers.items() if answer.loss is not None}
+            losses: dict[str, float] = {way: answer.loss for way, answer in answers.items() if answer.loss is not None}
             onto = min(ways, key=lambda way: losses[way])
             loss, check = _check(base, adapter, probe, tokenizer, device, onto, answers[onto], adapter_loss)
             _require_equal(check, base, writer.dtype_name(config), device)
@@ -113,7 +113,9 @@ def _ways(base: Base, options: Options) -> Sequence[Onto]:
     if options.onto != "auto":
         return (options.onto,)
     if not options.verify:
-        raise InputError("--onto auto measures both ways, and --no-verify measures nothing; say original or dequantized")
+        raise InputError(
+            "--onto auto measures both ways, and --no-verify measures nothing; say original or dequantized"
+        )
     return ("original", "dequantized")
 
 

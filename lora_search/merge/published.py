@@ -64,6 +64,11 @@ class Published:
         """How many numbers there are in all tensors."""
         return sum(_numel(stored.shape) for stored in self.tensors.values())
 
+    @property
+    def bytes(self) -> int:
+        """Of all tensors."""
+        return sum(_numel(stored.shape) * CODE_BYTES[stored.code] for stored in self.tensors.values())
+
 
 def published_weights(folder: Path) -> Published:
     """What is in a model folder; reads the files' headers alone.
@@ -122,7 +127,7 @@ def write_shard(file: Path, tensors: Mapping[str, Stored], contents: Iterable[to
     with file.open("wb") as output:
         output.write(struct.pack("<Q", len(head)) + head)
         for content in contents:
-            output.write(memoryview(content.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            output.write(content.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     try:
         with safe_open(file, framework="pt") as opened:
             complete = set(opened.keys()) == set(tensors)
@@ -133,7 +138,7 @@ def write_shard(file: Path, tensors: Mapping[str, Stored], contents: Iterable[to
 
 
 def in_order(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
-    """The order in which a file holds tensors: the widest numbers first, so that each stands at a multiple of itself."""
+    """The order in which a file holds tensors: the widest numbers first, so that each is aligned."""
     return dict(sorted(tensors.items(), key=lambda item: (-CODE_BYTES[item[1].code], item[0])))
 
 
@@ -148,8 +153,23 @@ def write_index(folder: Path, shards: Mapping[str, Mapping[str, Stored]]) -> Non
 
 
 CODE_BYTES = {
-    **{"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2},
-    **{"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I8": 1, "U8": 1, "BOOL": 1},
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+    "C64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
 }
 """Bytes of a number, by safetensors' names of them."""
 

@@ -55,10 +55,8 @@ class ShardMerge:
         self._kept_float32 = _kept_float32(skeleton)
         self._update = Update(skeleton, adapter)
         _check(self._names, published, self._update, self._tied)
-        self.untied = {
-            tied: source for tied, source in self._tied.items() if {tied, source} & self._update.touched
-        }
-        """Parameters that were tied to another until the adapter changed one of the two, and need numbers of their own."""
+        self.untied = {tied: source for tied, source in self._tied.items() if {tied, source} & self._update.touched}
+        """Parameters that need numbers of their own now: each was tied to another, and the adapter changes one of the two."""
 
     def write(self, out: Path, *, dequantized: bool, dtype: torch.dtype | None, say: Callable[[str], None]) -> None:
         """Write the merged weights into an empty folder.
@@ -72,7 +70,9 @@ class ShardMerge:
         changes = self._changes(dequantized)
         files = self._published.files
         for number, file in enumerate(files, 1):
-            sources = {key: key for key in self._published.keys_of(file) if self._names.whole.get(key) not in self.untied}
+            sources = {
+                key: key for key in self._published.keys_of(file) if self._names.whole.get(key) not in self.untied
+            }
             if file == files[-1]:
                 sources |= {tied: self._key_of(source) for tied, source in self.untied.items()}
             tensors = {key: self._stored(key, source, file, dtype) for key, source in sources.items()}
@@ -109,7 +109,9 @@ class ShardMerge:
             if change is not None and not torch.isfinite(written).all():
                 raise SweepError(f"{key}: is not finite after the merge in {str(dtype).removeprefix('torch.')}")
             if written.shape != stored.shape:
-                raise SweepError(f"{key}: has the shape {tuple(written.shape)} in the adapter, {stored.shape} in the base")
+                raise SweepError(
+                    f"{key}: has the shape {tuple(written.shape)} in the adapter, {stored.shape} in the base"
+                )
             yield written
 
     def _changes(self, dequantized: bool) -> dict[str, Change]:

@@ -77,9 +77,7 @@ def write_surroundings(base: Base, tokenizer: PreTrainedTokenizerBase, out: Path
     try:
         generation = GenerationConfig.from_pretrained(source, revision=base.revision)
     except OSError:  # the base has none
-        config = AutoConfig.from_pretrained(
-            source, revision=base.revision, trust_remote_code=base.trust_remote_code
-        )
+        config = AutoConfig.from_pretrained(source, revision=base.revision, trust_remote_code=base.trust_remote_code)
         generation = GenerationConfig.from_model_config(config)
     generation.use_cache = True
     try:

@@ -118,12 +118,12 @@ class Update:
     def of_expert(self, parameter: str, expert: int) -> torch.Tensor:
         """What is to be added to one matrix of a fused parameter, in float32, in its own orientation."""
         layer = self._layers[parameter]
-        experts = layer.num_experts
+        experts: int = layer.num_experts
         a_ERI = layer.lora_A[ADAPTER].weight.float()
         a_RI = a_ERI.reshape(experts, -1, a_ERI.shape[-1])[expert]
         b_ORE = layer.lora_B[ADAPTER].weight.float()
         b_OR = b_ORE.reshape(b_ORE.shape[0], -1, experts)[:, :, expert]
-        update = (b_OR @ a_RI) * layer.scaling[ADAPTER]
+        update: torch.Tensor = (b_OR @ a_RI) * layer.scaling[ADAPTER]
         # (experts, in, out) where the module says so, else taken for (experts, out, in), as PEFT does
         return update.T if getattr(layer.get_base_layer(), "is_transposed", False) else update
 
@@ -139,7 +139,7 @@ def adapter_config(adapter: Path) -> dict[str, Any]:
 def _refuse(config: Mapping[str, Any], adapter: Path) -> None:
     if config.get("alora_invocation_tokens"):
         raise InputError(
-            f"{adapter}: alora_invocation_tokens: the adapter acts from certain tokens on, which no merged weight can do"
+            f"{adapter}: alora_invocation_tokens: the adapter acts from certain tokens on, which merged weights cannot"
         )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(CHANGES_BASE):

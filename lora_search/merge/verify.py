@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from lora_search.data import TokenizedData, TokenSplit
 
-PROMPTS, NEW_TOKENS = 3, 32
+PROMPTS, NEW_TOKENS = 3, 40
 COMPARED_ROWS, LOGITS_BYTES = 16, 64 << 20
 """Rows whose logits are compared, as many as fit into these bytes, at least one."""
 
@@ -65,12 +65,12 @@ def make_probe(data: TokenizedData, tokenizer: PreTrainedTokenizerBase, vocabula
     rows = _rows(data.validation)
     compared: list[Row] = []
     room = LOGITS_BYTES // (4 * vocabulary)
-    for tokens, marks in rows[:COMPARED_ROWS]:
+    for tokens, marks in _spread(rows, COMPARED_ROWS):
         room -= sum(marks)
         if compared and room < 0:
             break
         compared.append((tokens, marks))
-    prompts = [tokens[: _prompt_length(marks)] for tokens, marks in rows[:PROMPTS]]
+    prompts = [tokens[: _prompt_length(marks)] for tokens, marks in _spread(rows, PROMPTS)]
     shown = [str(tokenizer.decode(prompt, skip_special_tokens=True))[-SHOWN_PROMPT:] for prompt in prompts]
     return Probe(rows, compared, prompts, shown, data.pad_token_id)
 
@@ -78,6 +78,11 @@ def make_probe(data: TokenizedData, tokenizer: PreTrainedTokenizerBase, vocabula
 def _rows(split: TokenSplit) -> list[Row]:
     spans = zip(split.offsets[:-1], split.offsets[1:], strict=True)
     return [(split.tokens_S[a:b].tolist(), split.trained_S[a:b].tolist()) for a, b in spans]
+
+
+def _spread(rows: Sequence[Row], count: int) -> Sequence[Row]:
+    """Some of the rows, from all over them: neighbours may be much alike."""
+    return rows[:: max(1, len(rows) // count)][:count]
 
 
 def _prompt_length(marks: Sequence[bool]) -> int:
