@@ -8,7 +8,6 @@ from lora_search.best.conclude import (
     merge_best,
     merge_trial,
     merge_trials,
-    require_trial,
     test_adapter,
     write_config,
 )
@@ -23,7 +22,6 @@ __all__ = [
     "merge_trial",
     "merge_trials",
     "merged_loss",
-    "require_trial",
     "signed",
     "test_adapter",
     "write_card",

@@ -260,15 +260,3 @@ def adapter_losses(
     losses = {f"untrained_{name}": evaluate(base, split, data.pad_token_id) for name, split in rows.items()}
     PeftModel.from_pretrained(base.model, str(adapter))  # puts the adapter into base.model
     return losses | {name: evaluate(base, split, data.pad_token_id) for name, split in rows.items()}
-
-
-def require_trial(rows: list[dict[str, Any]], trial: int) -> dict[str, Any]:
-    """The row of a trial.
-
-    Raises:
-        InputError: there is no such trial.
-    """
-    for row in rows:
-        if row["trial"] == trial:
-            return row
-    raise InputError(f"--trial {trial}: no such trial; the run has {len(rows)}, numbered from 0")

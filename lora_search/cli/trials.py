@@ -60,4 +60,4 @@ def _ranked(option: str, rows: Sequence[Row], spec: SweepSpec, run: RunDirectory
 
 def _require(option: str, number: int, rows: Sequence[Row]) -> None:
     if not any(row["trial"] == number for row in rows):
-        raise InputError(f"{option}: there is no trial {number}; the run has {len(rows)}, numbered from 0")
+        raise InputError(f"{option}: no such trial; the run has {len(rows)}, numbered from 0")

@@ -22,7 +22,7 @@ from lora_search.merge.shards import ShardMerge
 from lora_search.merge.staging import publish, staging
 from lora_search.merge.surroundings import base_folder, read_config, write_config, write_surroundings
 from lora_search.merge.values import ROUNDING, Check, Merged, NotByShards, Onto, Options
-from lora_search.merge.verify import Answers, FreshProcess, Probe, ask_adapted, compare, make_probe, side_by_side
+from lora_search.merge.verify import FreshProcess, ask_adapted, compare, make_probe, side_by_side
 from lora_search.merge.whole import merge_whole, quantised_modules
 from lora_search.model import load_tokenizer
 from lora_search.model.precision import DTYPES
@@ -30,8 +30,6 @@ from lora_search.spec import Base
 from lora_search.targets.skeleton import skeleton
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from lora_search.data import TokenizedData
 
 DEFAULTS = Options()
@@ -89,11 +87,19 @@ def merge_adapter(
             assert data is not None  # noqa: S101 - asked for above
             probe = make_probe(data, tokenizer, writer.vocabulary)
             say("verifying: the model is loaded whole, as transformers does it")
+            # The base with its adapter comes first: the other process is importing meanwhile, and holds no model yet.
+            trained = ask_adapted(base, adapter, probe, tokenizer, device, wants_loss=adapter_loss is None)
             answers = {way: fresh.ask(parts / way, probe) for way in ways}
             losses: dict[str, float] = {way: answer.loss for way, answer in answers.items() if answer.loss is not None}
             onto = min(ways, key=lambda way: losses[way])
-            loss, check = _check(base, adapter, probe, tokenizer, device, onto, answers[onto], adapter_loss)
+            same = trained
+            if base.quantization == "nf4" and onto == "original":
+                plain = base.model_copy(update={"quantization": "none"})
+                same = ask_adapted(plain, adapter, probe, tokenizer, device, wants_loss=False)
+            texts = side_by_side(probe, trained, answers[onto])
+            check = Check(compare(answers[onto], same), compare(answers[onto], trained), texts)
             _require_equal(check, base, writer.dtype_name(config), device)
+            loss = trained.loss if adapter_loss is None else adapter_loss
             merged = Merged(onto, losses, loss, check, options.tolerance, writer.in_memory, writer.notes)
         kept = parts / merged.onto
         (kept / "README.md").write_text(merged_card(base, adapter, merged), encoding="utf-8")
@@ -185,28 +191,6 @@ class _Writer:
         self._shards = None
         self.in_memory = str(reason)
         self._say(f"merging in memory, not shard by shard: {reason}")
-
-
-def _check(
-    base: Base,
-    adapter: Path,
-    probe: Probe,
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-    onto: Onto,
-    merged: Answers,
-    adapter_loss: float | None,
-) -> tuple[float, Check]:
-    """The adapter's validation loss on its own base, and how the merged model compares."""
-    trained = ask_adapted(base, adapter, probe, tokenizer, device, wants_loss=adapter_loss is None)
-    same = trained
-    if base.quantization == "nf4" and onto == "original":
-        plain = base.model_copy(update={"quantization": "none"})
-        same = ask_adapted(plain, adapter, probe, tokenizer, device, wants_loss=False)
-    check = Check(compare(merged, same), compare(merged, trained), side_by_side(probe, trained, merged))
-    loss = trained.loss if adapter_loss is None else adapter_loss
-    assert loss is not None  # noqa: S101 - one of the two
-    return loss, check
 
 
 def _require_equal(check: Check, base: Base, dtype: str, device: torch.device) -> None:

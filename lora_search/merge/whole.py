@@ -48,6 +48,7 @@ def merge_whole(
     _refuse_tied(adapted, tied)
     merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     merged.to(dtype)
+    merged.config.use_cache = True
     with quiet():
         merged.save_pretrained(str(out))
 
