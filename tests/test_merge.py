@@ -199,7 +199,7 @@ def test_adapter_with_biases_of_its_own_is_merged_in_memory(tiny: Path, tmp_path
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(str(tiny / "model"))
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, max_position_embeddings=64, **sizes)
+    config = Qwen2Config(vocab_size=len(tokenizer) + 8, num_key_value_heads=2, max_position_embeddings=64, **sizes)
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(str(tmp_path / "base"))
     tokenizer.save_pretrained(str(tmp_path / "base"))

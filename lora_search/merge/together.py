@@ -142,6 +142,8 @@ def _rank(config: Mapping[str, Any]) -> int:
 
 def _add(model: PeftModel, adapters: list[str], weights: list[float], method: str, density: float) -> None:
     """Put a combination into the model under its method's name, and make it the active adapter."""
+    from peft.tuners.lora import LoraLayer
+
     torch.manual_seed(SEED)
     options: dict[str, Any] = {} if method in ("linear", "cat", "svd") else {"density": density}
     if method.endswith("svd"):
@@ -153,6 +155,6 @@ def _add(model: PeftModel, adapters: list[str], weights: list[float], method: st
     # The weights hold the adapters' own scaling. PEFT takes the first one's use_rslora over, which would scale again.
     model.peft_config[method].use_rslora = False
     for module in model.modules():
-        if method in getattr(module, "scaling", {}):
+        if isinstance(module, LoraLayer) and method in module.scaling:
             module.scaling[method] = 1.0
     model.set_adapter(method)
