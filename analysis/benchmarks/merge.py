@@ -2,9 +2,9 @@
 
     python analysis/benchmarks/merge.py [--json FILE] [--layers 2,8,20,40,80]
 
-Random Llamas of one width and growing depth, in bfloat16 and shards of at most 64 MB, with a random adapter of rank 8 on
-all linear modules. Each merge runs in a process of its own; its peak is the kernel's (VmHWM in /proc/self/status), with
-Python, torch, transformers, PEFT and bitsandbytes in it, and the pages of mapped files.
+Random Llamas of one width and growing depth, in bfloat16 and shards of at most 64 MiB, with a random adapter of rank 8
+on all linear modules. Each merge runs in a process of its own; its peak is the kernel's (VmHWM in /proc/self/status),
+with Python, torch, transformers, PEFT and bitsandbytes in it, and the pages of mapped files.
     imports                 the process before it merges: what does not grow
     shards, original        onto the original weights
     shards, dequantized     onto what NF4 makes of them
