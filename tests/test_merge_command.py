@@ -17,24 +17,28 @@ from conftest import make_spec
 
 from lora_search.checkpoint import Shelf
 from lora_search.cli import main
+from lora_search.cli.trials import chosen_trials
 from lora_search.data import tokenize_data
 from lora_search.engine import Engine
 from lora_search.model import load_base, load_tokenizer
+from lora_search.results import run_rows
 from lora_search.rundir import RunDirectory, create_run
 from lora_search.space import trial_config
-from lora_search.spec import dump_spec
+from lora_search.spec import dump_spec, load_spec
 from lora_search.tracking.record import RunRecord
 
 TRIALS: list[dict[str, Any]] = [
     {"rank": 8, "learning_rate": 3e-2, "steps": 20},
     {"rank": 8, "learning_rate": 2e-2, "steps": 20},
     {"rank": 4, "learning_rate": 2e-2, "steps": 20, "use_rslora": True},
+    {"rank": 8, "learning_rate": 2e-3, "steps": 20},
+    {"rank": 8, "learning_rate": 2e-3, "steps": 20},
 ]
 
 
 @pytest.fixture(scope="module")
 def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """A run directory of three trained trials, two of them of one rank."""
+    """A run directory of five trained trials, four of them of one rank, two hardly trained at all."""
     spec = make_spec(tiny, name="trained")
     run = create_run(tmp_path_factory.mktemp("run"), "trained", exact=True)
     run.spec.write_text(dump_spec(spec))
@@ -146,7 +150,7 @@ def test_drift_beyond_the_tolerance_warns_keeps_the_model_and_exits_1(
         (["--trials", "1"], "at least two"),
         (["--trials", "1,1"], "each once"),
         (["--trials", "1,7"], "no such trial"),
-        (["--trials", "top9"], "only 3 trials"),
+        (["--trials", "top9"], "only 5 trials"),
         (["--trials", "some"], "topK"),
         (["--trials", "0,1", "--weights", "1"], "found 1, for 2 trials"),
         (["--trials", "0,1", "--weights", "a,b"], "must be numbers"),
@@ -193,14 +197,31 @@ def test_all_of_the_weight_on_one_trial_is_that_trial_whatever_its_scaling(
 def test_combination_that_helps_is_kept_and_merged(
     run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Half of one adapter is worse than the whole, so the sum of two halves of the same direction must be kept."""
-    arguments = ["--trials", "0,1", "--weights", "0.55,0.55", "--combine", "cat", "--json", "--onto", "dequantized"]
-    merge(run, tmp_path / "merged", *arguments)
+    """Two adapters that have hardly begun: their sum has gone twice as far."""
+    arguments = ["--trials", "3,4", "--weights", "1,1", "--combine", "cat", "--onto", "dequantized"]
+    assert merge(run, tmp_path / "merged", *arguments) == 0
+    said = capsys.readouterr().out
+    assert "cat is better than each trial alone; it is merged" in said
+    assert "trials 3, 4 merged onto the dequantized weights" in said
+
+
+def test_combination_that_does_not_help_leaves_the_best_alone(
+    run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--trials", "3,0", "--weights", "1,0", "--combine", "svd", "--json", "--onto", "dequantized"]
+    assert merge(run, tmp_path / "merged", *arguments) == 0
     document = json.loads(capsys.readouterr().out)
-    losses = document["together"]["losses"]
-    better = losses["cat"] < min(losses["trial 0"], losses["trial 1"])
-    assert document["together"]["combined"] == better
-    assert document["check"]["same_weights"]["largest"] < 1e-3
+    assert document["together"]["kept"] == "trial 0"
+    assert document["together"]["combined"] is False
+    assert document["loss"] == pytest.approx(document["together"]["losses"]["trial 0"], rel=1e-5)
+
+
+def test_best_trials_are_named_best_first(run: RunDirectory) -> None:
+    rows = run_rows(run)
+    spec = load_spec(run.spec)
+    ranked = sorted(rows, key=lambda row: row["eval_loss"])
+    assert chosen_trials("top3", rows, spec, run) == [row["trial"] for row in ranked[:3]]
+    assert chosen_trials("1,0", rows, spec, run) == [1, 0]
 
 
 SLOW = """
@@ -214,6 +235,7 @@ def slowly(*arguments):
     time.sleep(600)
 shards.write_shard = slowly
 from lora_search.cli import main
+from lora_search.cli.trials import chosen_trials
 sys.exit(main(sys.argv[1:]))
 """
 

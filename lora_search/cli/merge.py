@@ -112,6 +112,8 @@ def merge(arguments: argparse.Namespace) -> None:
         else:
             recipe = Recipe(weights, methods, density)
             together, merged = merge_trials(spec, directory, numbers, recipe, folder, options, _say)
+    if together is not None and not together.combined:
+        named = together.name
     if arguments.json:
         print(json.dumps(_document(folder, numbers, merged, together), indent=2, ensure_ascii=False))
     else:

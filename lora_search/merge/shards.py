@@ -56,7 +56,7 @@ class ShardMerge:
         self._update = Update(skeleton, adapter)
         _check(self._names, published, self._update, self._tied)
         self.untied = {tied: source for tied, source in self._tied.items() if {tied, source} & self._update.touched}
-        """Parameters that were tied, and to what: the adapter changes one of both, and each needs its own numbers now."""
+        """Parameters that were tied, and to what: the adapter changes one of them, and each needs its own numbers."""
 
     def write(self, out: Path, *, dequantized: bool, dtype: torch.dtype | None, say: Callable[[str], None]) -> None:
         """Write the merged weights into an empty folder.
