@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from conftest import SHARED
+from conftest import SHARED, shared
 
+from lora_search.builtin import model_folder
 from lora_search.merge.published import published_weights
 from lora_search.merge.shards import ShardMerge
 from lora_search.merge.surroundings import read_config, write_config
@@ -175,6 +176,17 @@ def test_dequantized_merge_is_what_was_trained_on_nf4(name: str, tmp_path: Path,
     adapter = write_adapter(base, family.lora, tmp_path / "adapter")
     merge(base, adapter, tmp_path / "merged", dequantized=True)
     require_equal(base, adapter, tmp_path / "merged", "nf4", record_property)
+
+
+@pytest.mark.parametrize("model", ["stories260k", "builtin:demo"])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_pretrained_models_merge_as_well(
+    model: str, quantization: Literal["none", "nf4"], tmp_path: Path, record_property: Any
+) -> None:
+    base = model_folder("demo") if model == "builtin:demo" else shared(model)
+    adapter = write_adapter(base, {"target_modules": "all-linear"}, tmp_path / "adapter")
+    merge(base, adapter, tmp_path / "merged", dequantized=quantization == "nf4")
+    require_equal(base, adapter, tmp_path / "merged", quantization, record_property)
 
 
 def require_equal(

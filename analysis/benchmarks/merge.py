@@ -1,6 +1,6 @@
 """Peak memory of a merge as the model grows: shard by shard, and in memory as PEFT does it.
 
-    python analysis/benchmarks/merge.py [--json FILE] [--layers 2,8,20,40,80]
+    python analysis/benchmarks/merge.py [--json FILE] [--layers 2,20,80]
 
 Random Llamas of one width and growing depth, in bfloat16 and shards of at most 64 MiB, with a random adapter of rank 8
 on all linear modules. Each merge runs in a process of its own; its peak is the kernel's (VmHWM in /proc/self/status),
@@ -50,16 +50,19 @@ class Figure:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--json", metavar="FILE")
-    arguments.add_argument("--layers", default="2,8,20,40,80")
+    arguments.add_argument("--layers", default="2,20,80")
     arguments.add_argument("--one", nargs=2, metavar=("FOLDER", "WAY"), help=argparse.SUPPRESS)
     given = arguments.parse_args()
     if given.one:
         one(Path(given.one[0]), given.one[1])
         return
-    figures = [figure for layers in map(int, given.layers.split(",")) for figure in measure(layers)]
+    figures: list[Figure] = []
+    for layers in map(int, given.layers.split(",")):
+        for figure in measure(layers):
+            figures.append(figure)
+            if given.json:
+                Path(given.json).write_text(json.dumps([asdict(figure) for figure in figures], indent=1) + "\n")
     show(figures)
-    if given.json:
-        Path(given.json).write_text(json.dumps([asdict(figure) for figure in figures], indent=1) + "\n")
 
 
 def measure(layers: int) -> Iterator[Figure]:

@@ -7,8 +7,9 @@ two differ in loss, and which is better is measured (huggingface/transformers#31
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from lora_search.merge.shards import ShardMerge
 from lora_search.merge.staging import publish, staging
 from lora_search.merge.surroundings import base_folder, read_config, write_config, write_surroundings
 from lora_search.merge.values import ROUNDING, Check, Merged, NotByShards, Onto, Options
-from lora_search.merge.verify import FreshProcess, ask_adapted, compare, make_probe, side_by_side
+from lora_search.merge.verify import Answers, FreshProcess, Probe, ask_adapted, compare, make_probe, side_by_side
 from lora_search.merge.whole import merge_whole, quantised_modules
 from lora_search.model import load_tokenizer
 from lora_search.model.precision import DTYPES
@@ -64,6 +65,8 @@ def merge_adapter(
         SweepError: `out` exists, or the merged model is not what base and adapter are.
     """
     require_lora(adapter)
+    if options.verify and data is None:
+        raise ValueError("to verify a merge needs data")
     ways = _ways(base, options)
     folder = base_folder(base)
     config = read_config(folder)
@@ -81,25 +84,15 @@ def merge_adapter(
             if writer.in_memory is None:
                 write_config(config, part, dtype=dtype, untied=bool(writer.untied))
             write_surroundings(base, tokenizer, part)
-        if fresh is None:
+        if fresh is None or data is None:
             merged = Merged(ways[0], {}, None, None, options.tolerance, writer.in_memory, writer.notes)
         else:
-            assert data is not None  # noqa: S101 - asked for above
-            probe = make_probe(data, tokenizer, writer.vocabulary)
             say("verifying: the model is loaded whole, as transformers does it")
-            # The base with its adapter comes first: the other process is importing meanwhile, and holds no model yet.
-            trained = ask_adapted(base, adapter, probe, tokenizer, device, wants_loss=adapter_loss is None)
-            answers = {way: fresh.ask(parts / way, probe) for way in ways}
-            losses: dict[str, float] = {way: answer.loss for way, answer in answers.items() if answer.loss is not None}
-            onto = min(ways, key=lambda way: losses[way])
-            same = trained
-            if base.quantization == "nf4" and onto == "original":
-                plain = base.model_copy(update={"quantization": "none"})
-                same = ask_adapted(plain, adapter, probe, tokenizer, device, wants_loss=False)
-            texts = side_by_side(probe, trained, answers[onto])
-            check = Check(compare(answers[onto], same), compare(answers[onto], trained), texts)
+            probe = make_probe(data, tokenizer, writer.vocabulary)
+            asker = partial(ask_adapted, adapter=adapter, probe=probe, tokenizer=tokenizer, device=device)
+            folders = {way: parts / way for way in ways}
+            onto, losses, loss, check = _measure(base, asker, folders, probe, fresh, adapter_loss)
             _require_equal(check, base, writer.dtype_name(config), device)
-            loss = trained.loss if adapter_loss is None else adapter_loss
             merged = Merged(onto, losses, loss, check, options.tolerance, writer.in_memory, writer.notes)
         kept = parts / merged.onto
         (kept / "README.md").write_text(merged_card(base, adapter, merged), encoding="utf-8")
@@ -191,6 +184,28 @@ class _Writer:
         self._shards = None
         self.in_memory = str(reason)
         self._say(f"merging in memory, not shard by shard: {reason}")
+
+
+def _measure(
+    base: Base,
+    ask_adapted: Callable[..., Answers],
+    folders: Mapping[Onto, Path],
+    probe: Probe,
+    fresh: FreshProcess,
+    adapter_loss: float | None,
+) -> tuple[Onto, Mapping[str, float], float | None, Check]:
+    """The better way, each way's loss, the adapter's, and how the better compares with base and adapter."""
+    # The base with its adapter comes first: the other process is importing meanwhile, and holds no model yet.
+    trained = ask_adapted(base, wants_loss=adapter_loss is None)
+    answers = {way: fresh.ask(folder, probe) for way, folder in folders.items()}
+    losses: dict[str, float] = {way: answer.loss for way, answer in answers.items() if answer.loss is not None}
+    onto = min(folders, key=lambda way: losses[way])
+    same = trained
+    if base.quantization == "nf4" and onto == "original":
+        same = ask_adapted(base.model_copy(update={"quantization": "none"}), wants_loss=False)
+    texts = side_by_side(probe, trained, answers[onto])
+    check = Check(compare(answers[onto], same), compare(answers[onto], trained), texts)
+    return onto, losses, trained.loss if adapter_loss is None else adapter_loss, check
 
 
 def _require_equal(check: Check, base: Base, dtype: str, device: torch.device) -> None:
