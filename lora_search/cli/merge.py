@@ -10,11 +10,12 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_search.cli.trials import chosen_trial, chosen_trials
+from lora_search.cli.trial import chosen_trial, require_trust
+from lora_search.cli.trials import chosen_trials
 from lora_search.errors import InputError, SweepError, harmless
 from lora_search.results import run_rows
 from lora_search.rundir import find_run
-from lora_search.spec import SweepSpec, load_spec
+from lora_search.spec import load_spec
 
 if TYPE_CHECKING:
     from lora_search.merge import Merged
@@ -83,13 +84,13 @@ def merge(arguments: argparse.Namespace) -> None:
     """
     directory = find_run(arguments.run)
     spec = load_spec(directory.spec)
-    _require_trust(spec, str(directory.spec), trusts=arguments.trust_remote_code)
+    require_trust(directory, spec, trusts_code=arguments.trust_remote_code)
     folder = Path(arguments.out)
     if folder.exists():
         raise InputError(f"--out {folder}: exists already; name a folder that does not")
     rows = run_rows(directory)
     numbers = (
-        [chosen_trial(arguments.trial, rows, spec, directory)]
+        [int(chosen_trial(directory, spec, rows, arguments.trial)["trial"])]
         if arguments.trials is None
         else chosen_trials(arguments.trials, rows, spec, directory)
     )
@@ -122,15 +123,6 @@ def merge(arguments: argparse.Namespace) -> None:
         raise SweepError(
             f"WARNING: the merged model's validation loss differs from the adapter's by {merged.drift:+.2%}, more than "
             f"--tolerance {tolerance:g}; it is at {folder}"
-        )
-
-
-def _require_trust(spec: SweepSpec, file: str, *, trusts: bool) -> None:
-    """A run directory may be somebody else's: its base runs code only if the user says so."""
-    if spec.base.trust_remote_code and not trusts:
-        raise InputError(
-            f"{file}: base.trust_remote_code: found true: {spec.base.model} would run code of its own; "
-            "--trust-remote-code allows it"
         )
 
 

@@ -1,4 +1,4 @@
-"""Which trials an argument names."""
+"""Which trials of a run a command is about."""
 
 from __future__ import annotations
 
@@ -9,20 +9,6 @@ from lora_search.errors import InputError
 from lora_search.results import Row, best_row
 from lora_search.rundir import RunDirectory
 from lora_search.spec import SweepSpec
-
-
-def chosen_trial(asked: str, rows: Sequence[Row], spec: SweepSpec, run: RunDirectory) -> int:
-    """The number that `--trial best` or `--trial N` names.
-
-    Raises:
-        InputError: it is neither, or there is no such trial.
-    """
-    if asked == "best":
-        return _ranked("--trial best", rows, spec, run, 1)[0]
-    if not asked.isdigit():
-        raise InputError(f"--trial {asked}: must be best or a trial's number")
-    _require(f"--trial {asked}", int(asked), rows)
-    return int(asked)
 
 
 def chosen_trials(asked: str, rows: Sequence[Row], spec: SweepSpec, run: RunDirectory) -> list[int]:
