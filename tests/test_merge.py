@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,11 @@ from lora_search.best import adapter_losses
 from lora_search.checkpoint import write_checkpoint
 from lora_search.data import tokenize_data
 from lora_search.engine import Engine
-from lora_search.errors import SweepError
-from lora_search.merge import Merged, merge_adapter
+from lora_search.errors import InputError, SweepError
+from lora_search.merge import Merged, Options, merge_adapter
+from lora_search.merge.published import published_weights
+from lora_search.merge.shards import ShardMerge
+from lora_search.merge.whole import merge_whole
 from lora_search.model import load_base, load_tokenizer
 from lora_search.space import trial_config
 from lora_search.storage import Folder
@@ -128,6 +132,99 @@ def test_gpt2_with_its_transposed_weights_merges(tiny: Path, tmp_path: Path) -> 
     data, loss = trained_adapter(spec, tmp_path / "adapter", target_modules=["c_attn", "c_proj"])
     result = merge_adapter(spec.base, tmp_path / "adapter", data, loss, tmp_path / "merged", CPU)
     assert result.losses["dequantized"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_merge_that_forgets_the_adapter_is_found_out(
+    merged: tuple[SweepSpec, Path, Merged], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, folder, _ = merged
+    data = tokenize_data(spec.data, load_tokenizer(spec.base))
+    monkeypatch.setattr(ShardMerge, "_changes", lambda self, dequantized: {})
+    with pytest.raises(SweepError, match="is not what base and adapter are together"):
+        merge_adapter(spec.base, folder / "adapter", data, None, tmp_path / "merged", CPU)
+    assert not list(tmp_path.iterdir())
+
+
+def test_base_published_quantised_or_pickled_is_refused(
+    merged: tuple[SweepSpec, Path, Merged], tiny: Path, tmp_path: Path
+) -> None:
+    spec, folder, _ = merged
+    for name in ("quantised", "pickled"):
+        shutil.copytree(tiny / "model", tmp_path / name)
+    config = json.loads((tmp_path / "quantised" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq"}
+    (tmp_path / "quantised" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "pytorch_model.bin")
+    options = Options(onto="original", verify=False)
+    for name, said in (("quantised", r"published quantised \(gptq\)"), ("pickled", "a pickle, which is never opened")):
+        base = spec.base.model_copy(update={"model": str(tmp_path / name)})
+        with pytest.raises(InputError, match=said):
+            merge_adapter(base, folder / "adapter", None, None, tmp_path / "merged", CPU, options)
+
+
+def test_index_may_not_lead_out_of_the_folder(tiny: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny / "model", folder)
+    index = {"weight_map": {"lm_head.weight": "../other.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="no name of a file beside it"):
+        published_weights(folder)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"alora_invocation_tokens": [1, 2]}, "acts from certain tokens on"),
+        ({"r": 3}, "does not fit its base"),
+    ],
+)
+def test_adapter_that_cannot_be_merged_is_refused(
+    merged: tuple[SweepSpec, Path, Merged], changed: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    spec, folder, _ = merged
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()) | changed
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    options = Options(onto="original", verify=False)
+    with pytest.raises(InputError, match=said):
+        merge_adapter(spec.base, tmp_path / "adapter", None, None, tmp_path / "merged", CPU, options)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_adapter_with_biases_of_its_own_is_merged_in_memory(tiny: Path, tmp_path: Path) -> None:
+    """PEFT adds them to the base's biases, which Qwen 2 has in its attention."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(str(tiny / "model"))
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Qwen2Config(vocab_size=len(tokenizer) + 8, num_key_value_heads=2, max_position_embeddings=64, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(str(tmp_path / "base"))
+    tokenizer.save_pretrained(str(tmp_path / "base"))
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_bias=True, init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(str(tmp_path / "adapter"))
+    spec = make_spec(tiny, base={"model": str(tmp_path / "base"), "quantization": "none"})
+    data = tokenize_data(spec.data, load_tokenizer(spec.base))
+    result = merge_adapter(spec.base, tmp_path / "adapter", data, None, tmp_path / "merged", CPU)
+    assert result.in_memory == "the adapter trains biases of its own (lora_bias)"
+    assert result.check is not None
+    assert result.check.same_weights.largest < 1e-5
+
+
+def test_in_memory_a_tied_head_is_refused(tiny: Path, tmp_path: Path) -> None:
+    """PEFT would add the head's update to the embeddings too."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(str(tiny / "model"))
+    lora = LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(str(tmp_path / "adapter"))
+    base = make_spec(tiny, base={"quantization": "none"}).base
+    with pytest.raises(InputError, match=r"lm_head is adapted, and shares its weights with model\.embed_tokens"):
+        merge_whole(base, tmp_path / "adapter", [], tmp_path / "merged", torch.float32, CPU)
+    assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize(

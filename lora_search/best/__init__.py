@@ -1,13 +1,13 @@
 """The best trial: its adapter exported, tested, merged and described. Never imports Ray."""
 
-from lora_search.best.card import interval, merge_line, signed, write_card
+from lora_search.best.card import interval, merge_line, merged_loss, signed, write_card
 from lora_search.best.conclude import (
     Conclusion,
     adapter_losses,
     export_adapter,
     merge_best,
     merge_trial,
-    require_trial,
+    merge_trials,
     test_adapter,
     write_config,
 )
@@ -20,7 +20,8 @@ __all__ = [
     "merge_best",
     "merge_line",
     "merge_trial",
-    "require_trial",
+    "merge_trials",
+    "merged_loss",
     "signed",
     "test_adapter",
     "write_card",

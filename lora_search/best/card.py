@@ -54,7 +54,7 @@ def model_card(
             f"| validation | {conclusion.validation_loss:.4f} | {conclusion.untrained_validation_loss:.4f} |",
             f"| test, touched once | {conclusion.test_loss:.4f}{interval(conclusion)} "
             f"| {conclusion.untrained_test_loss:.4f} |",
-            f"| merged model, validation | {conclusion.merged_loss:.4f} | |",
+            f"| merged model, validation | {merged_loss(conclusion)} | |",
             "",
             merge_line(conclusion),
             "",
@@ -100,6 +100,11 @@ def model_card(
 
 def merge_line(conclusion: Conclusion) -> str:
     """What was merged onto which weights, and what it cost; loud where it cost more than the tolerance."""
+    if conclusion.merged_loss is None or conclusion.merge_drift is None:
+        return (
+            f"WARNING: merged onto the {conclusion.merged_onto} weights shard by shard and NOT verified: "
+            f"{conclusion.merge_unverified}."
+        )
     ways = ", ".join(f"{way} weights {loss:.4f}" for way, loss in conclusion.merge_losses.items())
     line = (
         f"Merged onto the {conclusion.merged_onto} weights: validation loss {conclusion.merged_loss:.4f}, "
@@ -116,6 +121,11 @@ def interval(conclusion: Conclusion) -> str:
         return ""
     low, high = conclusion.test_loss_interval
     return f" (95 %: {low:.4f} to {high:.4f})"
+
+
+def merged_loss(conclusion: Conclusion) -> str:
+    """The merged model's validation loss, as a table shows it."""
+    return "not measured" if conclusion.merged_loss is None else f"{conclusion.merged_loss:.4f}"
 
 
 def signed(share: float) -> str:

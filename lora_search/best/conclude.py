@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from lora_search.data import TokenizedData
     from lora_search.engine import Engine, Evaluation
-    from lora_search.merge import Merged
+    from lora_search.merge import Merged, Options
+    from lora_search.merge.together import Recipe, Together
     from lora_search.model import FrozenBase
 
 
@@ -45,11 +46,13 @@ class Conclusion:
     test_loss_interval: tuple[float, float] | None = field(default=None, kw_only=True)
     """95 % confidence interval of `test_loss` over other rows like these; None in older runs."""
     merged_onto: str
-    merged_loss: float
-    """Validation loss of the merged model, loaded from disk."""
+    merged_loss: float | None
+    """Validation loss of the merged model, loaded from disk; None where it was not verified."""
     merge_losses: Mapping[str, float]
-    merge_drift: float
+    merge_drift: float | None
     merge_within_tolerance: bool
+    merge_unverified: str | None = None
+    """Why the merged model was not verified; None where it was."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -125,7 +128,8 @@ def merge_best(
 ) -> dict[str, Any]:
     """Merge a checkpoint's adapter into `best/merged`, on this process's device.
 
-    For an object store it is made in this machine's folder for temporary files, and uploaded.
+    Where the model does not fit into memory whole, it is merged shard by shard onto the weights it was trained on, and
+    not verified. For an object store it is made in this machine's folder for temporary files, and uploaded.
 
     Plain values, as the driver gets them: what is of `merge` or of the engine would make it import torch.
 
@@ -134,43 +138,106 @@ def merge_best(
     """
     import torch
 
-    from lora_search.merge import merge_adapter
+    from lora_search.merge import Options, lack_of_memory, merge_adapter
 
     device = _merging_device(spec) if gpu else torch.device("cpu")
+    lack = lack_of_memory(spec.base, device)
+    trained_on: Literal["dequantized", "original"] = "dequantized" if spec.base.quantization == "nf4" else "original"
+    options = Options() if lack is None else Options(onto=trained_on, verify=False)
     with tempfile.TemporaryDirectory() as folder:
         adapter = Path(folder) / "adapter"
         _write_adapter(checkpoint, adapter)
         out = (run.best if run.uri is None else Path(folder)) / "merged"
-        merged = merge_adapter(spec.base, adapter, data, adapter_loss, out, device)
+        merged = merge_adapter(spec.base, adapter, data, adapter_loss, out, device, options)
         if run.uri is not None:
             run.folder.below("best/merged").upload(out)
     return {
         "merged_onto": merged.onto,
         "merged_loss": merged.loss,
-        "merge_losses": merged.losses,
+        "merge_losses": dict(merged.losses),
         "merge_drift": merged.drift,
         "merge_within_tolerance": merged.within_tolerance,
+        "merge_unverified": lack,
     }
 
 
-def merge_trial(spec: SweepSpec, run: RunDirectory, trial: int, out: Path) -> Merged:
+def merge_trial(
+    spec: SweepSpec,
+    run: RunDirectory,
+    trial: int,
+    out: Path,
+    options: Options | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Merged:
     """Merge any trial's adapter into a standard model at `out`, on this machine.
 
     Raises:
-        InputError: the trial has no checkpoint.
+        InputError: the trial has no checkpoint, its adapter cannot be merged, or there is no memory to verify it.
         SweepError: `out` exists, or the checkpoint is damaged.
     """
-    from lora_search.data import tokenize_data
-    from lora_search.merge import merge_adapter
-    from lora_search.model import load_base, load_tokenizer
+    from lora_search.merge import Options, merge_adapter
 
-    device = _merging_device(spec)
-    data = tokenize_data(spec.data, load_tokenizer(spec.base))
+    options = options or Options()
+    device = _device(spec, options)
     with tempfile.TemporaryDirectory() as folder:
         adapter = Path(folder) / "adapter"
         export_adapter(run, trial, adapter)
-        loss = adapter_losses(load_base(spec.base, device), adapter, data, splits=("validation",))["validation"].loss
-        return merge_adapter(spec.base, adapter, data, loss, out, device)
+        return merge_adapter(spec.base, adapter, _data(spec, options), None, out, device, options, say)
+
+
+def merge_trials(
+    spec: SweepSpec,
+    run: RunDirectory,
+    trials: Sequence[int],
+    recipe: Recipe,
+    out: Path,
+    options: Options,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[Together, Merged]:
+    """Combine several trials' adapters, and merge the combination, or the best of them where that is better alone.
+
+    Raises:
+        InputError: as `merge_trial`, or PEFT cannot combine these adapters.
+        SweepError: as `merge_trial`.
+    """
+    from lora_search.merge import merge_adapter
+    from lora_search.merge.together import combine
+
+    device = _device(spec, options)
+    data = _data(spec, options)
+    assert data is not None  # noqa: S101 - a combination is always measured
+    with tempfile.TemporaryDirectory() as folder:
+        adapters = {trial: Path(folder) / f"trial-{trial}" for trial in trials}
+        for trial, adapter in adapters.items():
+            export_adapter(run, trial, adapter)
+        together = combine(spec.base, adapters, recipe, data, Path(folder) / "together", device)
+        say(f"{together.name} has the lowest validation loss, {together.loss:.4f}")
+        merged = merge_adapter(spec.base, together.folder, data, together.loss, out, device, options, say)
+    return together, merged
+
+
+def _device(spec: SweepSpec, options: Options) -> torch.device:
+    """Where to merge.
+
+    Raises:
+        InputError: it has no memory to verify there.
+    """
+    from lora_search.merge import lack_of_memory
+
+    device = _merging_device(spec)
+    if options.verify and (lack := lack_of_memory(spec.base, device)) is not None:
+        raise InputError(
+            f"{lack}; --no-verify with --onto original or dequantized merges shard by shard, and measures nothing"
+        )
+    return device
+
+
+def _data(spec: SweepSpec, options: Options) -> TokenizedData | None:
+    """What a merge is measured on; nothing is read where nothing is measured."""
+    from lora_search.data import tokenize_data
+    from lora_search.model import load_tokenizer
+
+    return tokenize_data(spec.data, load_tokenizer(spec.base)) if options.verify else None
 
 
 def _merging_device(spec: SweepSpec) -> torch.device:
@@ -193,15 +260,3 @@ def adapter_losses(
     losses = {f"untrained_{name}": evaluate(base, split, data.pad_token_id) for name, split in rows.items()}
     PeftModel.from_pretrained(base.model, str(adapter))  # puts the adapter into base.model
     return losses | {name: evaluate(base, split, data.pad_token_id) for name, split in rows.items()}
-
-
-def require_trial(rows: list[dict[str, Any]], trial: int) -> dict[str, Any]:
-    """The row of a trial.
-
-    Raises:
-        InputError: there is no such trial.
-    """
-    for row in rows:
-        if row["trial"] == trial:
-            return row
-    raise InputError(f"--trial {trial}: no such trial; the run has {len(rows)}, numbered from 0")

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 
 import lora_search
+from lora_search.cli.merge import add_arguments as add_merge_arguments
 from lora_search.errors import InputError, Interrupted, SweepError, harmless
 from lora_search.export.formats import FORMATS
 
@@ -79,7 +80,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         case "merge":
             from lora_search.cli import merge
 
-            merge.merge(arguments.run, arguments.trial, arguments.out, trusts_code=arguments.trust_remote_code)
+            merge.merge(arguments)
         case "export":
             from lora_search.cli import export
 
@@ -136,11 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     results.add_argument("--format", choices=["table", "csv", "json", "parquet"], default="table")
     results.add_argument("--out", metavar="FILE", help="write there instead of to standard output")
 
-    merge = commands.add_parser("merge", help="merge a trial's adapter into a standard model")
-    _add_run(merge)
-    merge.add_argument("--trial", default="best", metavar="ID|best")
-    merge.add_argument("--out", required=True, metavar="DIR")
-    merge.add_argument("--trust-remote-code", action="store_true", help="run code of the base's, if the run did")
+    merge_command = commands.add_parser("merge", help="merge a trial's adapter into a standard model")
+    _add_run(merge_command)
+    add_merge_arguments(merge_command)
 
     _add_export(commands)
 

@@ -2,38 +2,193 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+import math
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lora_search.cli.trial import chosen_trial, require_trust
-from lora_search.errors import InputError
+from lora_search.cli.trials import chosen_trials
+from lora_search.errors import InputError, SweepError, harmless
 from lora_search.results import run_rows
 from lora_search.rundir import find_run
 from lora_search.spec import load_spec
 
+if TYPE_CHECKING:
+    from lora_search.merge import Merged
+    from lora_search.merge.together import Together
 
-def merge(run: str, trial: str, out: str, *, trusts_code: bool = False) -> None:
-    """Merge a trial's adapter and say what it came to.
+EXPLAINED = """\
+The merged model is written shard by shard, so that a model larger than memory merges, and appears at DIR when it is
+complete. Then it is loaded in a fresh process with transformers alone: its validation loss, its logits on held-out rows
+and its greedy text are compared with those of the base with its adapter. Where the logits differ by more than rounding
+explains, nothing is kept. Where the loss differs by more than --tolerance, DIR is kept, a warning printed, and the exit
+status is 1.
+"""
 
-    Args:
-        trusts_code: let the base run code of its own, if the run directory, which may be somebody else's, says so.
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """The options of `lora-search merge`, after RUN."""
+    command.description = EXPLAINED
+    which = command.add_mutually_exclusive_group()
+    which.add_argument("--trial", default="best", metavar="ID|best")
+    which.add_argument(
+        "--trials",
+        metavar="A,B|topK",
+        help="combine several trials' adapters; kept where the validation loss improves on each, else the best is "
+        "merged alone",
+    )
+    command.add_argument("--out", required=True, metavar="DIR", help="must not exist")
+    command.add_argument(
+        "--onto",
+        choices=["auto", "original", "dequantized"],
+        default="auto",
+        help="the base's original weights, or what NF4 made of them, on which the adapter was trained; auto (default) "
+        "measures both and keeps the better",
+    )
+    command.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "float16", "bfloat16"],
+        default="auto",
+        help="of the weights on disk; default: as the base is published. Sums are made in float32",
+    )
+    command.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="neither load nor measure what was written: for a model larger than memory; needs --onto",
+    )
+    command.add_argument(
+        "--tolerance", type=float, metavar="SHARE", help="relative difference in loss that is no warning; default: 0.01"
+    )
+    command.add_argument("--weights", metavar="X,Y", help="of --trials; default: equal, 1 together")
+    command.add_argument(
+        "--combine",
+        metavar="METHOD,...",
+        help="PEFT's methods to try with --trials: linear, ties, dare_linear, dare_ties, magnitude_prune (one rank), "
+        "cat, svd, ties_svd, dare_linear_svd, dare_ties_svd, magnitude_prune_svd (any ranks); default: one of each "
+        "kind",
+    )
+    command.add_argument("--density", type=float, metavar="SHARE", help="that ties and dare keep; default: 0.5")
+    command.add_argument("--json", action="store_true", help="one JSON document")
+    command.add_argument("--trust-remote-code", action="store_true", help="run code of the base's, if the run did")
+
+
+def merge(arguments: argparse.Namespace) -> None:
+    """Merge one trial's adapter, or several together, and say what it came to.
+
+    Raises:
+        SweepError: also where the merged model's loss is beyond the tolerance.
     """
-    directory = find_run(run)
+    directory = find_run(arguments.run)
     spec = load_spec(directory.spec)
-    require_trust(directory, spec, trusts_code=trusts_code)
-    folder = Path(out)
+    require_trust(directory, spec, trusts_code=arguments.trust_remote_code)
+    folder = Path(arguments.out)
     if folder.exists():
-        raise InputError(f"--out {out}: exists already; name a folder that does not")
-    number = int(chosen_trial(directory, spec, run_rows(directory), trial)["trial"])
-    from lora_search.best import merge_trial, signed
+        raise InputError(f"--out {folder}: exists already; name a folder that does not")
+    rows = run_rows(directory)
+    numbers = (
+        [int(chosen_trial(directory, spec, rows, arguments.trial)["trial"])]
+        if arguments.trials is None
+        else chosen_trials(arguments.trials, rows, spec, directory)
+    )
+    weights, methods, density = _recipe(arguments)
+    tolerance = _share("--tolerance", arguments.tolerance, 0.01, math.inf)
+    from lora_search.best import merge_trial, merge_trials
+    from lora_search.merge import Options
+    from lora_search.merge.together import Recipe
 
-    print(f"lora-search: merging trial {number} of {directory.place}", file=sys.stderr)
+    options = Options(arguments.onto, arguments.dtype, not arguments.no_verify, tolerance)
+    named = f"trial{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+    _say(f"merging {named} of {directory.place}")
+    if arguments.no_verify:
+        _say("WARNING: --no-verify: the merged model is NOT loaded, measured or compared")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    merged = merge_trial(spec, directory, number, folder)
+    together: Together | None = None
+    with redirect_stdout(sys.stderr):  # standard output is ours; libraries may print
+        if arguments.trials is None:
+            merged = merge_trial(spec, directory, numbers[0], folder, options, _say)
+        else:
+            recipe = Recipe(weights, methods, density)
+            together, merged = merge_trials(spec, directory, numbers, recipe, folder, options, _say)
+    if together is not None and not together.combined:
+        named = together.name
+    if arguments.json:
+        print(json.dumps(_document(folder, numbers, merged, together), indent=2, ensure_ascii=False))
+    else:
+        print(harmless("\n".join(_lines(folder, named, merged, together))))
+    if not merged.within_tolerance:
+        raise SweepError(
+            f"WARNING: the merged model's validation loss differs from the adapter's by {merged.drift:+.2%}, more than "
+            f"--tolerance {tolerance:g}; it is at {folder}"
+        )
+
+
+def _recipe(arguments: argparse.Namespace) -> tuple[list[float] | None, list[str] | None, float]:
+    given = {name: getattr(arguments, name) for name in ("weights", "combine", "density")}
+    if arguments.trials is None:
+        for name, value in given.items():
+            if value is not None:
+                raise InputError(f"--{name}: is for several adapters; name them with --trials")
+        return None, None, 0.5
+    if arguments.no_verify:
+        raise InputError("--trials: a combination is kept where it is better, and --no-verify measures nothing")
+    try:
+        weights = None if given["weights"] is None else [float(weight) for weight in given["weights"].split(",")]
+    except ValueError:
+        raise InputError(f"--weights {given['weights']}: must be numbers with commas between them") from None
+    if weights is not None and not all(math.isfinite(weight) for weight in weights):
+        raise InputError(f"--weights {given['weights']}: must be finite")
+    methods = None if given["combine"] is None else given["combine"].split(",")
+    return weights, methods, _share("--density", given["density"], 0.5, 1.0)
+
+
+def _share(option: str, found: float | None, default: float, most: float) -> float:
+    if found is None:
+        return default
+    if not 0 < found <= most or math.isinf(found):
+        raise InputError(
+            f"{option} {found:g}: must be above 0" + ("" if math.isinf(most) else f" and at most {most:g}")
+        )
+    return found
+
+
+def _document(folder: Path, numbers: list[int], merged: Merged, together: Together | None) -> dict[str, Any]:
+    combination = None
+    if together is not None:
+        combination = {"kept": together.name, "combined": together.combined, "losses": dict(together.losses)}
+    return {"out": str(folder), "trials": numbers, "together": combination, **merged.to_dict()}
+
+
+def _lines(folder: Path, named: str, merged: Merged, together: Together | None) -> list[str]:
+    """What the user reads of a merge."""
+    from lora_search.best import signed
+
+    lines = []
+    if together is not None:
+        lines += [f"{name:<24} validation loss {loss:.4f}" for name, loss in together.losses.items()]
+        better = "is better than each trial alone" if together.combined else "alone is better than every combination"
+        lines.append(f"{together.name} {better}; it is merged")
+    if merged.check is None or merged.adapter_loss is None or merged.loss is None or merged.drift is None:
+        return [*lines, f"{folder}: {named} merged onto the {merged.onto} weights; NOT verified, nothing was measured"]
     ways = ", ".join(f"{way} {loss:.4f}" for way, loss in merged.losses.items())
-    print(
-        f"{folder}: trial {number} merged onto the {merged.onto} weights; validation loss {merged.loss:.4f}, "
+    same, trained = merged.check.same_weights, merged.check.as_trained
+    lines.append(
+        f"{folder}: {named} merged onto the {merged.onto} weights; validation loss {merged.loss:.4f}, "
         f"{signed(merged.drift)} from the adapter's {merged.adapter_loss:.4f} (measured: {ways})"
     )
-    if not merged.within_tolerance:
-        print("lora-search: WARNING: the merged model differs from the adapter by more than 1 %", file=sys.stderr)
+    lines.append(
+        f"logits over {same.targets:,} held-out tokens: {same.mean:.1e} on average and {same.largest:.1e} at most from "
+        f"the {merged.onto} weights with the adapter, {trained.mean:.1e} and {trained.largest:.1e} from the adapter as "
+        f"trained; their standard deviation is {same.spread:.3g}; the same next token at {trained.same_choice:.1%}"
+    )
+    lines += [f"note: {note}" for note in merged.notes]
+    for text in merged.check.texts:
+        lines += ["", f"  prompt   {text.prompt!r}", f"  adapter  {text.adapter!r}", f"  merged   {text.merged!r}"]
+    return lines
+
+
+def _say(line: str) -> None:
+    print(f"lora-search: {harmless(line)}", file=sys.stderr)

@@ -45,7 +45,7 @@ def _show(spec: SweepSpec, outcome: Outcome) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from lora_search.best import interval, merge_line
+    from lora_search.best import interval, merge_line, merged_loss
 
     best, conclusion, run = outcome.best, outcome.conclusion, outcome.run
     table = Table(title=f"{spec.name}: trial {best['trial']} is the best of {len(outcome.rows)}", title_justify="left")
@@ -57,7 +57,7 @@ def _show(spec: SweepSpec, outcome: Outcome) -> None:
         "validation",
         f"{conclusion.untrained_validation_loss:.4f}",
         f"{conclusion.validation_loss:.4f}",
-        f"{conclusion.merged_loss:.4f}",
+        merged_loss(conclusion),
     )
     tested = f"{conclusion.test_loss:.4f}{interval(conclusion)}"
     table.add_row("test", f"{conclusion.untrained_test_loss:.4f}", tested, "")
@@ -70,7 +70,7 @@ def _show(spec: SweepSpec, outcome: Outcome) -> None:
     console.print()
     console.print(table)
     console.print(f"Best configuration: {harmless(settings)}", highlight=False, markup=False)
-    console.print(merge_line(conclusion), style="" if conclusion.merge_within_tolerance else "bold red")
+    console.print(merge_line(conclusion), style="bold red" if merge_line(conclusion).startswith("WARNING") else "")
     console.print(
         f"\n  {folder}/README.md     what was found, and how\n"
         f"  {folder}/adapter       the adapter, for PEFT\n"

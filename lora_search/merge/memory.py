@@ -1,0 +1,45 @@
+"""Whether a merged model can be verified here: that takes it into memory whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from lora_search.merge.published import published_weights
+from lora_search.merge.surroundings import base_folder
+from lora_search.spec import Base
+
+BESIDE = 1 << 30
+"""Bytes for activations, logits, and a second process with its libraries."""
+
+
+def lack_of_memory(base: Base, device: torch.device) -> str | None:
+    """Why a merge cannot be verified on a device; None where it can, or where it is not known what is free.
+
+    On a CPU the model is held in float32, elsewhere as it is published.
+
+    Raises:
+        InputError: the base has no weights in safetensors.
+    """
+    free = free_bytes(device)
+    published = published_weights(base_folder(base))
+    needed = published.bytes if device.type == "cuda" else 4 * published.numbers
+    if free is None or needed + BESIDE <= free:
+        return None
+    return (
+        f"to verify the merged model it has to be loaded whole, which takes {(needed + BESIDE) / 1e9:.1f} GB of "
+        f"{device.type.upper()} memory, and {free / 1e9:.1f} GB are free"
+    )
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Of a device's memory; None where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = dict(line.split(":", 1) for line in lines)
+    return int(found["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in found else None

@@ -1,0 +1,120 @@
+"""A saved model as anybody loads it: runs as a script of its own, with torch and transformers, and nothing of ours.
+
+What it measures is measured on the base with its adapter by the same functions. They know arrays and models alone.
+
+Legend: B rows, T positions, M target tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+Row = tuple[list[int], list[bool]]
+"""Tokens, and which of them are targets."""
+
+MAX_TOKENS = 8192
+LOGITS_BYTES = 1 << 30
+"""A batch has no more tokens, and no more bytes of float32 logits."""
+
+
+@torch.no_grad()
+def loss_of(model: Any, rows: Sequence[Row], pad: int) -> float:
+    """Nats a target token over all rows."""
+    model.eval()
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    loss, targets = 0.0, 0
+    for some in _batches(rows, min(MAX_TOKENS, max(1, LOGITS_BYTES // (4 * vocabulary)))):
+        longest = max(len(tokens) for tokens, _ in some)
+        ids_BT = torch.tensor([tokens + [pad] * (longest - len(tokens)) for tokens, _ in some], device=model.device)
+        trained_BT = torch.tensor([marks + [False] * (longest - len(marks)) for _, marks in some], device=model.device)
+        lengths = torch.tensor([len(tokens) for tokens, _ in some], device=model.device)
+        attention_BT = (torch.arange(longest, device=model.device) < lengths[:, None]).long()
+        logits_BTV = model(input_ids=ids_BT, attention_mask=attention_BT, use_cache=False).logits
+        counted_BT = trained_BT[:, 1:]
+        logits_MV = logits_BTV[:, :-1][counted_BT].float()
+        loss += float(F.cross_entropy(logits_MV, ids_BT[:, 1:][counted_BT], reduction="sum"))
+        targets += len(logits_MV)
+    return loss / targets
+
+
+@torch.no_grad()
+def logits_of(model: Any, rows: Sequence[Row]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Float32 logits for the rows' target tokens, row by row without padding: shape (M, V)."""
+    model.eval()
+    found = []
+    for tokens, marks in rows:
+        logits_TV = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits[0, :-1]
+        found.append(logits_TV[torch.tensor(marks[1:], device=model.device)].float().cpu())
+    return torch.cat(found).numpy()
+
+
+@torch.no_grad()
+def greedy(model: Any, prompts: Sequence[Sequence[int]], new: int, pad: int) -> list[list[int]]:
+    """The most probable tokens after each prompt, one by one."""
+    model.eval()
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt)], device=model.device)
+        made = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            pad_token_id=pad,
+        )
+        answers.append(made[0, len(prompt) :].tolist())
+    return answers
+
+
+def _batches(rows: Sequence[Row], max_tokens: int) -> Iterator[list[Row]]:
+    """Rows of like length together."""
+    batch: list[Row] = []
+    for row in sorted(rows, key=lambda row: len(row[0]), reverse=True):
+        if batch and len(batch[0][0]) * (len(batch) + 1) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def main() -> None:
+    """Answer requests, a line of JSON each, until there are no more; what libraries print goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for absent in ("peft", "bitsandbytes", "lora_search"):
+        sys.modules[absent] = None  # type: ignore[assignment]
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for line in sys.stdin:
+        asked = json.loads(line)
+        torch.set_num_threads(asked["threads"])
+        options = {"trust_remote_code": asked["trust_remote_code"]}
+        dtype = torch.float32 if asked["device"] == "cpu" else "auto"  # few CPUs multiply anything else well
+        model = AutoModelForCausalLM.from_pretrained(asked["folder"], dtype=dtype, **options).to(asked["device"])
+        tokenizer = AutoTokenizer.from_pretrained(asked["folder"], **options)
+        with open(asked["rows"], encoding="utf-8") as file:  # noqa: PTH123 - nothing else is imported for it
+            given = json.load(file)
+        np.save(asked["logits"], logits_of(model, given["compared"]))
+        made = greedy(model, given["prompts"], given["new_tokens"], given["pad"])
+        loss = loss_of(model, given["validation"], given["pad"])
+        texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in made]
+        answers.write(json.dumps({"loss": loss, "texts": texts}) + "\n")
+        answers.flush()
+        del model
+        if asked["device"] != "cpu":
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
