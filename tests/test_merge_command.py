@@ -220,8 +220,9 @@ def test_best_trials_are_named_best_first(run: RunDirectory) -> None:
     rows = run_rows(run)
     spec = load_spec(run.spec)
     ranked = sorted(rows, key=lambda row: row["eval_loss"])
-    assert chosen_trials("top3", rows, spec, run) == [row["trial"] for row in ranked[:3]]
-    assert chosen_trials("1,0", rows, spec, run) == [1, 0]
+    assert chosen_trials(run, spec, rows, "top3") == ranked[:3]
+    assert [row["trial"] for row in chosen_trials(run, spec, rows, "1, 0,1")] == [1, 0]
+    assert chosen_trials(run, spec, rows, "0,best")[-1] == ranked[0]
 
 
 SLOW = """
@@ -235,7 +236,6 @@ def slowly(*arguments):
     time.sleep(600)
 shards.write_shard = slowly
 from lora_search.cli import main
-from lora_search.cli.trials import chosen_trials
 sys.exit(main(sys.argv[1:]))
 """
 

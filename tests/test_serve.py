@@ -22,15 +22,15 @@ import pytest
 import torch
 from conftest import ROOT
 
+from lora_search import open_run
 from lora_search.builtin import model_folder
 from lora_search.data import tokenize_data
 from lora_search.engine import Engine
 from lora_search.errors import InputError
+from lora_search.export.layout import vllm_limits, vllm_rank, write_layout
 from lora_search.model import load_base, load_tokenizer
-from lora_search.serve import choose_trials, write_layout
 from lora_search.serve.fault import RequestFault
 from lora_search.serve.guard import require_own_site
-from lora_search.serve.layout import vllm_limits, vllm_rank
 from lora_search.serve.prompts import Prompts
 from lora_search.serve.requests import ChatRequest, CompletionRequest, Message, parse_request
 from lora_search.serve.text import TextSoFar
@@ -482,22 +482,11 @@ def test_neutral_values_of_keys_that_are_not_served_pass() -> None:
     assert parse_request(ChatRequest, json.dumps(chat).encode()).messages[0].text == "two parts"
 
 
-def test_best_trials_come_first(run: Path, tiny_spec: SweepSpec) -> None:
-    from lora_search import open_run
-
-    rows = open_run(run).rows
-    order = sorted(range(4), key=lambda trial: rows[trial]["eval_loss"])
-    assert choose_trials(tiny_spec, rows, None, 2) == order[:2]
-    assert choose_trials(tiny_spec, rows, "2, 0,2,best", 9) == list(dict.fromkeys([2, 0, order[0]]))
-    with pytest.raises(InputError):
-        choose_trials(tiny_spec, rows, "1,,2", 3)
-
-
 def test_peft_layout_answers_as_the_server_does(run: Path, tmp_path: Path, greedy: dict[tuple[str, str], str]) -> None:
     from lora_search.rundir import find_run
 
     out = tmp_path / "layout"
-    left_out = write_layout(find_run(str(run)), load_spec(run / "sweep.yaml"), [0, 1, 2, 3], out, "peft")
+    left_out = write_layout(find_run(str(run)), load_spec(run / "sweep.yaml"), open_run(run).rows, "peft-multi", out)
     assert len(left_out) == 1, "the trial without a checkpoint"
     best = best_of(run)
     names = {"best" if name == best else name for name in ("trial-0", "trial-1", "trial-2")}
@@ -528,7 +517,7 @@ def test_vllm_layout_has_its_command(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "layout"
     spec = load_spec(run / "sweep.yaml")
     spec = spec.model_copy(update={"base": spec.base.model_copy(update={"model": "some/base; rm -rf"})})
-    write_layout(find_run(str(run)), spec, [0, 1, 2], out, "vllm")
+    write_layout(find_run(str(run)), spec, open_run(run).rows[:3], "vllm", out)
     page = (out / "README.md").read_text()
     command = (out / "serve.sh").read_text().splitlines()[1].removeprefix("exec ")
     assert command in page
@@ -539,14 +528,14 @@ def test_vllm_layout_has_its_command(run: Path, tmp_path: Path) -> None:
         assert (out / place / "adapter_config.json").is_file()
         assert f"`{name}`" in page
     with pytest.raises(InputError, match="exists already"):
-        write_layout(find_run(str(run)), spec, [0], out, "vllm")
+        write_layout(find_run(str(run)), spec, open_run(run).rows[:1], "vllm", out)
     assert subprocess.run(["sh", "-n", str(out / "serve.sh")]).returncode == 0
 
 
 def test_built_in_base_goes_with_the_adapters(run: Path, tmp_path: Path) -> None:
     from lora_search.rundir import RunDirectory
 
-    write_layout(RunDirectory(run), load_spec(run / "sweep.yaml"), [0], tmp_path / "out", "vllm")
+    write_layout(RunDirectory(run), load_spec(run / "sweep.yaml"), open_run(run).rows[:1], "vllm", tmp_path / "out")
     assert (tmp_path / "out" / "base" / "config.json").is_file()
     assert "vllm serve base " in (tmp_path / "out" / "README.md").read_text()
 

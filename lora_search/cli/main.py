@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import lora_search
 from lora_search.cli.merge import add_arguments as add_merge_arguments
 from lora_search.errors import InputError, Interrupted, SweepError, harmless
-from lora_search.export.formats import FORMATS
+from lora_search.export.formats import FORMATS, LAYOUTS
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -85,7 +85,12 @@ def _dispatch(arguments: argparse.Namespace) -> int:
             from lora_search.cli import export
 
             export.export(
-                arguments.run, arguments.trial, arguments.to, arguments.out, trusts_code=arguments.trust_remote_code
+                arguments.run,
+                arguments.trial,
+                arguments.trials,
+                arguments.to,
+                arguments.out,
+                trusts_code=arguments.trust_remote_code,
             )
         case "serve":
             from lora_search.cli import serve
@@ -175,13 +180,14 @@ def _add_sweep(command: argparse.ArgumentParser) -> None:
 def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     export = commands.add_parser(
         "export",
-        help="write a trial for another tool",
+        help="write a trial, or several, for another tool",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="formats:\n" + "\n".join(f"  {name:13} {meaning}" for name, meaning in FORMATS.items()),
+        epilog="formats:\n" + "\n".join(f"  {name:13} {meaning}" for name, meaning in (FORMATS | LAYOUTS).items()),
     )
     _add_run(export)
     export.add_argument("--trial", default="best", metavar="ID|best")
-    export.add_argument("--to", required=True, metavar="FORMAT", choices=FORMATS, help="one of those below")
+    export.add_argument("--trials", metavar="A,B|topK", help=f"of {' and '.join(LAYOUTS)}; default: the best three")
+    export.add_argument("--to", required=True, metavar="FORMAT", choices=FORMATS | LAYOUTS, help="one of those below")
     export.add_argument("--out", required=True, metavar="DIR", help="must not be there, or be empty")
     export.add_argument("--trust-remote-code", action="store_true", help="run code of the base's, if the run did")
 

@@ -10,8 +10,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_search.cli.trial import chosen_trial, require_trust
-from lora_search.cli.trials import chosen_trials
+from lora_search.cli.trials import chosen_trial, chosen_trials, require_trust
 from lora_search.errors import InputError, SweepError, harmless
 from lora_search.results import run_rows
 from lora_search.rundir import find_run
@@ -89,11 +88,13 @@ def merge(arguments: argparse.Namespace) -> None:
     if folder.exists():
         raise InputError(f"--out {folder}: exists already; name a folder that does not")
     rows = run_rows(directory)
-    numbers = (
-        [int(chosen_trial(directory, spec, rows, arguments.trial)["trial"])]
-        if arguments.trials is None
-        else chosen_trials(arguments.trials, rows, spec, directory)
-    )
+    if arguments.trials is None:
+        chosen = [chosen_trial(directory, spec, rows, arguments.trial)]
+    else:
+        chosen = chosen_trials(directory, spec, rows, arguments.trials)
+        if len(chosen) < 2:
+            raise InputError(f"--trials {arguments.trials}: must name at least two trials")
+    numbers = [int(row["trial"]) for row in chosen]
     weights, methods, density = _recipe(arguments)
     tolerance = _share("--tolerance", arguments.tolerance, 0.01, math.inf)
     from lora_search.best import merge_trial, merge_trials

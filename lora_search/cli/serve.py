@@ -8,8 +8,9 @@ import tempfile
 from pathlib import Path
 from types import FrameType
 
+from lora_search.cli.trials import chosen_trials, require_trust
 from lora_search.errors import InputError, harmless
-from lora_search.results import best_row, run_rows
+from lora_search.results import best_row, ranked_rows, run_rows
 from lora_search.rundir import find_run
 from lora_search.spec import load_spec
 
@@ -22,18 +23,21 @@ def serve(run: str, *, trials: str | None, top: int, host: str, port: int, trust
     """
     directory = find_run(run)
     spec = load_spec(directory.spec)
-    if spec.base.trust_remote_code and not trusts_code:
-        raise InputError(
-            f"{directory.spec}: base.trust_remote_code: found true: {spec.base.model} would run code of its own; "
-            "--trust-remote-code allows it"
-        )
+    require_trust(directory, spec, trusts_code=trusts_code)
     rows = run_rows(directory)
-    from lora_search.serve import choose_trials, collect_adapters
+    if trials is not None:
+        chosen = chosen_trials(directory, spec, rows, trials)
+    elif top < 1:
+        raise InputError(f"--top {top}: must be at least 1")
+    else:
+        chosen = ranked_rows(rows, spec.search.metric, spec.search.mode)[:top]
+        if not chosen:
+            raise InputError(f"--top {top}: no trial of {directory.place} has come to a result")
+    from lora_search.serve import collect_adapters
 
-    chosen = choose_trials(spec, rows, trials, top)
     signal.signal(signal.SIGTERM, _interrupt)
     with tempfile.TemporaryDirectory(prefix="lora-search-serve-") as folder:
-        adapters, left_out = collect_adapters(directory, rows, chosen, Path(folder))
+        adapters, left_out = collect_adapters(directory, chosen, Path(folder))
         for reason in left_out:
             _say(f"left out: {reason}")
         from lora_search.serve.answers import Endpoints

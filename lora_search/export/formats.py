@@ -15,3 +15,12 @@ FORMATS = {
     "wandb": "a W&B sweep, narrowed around the best trials, with its program",
 }
 """Name and meaning of each."""
+
+LAYOUTS = {
+    "vllm": "several adapters, and the command by which vLLM serves them on one base",
+    "peft-multi": "several adapters, and a script by which PEFT switches them on one base",
+}
+"""Of those that hold several trials."""
+
+SHOWN_TRIALS = 3
+"""The best so many go into a layout where none are named."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lora_search.errors import InputError, SweepError
@@ -27,14 +28,26 @@ def export_trial(trained: Trained, form: str, out: Path) -> None:
     """
     if form not in FORMATS:
         raise InputError(f"--to {form}: unknown format; allowed: {', '.join(FORMATS)}")
+    with complete_or_absent(out) as part:
+        page = _writer(form)(trained, part)
+        (part / PAGE).write_text(render(page, trained), encoding="utf-8")
+
+
+@contextmanager
+def complete_or_absent(out: Path) -> Iterator[Path]:
+    """A folder to write in, which becomes `out` when all has gone well.
+
+    Raises:
+        InputError: `out` is taken.
+        SweepError: it cannot be written.
+    """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"--out {out}: exists already; name a folder that does not, or an empty one")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         try:
-            page = _writer(form)(trained, part)
-            (part / PAGE).write_text(render(page, trained), encoding="utf-8")
+            yield part
             part.chmod(0o755)  # mkdtemp keeps others out
             part.replace(out)
         finally:

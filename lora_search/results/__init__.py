@@ -2,7 +2,7 @@
 
 from lora_search.results.events import read_events
 from lora_search.results.frames import COLUMNS, Column, render, rows_frame
-from lora_search.results.rows import Row, best_row, ended_count, run_rows, trial_rows
+from lora_search.results.rows import Row, best_row, ended_count, ranked_rows, run_rows, trial_rows
 from lora_search.results.run import Run, open_run
 from lora_search.results.several import Runs, open_runs
 
@@ -16,6 +16,7 @@ __all__ = [
     "ended_count",
     "open_run",
     "open_runs",
+    "ranked_rows",
     "read_events",
     "render",
     "rows_frame",

@@ -61,10 +61,13 @@ def ended_count(rows: Iterable[Mapping[str, Any]]) -> int:
     return sum(row["state"] != "running" for row in rows)
 
 
+def ranked_rows(rows: Iterable[Mapping[str, Any]], metric: str, mode: Literal["min", "max"]) -> list[Row]:
+    """The completed and stopped trials' rows, the best last report first."""
+    ended = [dict(row) for row in rows if row["state"] in ("completed", "stopped") and row.get(metric) is not None]
+    sign = 1 if mode == "min" else -1
+    return sorted(ended, key=lambda row: (sign * row[metric], row["trial"]))
+
+
 def best_row(rows: Iterable[Mapping[str, Any]], metric: str, mode: Literal["min", "max"]) -> Row | None:
     """The row whose last report is best, among completed and stopped trials; None where there is none."""
-    ended = [row for row in rows if row["state"] in ("completed", "stopped") and row.get(metric) is not None]
-    if not ended:
-        return None
-    sign = 1 if mode == "min" else -1
-    return dict(min(ended, key=lambda row: (sign * row[metric], row["trial"])))
+    return next(iter(ranked_rows(rows, metric, mode)), None)

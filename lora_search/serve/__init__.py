@@ -1,14 +1,5 @@
 """One base, many adapters, behind an OpenAI-compatible endpoint for trying trials side by side. Never imports Ray."""
 
-from lora_search.serve.adapters import BASE, BEST, ServedAdapter, choose_trials, collect_adapters
-from lora_search.serve.layout import ENGINES, write_layout
+from lora_search.serve.adapters import BASE, BEST, ServedAdapter, collect_adapters
 
-__all__ = [
-    "BASE",
-    "BEST",
-    "ENGINES",
-    "ServedAdapter",
-    "choose_trials",
-    "collect_adapters",
-    "write_layout",
-]
+__all__ = ["BASE", "BEST", "ServedAdapter", "collect_adapters"]

@@ -3,40 +3,34 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lora_search.builtin import model_folder
 from lora_search.checkpoint import ADAPTER_CONFIG
-from lora_search.errors import InputError, SweepError, harmless
-from lora_search.results import best_row, run_rows
+from lora_search.errors import InputError, harmless
+from lora_search.export.fill import fill
+from lora_search.export.write import PAGE, complete_or_absent
+from lora_search.results import Row, best_row, run_rows
 from lora_search.rundir import RunDirectory
 from lora_search.serve.adapters import BEST, ServedAdapter, collect_adapters
 from lora_search.spec import SweepSpec
 
-Engine = Literal["vllm", "peft"]
-
-ENGINES: Mapping[Engine, str] = {
-    "vllm": "adapters and the command with which vLLM serves them on one base",
-    "peft": "adapters and a script that loads them all on one base with transformers and PEFT",
-}
-"""Name and meaning of each."""
-
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank takes (vllm/config/lora.py, MaxLoRARanks; older versions lack some)."""
 
-SCRIPT = Path(__file__).parent / "templates" / "load_adapters.py.txt"
 
-
-def write_layout(run: RunDirectory, spec: SweepSpec, trials: Sequence[int], out: Path, engine: Engine) -> list[str]:
+def write_layout(run: RunDirectory, spec: SweepSpec, trials: Sequence[Row], form: str, out: Path) -> list[str]:
     """Write `adapters/NAME/` for each trial, and README.md with how they are served, at `out`.
 
     The best of the run is called `best`, the others `trial-N`. A built-in base is copied beside them.
+
+    Args:
+        trials: their rows.
+        form: one of LAYOUTS.
 
     Returns:
         Why trials that were asked for are left out: they have no checkpoint, or a damaged one.
@@ -45,28 +39,16 @@ def write_layout(run: RunDirectory, spec: SweepSpec, trials: Sequence[int], out:
         InputError: `out` is taken, or the engine can take none of the adapters.
         SweepError: `out` cannot be written.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"--out {out}: exists already; name a folder that does not, or an empty one")
-    rows = run_rows(run)
-    best = best_row(rows, spec.search.metric, spec.search.mode)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        try:
-            adapters, left_out = collect_adapters(run, rows, trials, part / "adapters")
-            names = {BEST if best and adapter.trial == best["trial"] else adapter.name: adapter for adapter in adapters}
-            for name, adapter in names.items():
-                if name != adapter.name:
-                    adapter.folder.rename(adapter.folder.with_name(name))
-            base = _copy_base(spec, part)
-            text = _vllm(spec, names, part, base) if engine == "vllm" else _peft(spec, names, part, base)
-            (part / "README.md").write_text(text, encoding="utf-8")
-            part.chmod(0o755)  # mkdtemp keeps others out
-            part.replace(out)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
-    except OSError as error:
-        raise SweepError(f"--out {out}: cannot be written: {error}") from error
+    best = best_row(run_rows(run), spec.search.metric, spec.search.mode)
+    with complete_or_absent(out) as part:
+        adapters, left_out = collect_adapters(run, trials, part / "adapters")
+        names = {BEST if best and adapter.trial == best["trial"] else adapter.name: adapter for adapter in adapters}
+        for name, adapter in names.items():
+            if name != adapter.name:
+                adapter.folder.rename(adapter.folder.with_name(name))
+        base = _copy_base(spec, part)
+        text = _vllm(spec, names, part, base) if form == "vllm" else _peft(spec, names, part, base)
+        (part / PAGE).write_text(text, encoding="utf-8")
     return left_out
 
 
@@ -144,8 +126,7 @@ def _peft(spec: SweepSpec, names: Mapping[str, ServedAdapter], out: Path, base: 
         "nf4": spec.base.quantization == "nf4",
         "names": list(names),
     }
-    text = re.sub(r"\{\{(\w+)\}\}", lambda place: repr(values[place[1]]), SCRIPT.read_text(encoding="utf-8"))
-    (out / "load_adapters.py").write_text(text, encoding="utf-8")
+    (out / "load_adapters.py").write_text(fill("load_adapters.py.txt", values), encoding="utf-8")
     first = next(iter(names))
     template = _code(json.dumps(spec.data.template))
     notes = [
