@@ -16,8 +16,8 @@ from conftest import make_spec
 from test_faults import SEQUENTIAL, TRIALS, require_whole
 
 from lora_search.cli.main import main
+from lora_search.journal import open_study
 from lora_search.rundir import RunDirectory
-from lora_search.search import open_study
 
 if TYPE_CHECKING:
     from lora_search.spec import SweepSpec
