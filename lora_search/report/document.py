@@ -160,13 +160,13 @@ def _curves_finding(
     states = Counter(row["state"] for row in rows)
     parts = [f"{states[state]} {state}" for state in ("completed", "stopped", "failed", "running") if states[state]]
     ends = [row[run.metric] for row in rows if row["state"] == "completed" and number(row.get(run.metric)) is not None]
-    spread = f" Among those that were trained to the end, values lie from {min(ends):.4g} to {max(ends):.4g}." * bool(ends)
+    spread = f" Among those that were trained to the end, values lie from {min(ends):.4g} to {max(ends):.4g}." * bool(
+        ends
+    )
     return f"{count(len(rows), 'trial')}: {', '.join(parts)}.{spread}"
 
 
-def _slices_finding(
-    steps: Sequence[tuple[int, int]], lines: Mapping[int, Any], searched: Sequence[Parameter]
-) -> str:
+def _slices_finding(steps: Sequence[tuple[int, int]], lines: Mapping[int, Any], searched: Sequence[Parameter]) -> str:
     if not searched or not steps:
         return "There is nothing to compare yet: trials have to differ, and two of them to report at the same step."
     return (
@@ -196,5 +196,5 @@ def _early_finding(
     places = early_places(lines, steps, best["trial"], run.spec.search.mode) if best else []
     if not places or not best:
         return ""
-    told = [f"{place} of {among} at step {step}" for step, place, among in places]
-    return f"The best trial, {best['trial']}, stood {listed(told)}."
+    told = [f"place {place} of {among} at step {step}" for step, place, among in places]
+    return f"The best trial, {best['trial']}, had {listed(told)}."

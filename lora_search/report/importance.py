@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_search.report.parameters import Parameter
-from lora_search.report.values import listed, number, text
+from lora_search.report.values import listed, number, percent, text
 from lora_search.results import Row
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ def importance_finding(found: Sequence[Mapping[str, Any]], trials: int) -> str:
     clear = [str(entry["label"]) for entry in found if entry["chance"] <= CHANCE]
     first = found[0]
     line = (
-        f"{first['label']} comes first with {first['share']:.0%} of the importance "
-        f"(90 % interval {first['low']:.0%} to {first['high']:.0%}). "
+        f"{str(first['label']).capitalize()} comes first with {percent(first['share'])} of the importance "
+        f"(90 % interval {percent(first['low'])} to {percent(first['high'])}). "
     )
     if clear:
         return line + f"What stands out from chance: {listed(clear)}."

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_search.report.values import number
+from lora_search.report.values import number, percent
 from lora_search.results.events import Event
 
 UNKNOWN = "not known yet"
 """The host of a trial that has not reported."""
 
-MOST_POINTS = 600
-"""Of the picture; a longer record is averaged over as many equal stretches of time."""
+STRETCHES = 400
+"""Equal stretches of time over which the picture is averaged."""
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,16 @@ def stays(events: Sequence[Event], now: float | None) -> list[Stay]:
 
 
 def occupancy(stays: Sequence[Stay], capacities: Mapping[str, float]) -> dict[str, Any]:
-    """Trials resident on each host over time, as steps.
+    """Trials resident on each host over time.
 
     Returns:
         times (seconds since the first began), hosts (name, capacity or None, resident: one for each time, mean), mean
         and capacity of all hosts together; capacity is None where that of a host is not known.
     """
     if not stays:
-        return {"times": [], "hosts": [], "mean": None, "capacity": None, "averaged": False}
+        return {"times": [], "hosts": [], "mean": None, "capacity": None}
     began, ended = min(stay.begin for stay in stays), max(stay.end for stay in stays)
-    exact = sorted({time for stay in stays for time in (stay.begin, stay.end)})
-    averaged = len(exact) > MOST_POINTS
-    edges = [began + i * (ended - began) / MOST_POINTS for i in range(MOST_POINTS + 1)] if averaged else exact
+    edges = [began + i * (ended - began) / STRETCHES for i in range(STRETCHES + 1)]
     names = sorted({*capacities, *(stay.host for stay in stays)})
     hosts = []
     for name in names:
@@ -96,7 +94,6 @@ def occupancy(stays: Sequence[Stay], capacities: Mapping[str, float]) -> dict[st
         "hosts": hosts,
         "mean": sum(stay.end - stay.begin for stay in stays) / (ended - began),
         "capacity": sum(capacities.values()) if known and capacities else None,
-        "averaged": averaged,
     }
 
 
@@ -105,8 +102,6 @@ def _resident(stays: Sequence[Stay], edges: Sequence[float]) -> list[float]:
     import numpy as np
 
     grid = np.asarray(edges)
-    if len(grid) < 2:
-        return [0.0] * len(grid)
     area = np.zeros(len(grid))  # trial-seconds up to each edge
     for stay in stays:
         area += np.clip(grid, stay.begin, stay.end) - stay.begin
@@ -134,4 +129,4 @@ def occupancy_finding(found: Mapping[str, Any]) -> str:
     where = f"on {len(hosts)} hosts" if len(hosts) != 1 else "on one host"
     if places is None:
         return f"On average {mean:.1f} trials were resident {where}."
-    return f"On average {mean:.1f} of {places:.0f} places {where} were taken ({min(1.0, mean / places):.0%})."
+    return f"On average {mean:.1f} of {places:.0f} places {where} were taken ({percent(min(1.0, mean / places))})."

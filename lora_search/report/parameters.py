@@ -57,7 +57,7 @@ def _parameter(name: str, spec: SweepSpec, values: list[Any]) -> Parameter | Non
     label = LABELS.get(name, name.replace("_", " "))
     numbers = [number(value) for value in values]
     is_number = all(value is not None for value in numbers)
-    if not is_number or isinstance(domain, Choice) or len(different) <= FEW and not searched:
+    if not is_number or isinstance(domain, Choice) or (len(different) <= FEW and not searched):
         listed = list(domain.values) if isinstance(domain, Choice) else []
         order = {text(value): number(value) or 0.0 for value in (*listed, *values)}
         categories = sorted(order, key=lambda value: order[value]) if is_number else list(order)

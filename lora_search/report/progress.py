@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from lora_search.report.values import number
+from lora_search.report.values import number, percent
 from lora_search.results.events import Event
 
 MOST_REPORTS = 2000
@@ -91,6 +91,6 @@ def progress_finding(found: Mapping[str, Any], label: str) -> str:
     most = next(point for point in best if abs(point[4] - first) >= 0.9 * abs(last - first))
     share = most[1] / found["end"][1] if found["end"][1] else 1.0
     return (
-        f"The best {label} went from {first:.4g} to {last:.4g}; nine tenths of that was reached after {share:.0%} of "
-        f"the tokens. The last improvement was by trial {best[-1][5]}."
+        f"The best {label} went from {first:.4g} to {last:.4g}; nine tenths of that was reached after "
+        f"{percent(share)} of the tokens. The last improvement was by trial {best[-1][5]}."
     )

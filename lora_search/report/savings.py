@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from lora_search.report.values import count, duration, number
+from lora_search.report.values import count, duration, number, percent
 from lora_search.results import Row
 
 
@@ -55,8 +55,8 @@ def savings_finding(found: Mapping[str, Any], scheduler: str) -> str:
         return f"{name} stopped none of {count(found['ended'], 'trial')}."
     share = found["spared"] / max(1, found["spared"] + found["done"])
     return (
-        f"{name} stopped {found['stopped']} of {count(found['ended'], 'trial')} that have ended and saved {share:.0%} "
-        f"of their steps ({found['spared']:,} of {found['spared'] + found['done']:,}), about "
+        f"{name} stopped {found['stopped']} of {count(found['ended'], 'trial')} that have ended and saved "
+        f"{percent(share)} of their steps ({found['spared']:,} of {found['spared'] + found['done']:,}), about "
         f"{duration(found['seconds'])} of training."
     )
 

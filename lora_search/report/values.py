@@ -44,6 +44,11 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60:,} h {minutes % 60} min"
 
 
+def percent(share: float) -> str:
+    """`53 %`."""
+    return f"{100 * share:.0f} %"
+
+
 def count(value: int, name: str) -> str:
     """`1 trial`, `2 trials`."""
     return f"{value:,} {name}{'' if value == 1 else 's'}"

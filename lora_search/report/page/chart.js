@@ -45,12 +45,15 @@ function tableBelow(table, title) {
   return details;
 }
 
-/** What every chart has. */
-function base(extra) {
+const GRID = { left: 12, right: 26, top: 28, bottom: 30, containLabel: true };
+
+/** What every chart has; `vertical` says what its vertical axis shows. */
+function base({ vertical, ...extra }) {
   return {
+    title: vertical ? { text: vertical, left: 2, top: 3, padding: 0, textStyle: { fontSize: 12, fontWeight: "normal", color: colour("muted") } } : undefined,
     animation: false,
     textStyle: { fontFamily: getComputedStyle(document.body).fontFamily, color: colour("ink") },
-    grid: { left: 8, right: 18, top: 26, bottom: 30, containLabel: true, outerBoundsMode: "same" },
+    grid: GRID,
     ...extra,
     tooltip: {
       confine: true, transitionDuration: still ? 0 : 0.15, backgroundColor: colour("surface"), borderColor: colour("line"),
@@ -59,14 +62,15 @@ function base(extra) {
   };
 }
 
-function axis(name, extra = {}, vertical = false) {
+/** An axis of numbers; a vertical one has no name, which `base` writes over it. */
+function axis(name, extra = {}) {
   return {
-    type: "value", name, nameLocation: vertical ? "end" : "middle", nameGap: vertical ? 10 : 28, scale: true,
-    nameTextStyle: { color: colour("muted"), fontSize: 12, align: vertical ? "left" : "center", padding: vertical ? [0, 0, 0, -30] : 0 },
-    axisLine: { lineStyle: { color: colour("line") } }, axisTick: { show: false },
+    type: "value", name: name ?? "", nameLocation: "middle", nameGap: 28, scale: true,
+    nameTextStyle: { color: colour("muted"), fontSize: 12 },
+    axisLine: { onZero: false, lineStyle: { color: colour("line") } }, axisTick: { show: false },
     splitLine: { lineStyle: { color: colour("grid") } },
     ...extra,
-    axisLabel: { color: colour("muted"), fontSize: 12, hideOverlap: true, formatter: vertical ? (value) => figure(value) : brief, ...extra.axisLabel },
+    axisLabel: { color: colour("muted"), fontSize: 12, hideOverlap: true, formatter: name ? brief : (value) => figure(value), ...extra.axisLabel },
   };
 }
 

@@ -12,7 +12,8 @@ function frontOption(cost) {
   const isLog = Math.min(...spread) > 0 && Math.max(...spread) / Math.min(...spread) > 8;
   return base({
     xAxis: axis(COSTS[cost].label, { type: isLog ? "log" : "value", axisLabel: { formatter: COSTS[cost].show }, splitNumber: 4 }),
-    yAxis: axis(metricTitle, {}, true),
+    vertical: metricTitle,
+    yAxis: axis(null),
     tooltip: { trigger: "item", formatter: (params) => {
       const trial = params.data && byNumber.get(params.data.trial);
       return trial ? tip(trial, [["trainable parameters", figure(trial.trainable_parameters)], ["peak memory of the host", trial.peak_memory_bytes === null ? "–" : bytes(trial.peak_memory_bytes)], ["on the front", data.fronts[cost].includes(trial.trial) ? "yes" : "no"]]) : "";
@@ -41,7 +42,8 @@ function savingsOption() {
   return base({
     legend: { top: 0, right: 0, textStyle: { color: colour("muted") }, itemWidth: 12, itemHeight: 12, selectedMode: false },
     xAxis: { type: "category", data: rungs.map((rung) => `step ${rung.step}`), axisTick: { show: false }, axisLine: { lineStyle: { color: colour("line") } }, axisLabel: { color: colour("muted") } },
-    yAxis: axis("trials that came so far", { scale: false, minInterval: 1 }, true),
+    vertical: "trials that came so far",
+    yAxis: axis(null, { scale: false, minInterval: 1 }),
     tooltip: { trigger: "axis", axisPointer: { type: "none" }, formatter: (params) => element("div", { class: "tip" }, element("b", {}, params[0].axisValue), params.map((one) => `${one.value} ${one.seriesName}`).join(", ")) },
     series: [bar("went_on", "went on", "completed"), bar("stopped", "stopped", "stopped")],
   });
@@ -63,25 +65,25 @@ function occupancyOption() {
   const total = { name: `${hosts.length} hosts`, resident: times.map((_, index) => hosts.reduce((sum, host) => sum + host.resident[index], 0)) };
   const shown = hosts.length > MOST_HOSTS ? [total] : hosts;
   const last = times.at(-1);
-  const scale = last > 7200 ? 1 / 3600 : last > 120 ? 1 / 60 : 1;
-  const unit = last > 7200 ? "hours" : last > 120 ? "minutes" : "seconds";
+  const { axis: name, scale } = timeUnit("time since the first trial began", last);
   return base({
     legend: { top: 0, right: 0, type: "scroll", width: "70%", textStyle: { color: colour("muted") }, itemWidth: 12, itemHeight: 12, icon: "roundRect", formatter: (name) => short(name, 24) },
-    xAxis: axis(`time since the first trial began, ${unit}`, { min: 0, max: last * scale, scale: false, axisLabel: { showMaxLabel: false } }),
-    yAxis: axis("trials", { scale: false, minInterval: 1, max: capacity === null ? null : (extremes) => Math.max(extremes.max, capacity * 1.1) }, true),
+    xAxis: axis(name, { min: 0, max: last * scale, scale: false, axisLabel: { showMaxLabel: false } }),
+    vertical: "trials",
+    yAxis: axis(null, { scale: false, minInterval: 1, max: capacity === null ? null : (extremes) => Math.ceil(Math.max(extremes.max, capacity) * 1.1) }),
     tooltip: { trigger: "axis", formatter: (params) => element("div", { class: "tip" }, element("b", {}, seconds(params[0].value[0] / scale)), ...params.map((one) => element("div", {}, `${short(one.seriesName, 40)}: ${figure(one.value[1])} trials`))) },
     series: shown.map((host, index) => ({
       id: `host-${index}`, name: host.name, type: "line", step: "end", stack: "hosts", symbol: "none",
       lineStyle: { width: 0 }, itemStyle: { color: HOST_TONES[index] }, areaStyle: { color: HOST_TONES[index], opacity: 0.75 },
       data: times.map((time, point) => [time * scale, host.resident[point]]),
       markLine: index === 0 && capacity !== null ? { silent: true, symbol: "none", data: [{ yAxis: capacity }], lineStyle: { color: colour("ink"), type: "dashed" }, label: { formatter: `${capacity} places`, position: "insideEndTop", color: colour("muted") } } : undefined,
-    })).map((series) => ({ ...series, step: "start" })).map((series) => ({ ...series, step: "end" })),
+    })),
   });
 }
 
 function occupancyChart() {
   return chart({
-    id: "occupancy", title: "How full the GPUs were", empty: !data.occupancy.times.length,
+    id: "occupancy", title: "GPU occupancy: how full the hosts were", empty: !data.occupancy.times.length,
     look: "Trials resident on each host (a GPU, or a share of the cores); gaps under the dashed line are idle places.",
     finding: `${data.findings.occupancy} A trial's time begins with its start, before its first step.`, option: occupancyOption,
     table: () => ({ head: ["host", "places", "trials on average"], rows: data.occupancy.hosts.map((host) => [host.name, host.capacity, host.mean]) }),

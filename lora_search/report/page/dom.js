@@ -28,7 +28,7 @@ function figure(value) {
   if (typeof value !== "number") return String(value);
   if (Number.isInteger(value)) return value.toLocaleString("en");
   const size = Math.abs(value);
-  return size >= 1e-3 && size < 1e6 ? String(Number(value.toPrecision(4))) : value.toExponential(2);
+  return size >= 1e-4 && size < 1e6 ? String(Number(value.toPrecision(4))) : value.toExponential(2).replace(/\.?0+e/, "e");
 }
 
 /** 40960 as 41k, for axes. */
@@ -38,6 +38,12 @@ function brief(value) {
     if (size >= unit) return `${Number((value / unit).toPrecision(3))}${letter}`;
   }
   return String(Number(value.toPrecision(3)));
+}
+
+/** The unit in which a stretch of time is drawn. */
+function timeUnit(what, length) {
+  const [unit, scale] = length > 7200 ? ["hours", 1 / 3600] : length > 180 ? ["minutes", 1 / 60] : ["seconds", 1];
+  return { axis: `${what}, ${unit}`, scale };
 }
 
 function seconds(value) {

@@ -1,15 +1,20 @@
 // The page from top to bottom.
 
+/** With the digits that the command line shows. */
+function loss(value) {
+  return value.toFixed(4);
+}
+
 function figures() {
   const found = data.tested;
   const list = [];
   const add = (label, value, note) => list.push(element("div", {}, element("dt", {}, label), element("dd", {}, value, note ? element("small", {}, note) : null)));
-  if (data.best) add(`Best ${metric.label}`, figure(data.best.value), `trial ${data.best.trial}${found && found.untrained_validation !== null && metric.name === "eval_loss" ? `; untrained base ${figure(found.untrained_validation)}` : ""}`);
+  if (data.best) add(`Best ${metric.label}`, loss(data.best.value), `trial ${data.best.trial}${found && found.untrained_validation !== null && metric.name === "eval_loss" ? `; untrained base ${loss(found.untrained_validation)}` : ""}`);
   if (found && found.test !== null) {
-    const interval = found.interval ? `95 % interval ${figure(found.interval[0])} to ${figure(found.interval[1])}` : "no interval recorded";
-    add("Test loss, touched once", figure(found.test), `${interval}${found.untrained_test !== null ? `; untrained base ${figure(found.untrained_test)}` : ""}`);
+    const interval = found.interval ? `95 % interval ${loss(found.interval[0])} to ${loss(found.interval[1])}` : "no interval recorded";
+    add("Test loss, touched once", loss(found.test), `${interval}${found.untrained_test !== null ? `; untrained base ${loss(found.untrained_test)}` : ""}`);
   }
-  if (found && found.merged !== null) add("Merged model", figure(found.merged), `validation loss${found.merged_onto ? `, merged onto the ${found.merged_onto} weights` : ""}`);
+  if (found && found.merged !== null) add("Merged model", loss(found.merged), `validation loss${found.merged_onto ? `, merged onto the ${found.merged_onto} weights` : ""}`);
   const states = ["completed", "stopped", "failed", "running"].filter((state) => data.counts[state]).map((state) => `${data.counts[state]} ${state}`);
   add("Trials", `${data.trials.length} of ${data.planned}`, states.join(", "));
   if (data.savings.stopped) add("Steps saved", percent(data.savings.spared / (data.savings.spared + data.savings.done)), `${figure(data.savings.spared)} steps of stopped trials`);

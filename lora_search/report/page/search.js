@@ -3,7 +3,7 @@
 function importanceOption() {
   const entries = [...data.importance].reverse();
   return base({
-    grid: { left: 8, right: 56, top: 8, bottom: 30, containLabel: true },
+    grid: { ...GRID, left: 20, top: 8 },
     xAxis: axis("share of the importance", { min: 0, max: 1, scale: false, axisLabel: { formatter: (value) => percent(value) } }),
     yAxis: { type: "category", data: entries.map((entry) => entry.label), axisLine: { lineStyle: { color: colour("line") } }, axisTick: { show: false }, axisLabel: { color: colour("ink"), fontSize: 13, formatter: (value) => short(value, 20) } },
     tooltip: { trigger: "axis", axisPointer: { type: "none" }, formatter: (params) => {
@@ -56,12 +56,12 @@ function sliceOption(parameter) {
   const [low, high] = extent(all);
   const means = isCategory ? parameter.categories.map((_, index) => middle(rows.filter((trial) => figure(trial.parameters[parameter.name]) === parameter.categories[index]).map(valueAt))) : [];
   const horizontal = isCategory
-    ? { min: -0.6, max: parameter.categories.length - 0.4, interval: 1, axisLabel: { customValues: parameter.categories.map((_, index) => index), formatter: (value) => short(parameter.categories[value] ?? "", 14) }, splitLine: { show: false } }
+    ? { min: -0.6, max: parameter.categories.length - 0.4, interval: 1, axisLabel: { customValues: parameter.categories.map((_, index) => index), hideOverlap: parameter.categories.length > 6, formatter: (value) => short(parameter.categories[value] ?? "", 14) }, splitLine: { show: false } }
     : { type: parameter.scale === "log" ? "log" : "value", axisLabel: { formatter: figure } };
   return base({
-    grid: { left: 8, right: 14, top: 26, bottom: 30, containLabel: true },
     xAxis: axis(short(parameter.label, 40), horizontal),
-    yAxis: axis(`${metric.label} at step ${figure(slicing.step)}`, { min: low, max: high, axisLabel: { showMinLabel: false, showMaxLabel: false } }, true),
+    vertical: `${metric.label} at step ${figure(slicing.step)}`,
+    yAxis: axis(null, { min: low, max: high, axisLabel: { showMinLabel: false, showMaxLabel: false } }),
     tooltip: { trigger: "item", formatter: (params) => {
       const trial = params.data && byNumber.get(params.data.trial);
       return trial ? tip(trial, [[`at step ${slicing.step}`, figure(params.data.value[1])]]) : "";

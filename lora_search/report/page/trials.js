@@ -1,7 +1,7 @@
 // What the trials did: the best so far, their curves, and where each lies in the space.
 
 const SPENDING = [
-  { label: "time since the start", axis: "time since the start, minutes", scale: 1 / 60 },
+  { label: "time since the start", ...timeUnit("time since the start", data.progress.end[0] ?? 0) },
   { label: "tokens trained", axis: "tokens trained, all trials", scale: 1 },
   { label: "optimiser steps", axis: "optimiser steps, all trials", scale: 1 },
   { label: "trial-seconds", axis: "seconds of training, all trials", scale: 1 },
@@ -14,7 +14,8 @@ function progressOption(kind) {
   if (line.length) line.push([end[kind] * scale, line.at(-1)[1]]);
   return base({
     xAxis: axis(name, { min: 0, scale: false }),
-    yAxis: axis(metricTitle, {}, true),
+    vertical: metricTitle,
+    yAxis: axis(null),
     tooltip: { trigger: "item", formatter: (params) => {
       const trial = byNumber.get(params.data.trial);
       return trial ? tip(trial, [["this report", figure(params.data.value[1])]]) : "";
@@ -71,8 +72,9 @@ function curvesOption() {
     };
   };
   return base({
-    xAxis: axis("optimiser steps", { min: 0, max: Math.max(...steps) * 1.02, scale: false }),
-    yAxis: axis(metricTitle, { min: low, max: high, axisLabel: { showMinLabel: false, showMaxLabel: false } }, true),
+    xAxis: axis("optimiser steps", { min: 0, max: Math.max(...steps) * 1.02, scale: false, axisLabel: { showMaxLabel: false } }),
+    vertical: metricTitle,
+    yAxis: axis(null, { min: low, max: high, axisLabel: { showMinLabel: false, showMaxLabel: false } }),
     tooltip: { trigger: "item", formatter: pointTip },
     series: [
       {
@@ -92,7 +94,7 @@ function curvesChart() {
   return chart({
     id: "curves", title: `${metric.label[0].toUpperCase()}${metric.label.slice(1)} of each trial`, wide: true, size: "tall", empty: !lines.length,
     look: "Look for lines that cross: a trial that was stopped early might have won later. A line ends with its trial's mark.",
-    finding: `${data.findings.curves} ${data.findings.early}`.trim(), option: curvesOption,
+    finding: data.findings.curves, option: curvesOption,
     table: () => ({ head: ["trial", "state", "step", metricTitle], rows: lines.flatMap((line) => line.points.map((point) => [line.trial.trial, line.trial.state, point[0], point[1]])) }),
   });
 }
@@ -118,9 +120,9 @@ function parallelOption() {
     tooltip: { trigger: "item", formatter: pointTip },
     parallel: wide ? { left: 60, right: 90, top: 40, bottom: 24 } : { left: 14, right: 70, top: 16, bottom: 16, layout: "vertical" },
     parallelAxis: axes.map((one, dim) => ({
-      ...one, dim, nameGap: wide ? 14 : 8, nameLocation: "end", nameTextStyle: { color: colour("ink"), fontSize: wide ? 13 : 11, width: wide ? undefined : 64, overflow: "break" },
+      ...one, dim, nameGap: wide ? 14 : 8, nameLocation: one.inverse ? "start" : "end", nameTextStyle: { color: colour("ink"), fontSize: wide ? 13 : 11, width: wide ? undefined : 64, overflow: "break" },
       axisLine: { lineStyle: { color: colour("muted") } }, axisTick: { show: false }, minorTick: { show: false },
-      axisLabel: { color: colour("muted"), fontSize: 11, hideOverlap: true, formatter: (value) => (typeof value === "number" ? figure(value) : short(value, 14)) },
+      axisLabel: { color: colour("ink"), fontSize: 11, hideOverlap: true, textBorderColor: colour("surface"), textBorderWidth: 3, formatter: (value) => (typeof value === "number" ? figure(value) : short(value, 14)) },
       areaSelectStyle: { width: 18, borderColor: colour("accent"), color: colour("accent"), opacity: 0.25 },
     })),
     series: [{
