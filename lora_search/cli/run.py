@@ -71,8 +71,9 @@ def _show(spec: SweepSpec, outcome: Outcome) -> None:
     console.print(table)
     console.print(f"Best configuration: {harmless(settings)}", highlight=False, markup=False)
     console.print(merge_line(conclusion), style="" if conclusion.merge_within_tolerance else "bold red")
+    pages = f"  {place}/report.html         every trial, in charts: open it in a browser\n" * run.report.is_file()
     console.print(
-        f"\n  {place}/report.html         every trial, in charts: open it in a browser\n"
+        f"\n{pages}"
         f"  {folder}/README.md      what was found, and how\n"
         f"  {folder}/adapter        the adapter, for PEFT\n"
         f"  {folder}/merged         the merged model, for transformers alone\n"

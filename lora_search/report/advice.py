@@ -34,8 +34,7 @@ def advice(
             found.append(
                 f"The best {len(best)} trials were still improving at their last steps: more training.steps may help."
             )
-    failed_for_memory = spec.search.trials - planned
-    if failed_for_memory > 0:
+    if planned < spec.search.trials:
         found.append(f"The grid holds {planned} configurations, fewer than search.trials asks for.")
     return found
 
@@ -68,8 +67,8 @@ def _at_the_end(spec: SweepSpec, name: str, best: Sequence[Row]) -> Literal["top
 
 
 def _sentence(name: str, end: str, best: Sequence[Row], improving: bool) -> str:
-    values = sorted({text(row[name]) for row in best})
-    where = f"{name} at the {end} of its range ({' to '.join(values[:: max(1, len(values) - 1)])})"
+    values = sorted({row[name] for row in best})
+    where = f"{name} at the {end} of its range ({' to '.join(map(text, dict.fromkeys((values[0], values[-1]))))})"
     line = f"The best {len(best)} trials have {where}: a {'larger' if end == 'top' else 'smaller'} one may be better."
     if name == "rank" and end == "top" and improving:
         line += (

@@ -160,8 +160,10 @@ def _curves_finding(
     states = Counter(row["state"] for row in rows)
     parts = [f"{states[state]} {state}" for state in ("completed", "stopped", "failed", "running") if states[state]]
     ends = [row[run.metric] for row in rows if row["state"] == "completed" and number(row.get(run.metric)) is not None]
-    spread = f" Among those that were trained to the end, values lie from {min(ends):.4g} to {max(ends):.4g}." * bool(
-        ends
+    spread = (
+        f" Among those that were trained to the end, values lie from {min(ends):.4g} to {max(ends):.4g}."
+        if ends
+        else ""
     )
     return f"{count(len(rows), 'trial')}: {', '.join(parts)}.{spread}"
 

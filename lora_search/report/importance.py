@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from lora_search.report.parameters import Parameter
@@ -16,7 +17,6 @@ from lora_search.report.values import listed, number, percent, text
 from lora_search.results import Row
 
 if TYPE_CHECKING:
-    import optuna
     from optuna.distributions import BaseDistribution
 
 FEWEST = 10
@@ -28,6 +28,9 @@ dozen trials would be two, by which nothing can be told."""
 
 DRAWS, TRIALS_DRAWN = 40, 10_000
 """Bootstrap samples, and as many shuffles; fewer where the trials drawn would be more than these."""
+
+NEVER = datetime(2000, 1, 1)
+"""When trials were, which here says nothing."""
 
 CHANCE = 0.05
 """A parameter stands out where so few of the shuffles give it as much."""
@@ -58,9 +61,9 @@ def importance(standing: Sequence[Row], parameters: Sequence[Parameter], seed: i
     total = sum(found.values())
     if total <= 0:
         return []
-    samples = [_divergences(encoded, sorted(random.integers(size, size=size)), scales) for _ in range(draws)]
+    samples = [_divergences(encoded, sorted(map(int, random.integers(size, size=size))), scales) for _ in range(draws)]
     shares = [_shares(sample) for sample in samples]
-    shuffled = [_divergences(encoded, random.permutation(size), scales) for _ in range(draws)]
+    shuffled = [_divergences(encoded, [int(i) for i in random.permutation(size)], scales) for _ in range(draws)]
     entries = [
         {
             "name": parameter.name,
@@ -100,13 +103,27 @@ def _divergences(
     """
     import optuna
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+    from optuna.trial import FrozenTrial, TrialState
 
-    size = len(order)
-    trials: list[optuna.trial.FrozenTrial] = [
-        optuna.create_trial(
+    class Given(optuna.Study):
+        """A study of trials that stand nowhere: storing them would copy each many times over."""
+
+        def get_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
+            return trials
+
+    trials = [
+        FrozenTrial(
+            number=place,
+            trial_id=place,
+            state=TrialState.COMPLETE,
             value=float(place),
             params=dict(encoded[index]),
             distributions=dict(scales),
+            datetime_start=NEVER,
+            datetime_complete=NEVER,
+            user_attrs={},
+            system_attrs={},
+            intermediate_values={},
         )
         for place, index in enumerate(order)
     ]
@@ -115,10 +132,12 @@ def _divergences(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of parameters whose trials are few: that is what the interval tells
-            study = optuna.create_study()
-            study.add_trials(trials)
-            best = PedAnovaImportanceEvaluator(target_quantile=max(TOP_SHARE, min(1 / 3, TOP / size)))
-            return get_param_importances(study, evaluator=best, params=list(scales), normalize=False)
+            storage = optuna.storages.InMemoryStorage()
+            optuna.create_study(storage=storage, study_name="standing")
+            best = PedAnovaImportanceEvaluator(target_quantile=max(TOP_SHARE, min(1 / 3, TOP / len(order))))
+            return get_param_importances(
+                Given("standing", storage), evaluator=best, params=list(scales), normalize=False
+            )
     finally:
         optuna.logging.set_verbosity(verbosity)
 

@@ -38,9 +38,9 @@ def stays(events: Sequence[Event], now: float | None) -> list[Stay]:
     host: dict[int, str] = {}
 
     def leave(trial: int, time: float) -> None:
-        begin = begun.pop(trial, None)
+        begin, place = begun.pop(trial, None), host.pop(trial, UNKNOWN)
         if begin is not None and time > begin:
-            found.append(Stay(trial, host.pop(trial, UNKNOWN), begin, time))
+            found.append(Stay(trial, place, begin, time))
 
     for event in events:
         trial, time = event["trial"], event["time"]
@@ -48,7 +48,7 @@ def stays(events: Sequence[Event], now: float | None) -> list[Stay]:
             case "start":
                 begun.setdefault(trial, time)
             case "resume":
-                leave(trial, heard.get(trial, time))
+                leave(trial, heard[trial] if trial in heard else time)
                 begun[trial] = time
             case "report" if trial in begun:
                 place = event.get("host") or UNKNOWN

@@ -117,5 +117,12 @@ function redraw() {
   }
 }
 
-addEventListener("beforeprint", () => { printing = true; applyTheme(); for (const one of charts) one.instance.resize(); });
-addEventListener("afterprint", () => { printing = false; applyTheme(); for (const one of charts) one.instance.resize(); });
+/** On paper: light, one column, and every chart drawn for that width. */
+function print(begins) {
+  printing = begins;
+  document.documentElement.classList.toggle("printing", begins);
+  applyTheme();
+  for (const one of charts) if (one.instance) one.instance.resize();
+}
+addEventListener("beforeprint", () => print(true));
+addEventListener("afterprint", () => print(false));

@@ -12,7 +12,7 @@ function figures() {
   if (data.best) add(`Best ${metric.label}`, loss(data.best.value), `trial ${data.best.trial}${found && found.untrained_validation !== null && metric.name === "eval_loss" ? `; untrained base ${loss(found.untrained_validation)}` : ""}`);
   if (found && found.test !== null) {
     const interval = found.interval ? `95 % interval ${loss(found.interval[0])} to ${loss(found.interval[1])}` : "no interval recorded";
-    add("Test loss, touched once", loss(found.test), `${interval}${found.untrained_test !== null ? `; untrained base ${loss(found.untrained_test)}` : ""}`);
+    add("Test loss, touched once", loss(found.test), `${found.trial === best ? "" : `of trial ${found.trial}; `}${interval}${found.untrained_test !== null ? `; untrained base ${loss(found.untrained_test)}` : ""}`);
   }
   if (found && found.merged !== null) add("Merged model", loss(found.merged), `validation loss${found.merged_onto ? `, merged onto the ${found.merged_onto} weights` : ""}`);
   const states = ["completed", "stopped", "failed", "running"].filter((state) => data.counts[state]).map((state) => `${data.counts[state]} ${state}`);

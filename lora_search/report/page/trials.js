@@ -118,9 +118,9 @@ function parallelOption() {
   const wide = document.getElementById("parallel-chart").clientWidth > 620;
   return base({
     tooltip: { trigger: "item", formatter: pointTip },
-    parallel: wide ? { left: 60, right: 90, top: 40, bottom: 24 } : { left: 14, right: 70, top: 16, bottom: 16, layout: "vertical" },
+    parallel: wide ? { left: 60, right: 90, top: 40, bottom: 24 } : { left: 26, right: 84, top: 16, bottom: 22, layout: "vertical" },
     parallelAxis: axes.map((one, dim) => ({
-      ...one, dim, nameGap: wide ? 14 : 8, nameLocation: one.inverse ? "start" : "end", nameTextStyle: { color: colour("ink"), fontSize: wide ? 13 : 11, width: wide ? undefined : 64, overflow: "break" },
+      ...one, dim, nameGap: wide ? 14 : 8, nameLocation: one.inverse ? "start" : "end", nameTextStyle: { color: colour("ink"), fontSize: wide ? 13 : 11, width: wide ? undefined : 76, overflow: "break" },
       axisLine: { lineStyle: { color: colour("muted") } }, axisTick: { show: false }, minorTick: { show: false },
       axisLabel: { color: colour("ink"), fontSize: 11, hideOverlap: true, textBorderColor: colour("surface"), textBorderWidth: 3, formatter: (value) => (typeof value === "number" ? figure(value) : short(value, 14)) },
       areaSelectStyle: { width: 18, borderColor: colour("accent"), color: colour("accent"), opacity: 0.25 },
