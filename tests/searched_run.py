@@ -45,7 +45,7 @@ def write_searched(
     """A run of so many trials, each with up to `points` reports; the learning rate decides, and the target set."""
     draw = random.Random(seed)
     sweep = json.loads(json.dumps(SWEEP))
-    sweep["search"]["trials"] = trials
+    sweep["search"]["trials"] = max(1, trials)
     sweep["training"] = {"steps": 10 * points, "eval_every": 10}
     events: list[dict[str, Any]] = []
     for trial in range(trials):

@@ -87,7 +87,11 @@ LOST = [
 def test_what_a_trial_repeats_after_a_loss_is_spent_twice() -> None:
     found = progress(LOST, "eval_loss", "min")
     assert found["end"] == [70.0, 500.0, 50.0, 18.0 + 32.0]
-    assert [(point[0], point[4], point[5]) for point in found["best"]] == [(10.0, 3.0, 0), (20.0, 2.0, 0), (70.0, 1.0, 0)]
+    assert [(point[0], point[4], point[5]) for point in found["best"]] == [
+        (10.0, 3.0, 0),
+        (20.0, 2.0, 0),
+        (70.0, 1.0, 0),
+    ]
     assert curves(LOST, "eval_loss") == {0: [(10, 3.0), (20, 2.0), (30, 1.0)], 1: [(10, 2.5)]}
 
 
