@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCH := analysis/benchmarks
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench browser clean
 
 demo: $(INSTALLED)
 	$(BIN)/lora-search run sweeps/demo.yaml
@@ -29,6 +29,10 @@ bench: $(INSTALLED)
 	$(BIN)/python $(BENCH)/whole_sweep.py --setting e2e --json $(BENCH)/whole_sweep_e2e.json
 	$(BIN)/python $(BENCH)/whole_sweep.py --setting asha --json $(BENCH)/whole_sweep_asha.json
 	$(BIN)/python $(BENCH)/memory.py --json $(BENCH)/memory.json
+
+# Chromium, for the tests of the report's page, which skip without one. As root, from Debian's packages.
+browser:
+	apt-get update && apt-get install --yes --no-install-recommends chromium fonts-dejavu-core
 
 clean:
 	rm -rf $(VENV) *.egg-info .mypy_cache .pytest_cache .ruff_cache

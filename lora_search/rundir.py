@@ -25,6 +25,8 @@ RECORDS = ("sweep.yaml", "provenance.json", "trials.jsonl", "study.journal")
 
 CARD = "README.md"
 
+REPORT = "report.html"
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -75,6 +77,11 @@ class RunDirectory:
     @property
     def best(self) -> Path:
         return self.path / "best"
+
+    @property
+    def report(self) -> Path:
+        """The page of the run."""
+        return self.path / REPORT
 
 
 def create_run(output: str | Path, name: str, *, exact: bool) -> RunDirectory:

@@ -297,7 +297,7 @@ def test_sweep_lives_whole_in_the_store(
     store, second, undisturbed = whole
     assert "another lora-search run is writing to it" in second.refused
     uri = store.uri("runs/whole")
-    assert {"sweep.yaml", "provenance.json", "trials.jsonl", "study.journal", "best", "tune"} == set(
+    assert {"sweep.yaml", "provenance.json", "trials.jsonl", "study.journal", "report.html", "best", "tune"} == set(
         Folder(uri).names()
     )
     best = Folder(uri).below("best")

@@ -123,6 +123,7 @@ def test_best_is_the_lowest_and_everything_of_it_is_there(finished: tuple[SweepS
     assert (best / "merged" / "config.json").is_file()
     assert "quantization_config" not in json.loads((best / "merged" / "config.json").read_text())
     assert f"| {outcome.best['trial']} | completed" in (best / "README.md").read_text()
+    assert f"Trial {outcome.best['trial']} is the best of {len(outcome.rows)}" in outcome.run.report.read_text()
     # the adapter that was saved is the one that was reported
     assert outcome.conclusion.validation_loss == pytest.approx(outcome.best["eval_loss"], rel=1e-6)
     assert outcome.conclusion.test_loss_interval is not None

@@ -77,6 +77,14 @@ def _dispatch(arguments: argparse.Namespace) -> int:
             from lora_search.cli import results
 
             results.results(arguments.run, arguments.format, arguments.out)
+        case "report":
+            from lora_search.cli import report
+
+            report.report(arguments.run, arguments.out)
+        case "dashboard":
+            from lora_search.cli import dashboard
+
+            dashboard.dashboard(arguments.run, arguments.port)
         case "merge":
             from lora_search.cli import merge
 
@@ -141,6 +149,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(results)
     results.add_argument("--format", choices=["table", "csv", "json", "parquet"], default="table")
     results.add_argument("--out", metavar="FILE", help="write there instead of to standard output")
+
+    report = commands.add_parser("report", help="one self-contained page of charts and tables")
+    _add_run(report)
+    report.add_argument("--out", metavar="FILE.html", help="default: report.html in the run directory")
+
+    dashboard = commands.add_parser("dashboard", help="open optuna-dashboard on a run's study, on this machine alone")
+    _add_run(dashboard)
+    dashboard.add_argument("--port", type=int, default=8080, help="default: 8080; 0 takes a free one")
 
     merge_command = commands.add_parser("merge", help="merge a trial's adapter into a standard model")
     _add_run(merge_command)

@@ -65,16 +65,19 @@ def _show(spec: SweepSpec, outcome: Outcome) -> None:
         f"{name} {best[name]:.3g}" if isinstance(best[name], float) else f"{name} {best[name]}"
         for name in ("rank", "alpha", "dropout", "target_modules", "learning_rate")
     )
-    folder = (run.uri or str(run.path)).partition("?")[0] + "/best"
+    place = (run.uri or str(run.path)).partition("?")[0]
+    folder = f"{place}/best"
     console = Console()
     console.print()
     console.print(table)
     console.print(f"Best configuration: {harmless(settings)}", highlight=False, markup=False)
     console.print(merge_line(conclusion), style="bold red" if merge_line(conclusion).startswith("WARNING") else "")
+    pages = f"  {place}/report.html         every trial, in charts: open it in a browser\n" * run.report.is_file()
     console.print(
-        f"\n  {folder}/README.md     what was found, and how\n"
-        f"  {folder}/adapter       the adapter, for PEFT\n"
-        f"  {folder}/merged        the merged model, for transformers alone\n"
+        f"\n{pages}"
+        f"  {folder}/README.md      what was found, and how\n"
+        f"  {folder}/adapter        the adapter, for PEFT\n"
+        f"  {folder}/merged         the merged model, for transformers alone\n"
         f"\n  lora-search results {shlex.quote(run.place)}",
         highlight=False,
         soft_wrap=True,

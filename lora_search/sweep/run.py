@@ -30,7 +30,8 @@ from lora_search.best import (
 from lora_search.checkpoint import trial_folder
 from lora_search.errors import Interrupted, SweepError
 from lora_search.journal import JOURNAL, JOURNAL_LOCK
-from lora_search.results import Row, best_row, ended_count, run_rows
+from lora_search.report import document, page
+from lora_search.results import Row, Run, best_row, ended_count, run_rows
 from lora_search.rundir import RunDirectory, locked
 from lora_search.search import StudySearcher, create_study
 from lora_search.search.asha import StepAsha
@@ -150,7 +151,18 @@ def _run(
     write_provenance(run.provenance, read_provenance(run.provenance) | {"conclusion": found.to_dict()})
     for observer in observers:
         observer.concluded(rows, best, run.best / "adapter")
+    _report(run, say)
     return Outcome(run, rows, best, found)
+
+
+def _report(run: RunDirectory, say: Say) -> None:
+    try:
+        html = page(document(Run(run), finished=True))
+    except Exception as error:  # whatever it is: the sweep has its result, and `lora-search report` can be asked again
+        logging.getLogger(__name__).warning("no report", exc_info=True)
+        say(f"no report was written: {type(error).__name__}: {error}")
+        return
+    run.report.write_text(html, encoding="utf-8")
 
 
 def _concluded(spec: SweepSpec, run: RunDirectory, before: Mapping[str, Any]) -> Outcome | None:

@@ -50,6 +50,8 @@ def kept_uploaded(run: RunDirectory, held: Callable[[], bool]) -> Iterator[None]
         require_held(run, held)
         uploads.changed(run.folder)
         run.folder.below(run.best.name).upload(run.best)
+        if run.report.is_file():
+            run.folder.write(run.report.name, run.report.read_bytes())
 
 
 class Held(Observer):
