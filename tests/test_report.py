@@ -99,7 +99,7 @@ def test_lost_trial_leaves_its_host_when_it_was_last_heard_of() -> None:
     found = [(stay.trial, stay.host, stay.begin, stay.end) for stay in stays(LOST, now=180.0)]
     assert found == [(1, "b", 100.0, 121.0), (0, "a", 100.0, 120.0), (0, "b", 150.0, 180.0)]
     assert stays(LOST, now=None)[-1].end == 170.0
-    assert stays(LOST[:2] + [event("checkpoint", 0, 105.0)], now=None)[0].host == UNKNOWN
+    assert stays([*LOST[:2], event("checkpoint", 0, 105.0)], now=None)[0].host == UNKNOWN
 
 
 def test_occupancy_is_trial_seconds_over_time() -> None:

@@ -48,7 +48,7 @@ def stays(events: Sequence[Event], now: float | None) -> list[Stay]:
             case "start":
                 begun.setdefault(trial, time)
             case "resume":
-                leave(trial, heard[trial] if trial in heard else time)
+                leave(trial, heard.get(trial, time))
                 begun[trial] = time
             case "report" if trial in begun:
                 place = event.get("host") or UNKNOWN
