@@ -43,7 +43,8 @@ def stays(events: Sequence[Event], now: float | None) -> list[Stay]:
             found.append(Stay(trial, place, begin, time))
 
     for event in events:
-        trial, time = event["trial"], event["time"]
+        trial: int = event["trial"]
+        time: float = event["time"]
         match event["event"]:
             case "start":
                 begun.setdefault(trial, time)
