@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCH := analysis/benchmarks
+WORKERS ?= 2
 
 .PHONY: demo test test-all lint bench browser clean
 
@@ -12,7 +13,7 @@ demo: $(INSTALLED)
 	$(BIN)/lora-search run sweeps/demo.yaml
 
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not slow and not gpu" --durations=15
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu" --durations=15
 
 test-all: $(INSTALLED)
 	$(BIN)/pytest

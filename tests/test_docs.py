@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_search.cli.main import main
+from lora_search.cli.main import _parser, main
+from lora_search.spec import load_spec
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [
@@ -103,5 +104,7 @@ def test_shown_command_runs(
     monkeypatch.chdir(world)
     words = [PLACEHOLDERS.get(word, word) for word in shlex.split(command)[1:]]
     if words[0] == "run":  # the world's run is one; here, that the sweep would begin
-        words[0] = "plan"
+        arguments = _parser().parse_args(words)
+        load_spec(Path(arguments.sweep), arguments.set)
+        return
     assert main(words) == 0, capsys.readouterr().err
