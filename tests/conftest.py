@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lora_search.data import TokenizedData
     from lora_search.model import FrozenBase
     from lora_search.spec import SweepSpec
+    from lora_search.storage import Folder
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -43,6 +44,32 @@ def processes(title: str) -> list[int]:
         except psutil.Error:
             continue
     return found
+
+
+def require_gives_back(folder: Folder, tmp_path: Path) -> None:
+    """A folder, wherever it is, gives back what it was given, and forgets what it should."""
+    assert folder.names() == []
+    assert folder.modified("a") is None
+    with pytest.raises(FileNotFoundError):
+        folder.read("a")
+    folder.write("a", b"first")
+    folder.write("a", b"second")
+    folder.below("sub").write("b", b"")
+    assert folder.names() == ["a", "sub"]
+    assert folder.read("a") == b"second"
+    assert folder.below("sub").read("b") == b""
+    assert folder.modified("a") is not None
+
+    source = tmp_path / "source"
+    (source / "deep").mkdir(parents=True)
+    (source / "deep" / "c").write_bytes(bytes(range(256)) * 1000)
+    folder.below("sub").upload(source)
+    assert folder.below("sub/deep").read("c") == bytes(range(256)) * 1000
+
+    folder.check()
+    for name in ("sub", "a", "never was"):
+        folder.remove(name)
+    assert folder.names() == []
 
 
 def write_tiny_model(folder: Path) -> Path:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import require_gives_back
 
 from lora_search.checkpoint import ADAPTER_WEIGHTS, Shelf, seal
 from lora_search.errors import InputError
@@ -54,26 +55,7 @@ def bucket() -> Iterator[str]:
 
 
 def test_folder_gives_back_what_it_was_given(bucket: str, tmp_path: Path) -> None:
-    folder = Folder(bucket.format("folder"), patience_s=0)
-    assert folder.names() == []
-    assert folder.modified("a") is None
-    with pytest.raises(FileNotFoundError):
-        folder.read("a")
-    folder.write("a", b"first")
-    folder.write("a", b"second")
-    folder.below("sub").write("b", b"")
-    assert folder.names() == ["a", "sub"]
-    assert folder.read("a") == b"second"
-    assert folder.modified("a") is not None
-    source = tmp_path / "source"
-    (source / "deep").mkdir(parents=True)
-    (source / "deep" / "c").write_bytes(bytes(range(256)) * 1000)
-    folder.below("sub").upload(source)
-    assert folder.below("sub/deep").read("c") == bytes(range(256)) * 1000
-    folder.check()
-    for name in ("sub", "a", "never was"):
-        folder.remove(name)
-    assert folder.names() == []
+    require_gives_back(Folder(bucket.format("folder"), patience_s=0), tmp_path)
 
 
 def test_checkpoints_are_kept_and_a_damaged_one_is_passed_over(bucket: str) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from conftest import make_spec
+from conftest import make_spec, require_gives_back
 from test_faults import SEQUENTIAL, TRIALS, Strike, compared, kill, require_whole
 
 from lora_search.checkpoint import ADAPTER_WEIGHTS, Shelf, seal
@@ -210,28 +210,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
 
 
 def test_folder_gives_back_what_it_was_given(folder: Folder, tmp_path: Path) -> None:
-    assert folder.names() == []
-    assert folder.modified("a") is None
-    with pytest.raises(FileNotFoundError):
-        folder.read("a")
-    folder.write("a", b"first")
-    folder.write("a", b"second")
-    folder.below("sub").write("b", b"")
-    assert folder.names() == ["a", "sub"]
-    assert folder.read("a") == b"second"
-    assert folder.below("sub").read("b") == b""
-    assert folder.modified("a") is not None
-
-    source = tmp_path / "source"
-    (source / "deep").mkdir(parents=True)
-    (source / "deep" / "c").write_bytes(bytes(range(256)) * 1000)
-    folder.below("sub").upload(source)
-    assert folder.below("sub/deep").read("c") == bytes(range(256)) * 1000
-
-    folder.check()
-    for name in ("sub", "a", "never was"):
-        folder.remove(name)
-    assert folder.names() == []
+    require_gives_back(folder, tmp_path)
 
 
 def test_checkpoint_is_not_taken_for_damaged_because_the_store_fails(store: Store) -> None:

@@ -16,7 +16,8 @@ TOLERANCE = 0.01
 ROUNDING = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.1}
 """Mean difference of logits, in their standard deviations, that the rounding of weights and products explains.
 
-Measured with random weights: 1e-6, 5e-4 and 5e-3. A merge that went wrong is far beyond.
+Measured: 5e-6 in float32 (random weights of 21 kinds), 1.3e-3 for the demo, whose weights are kept in 16 bits. The
+limits leave room for deeper models; a merge that went wrong is far beyond.
 """
 
 

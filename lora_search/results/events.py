@@ -56,6 +56,10 @@ class _Report(_Event, total=False):
     host: str | None
 
 
+FIGURES = tuple(name for name in _Report.__annotations__ if name not in ("event", "trial", "time", "step"))
+"""What a report says of its trial, besides the step."""
+
+
 def _inside(path: str) -> str:
     if path.startswith("/") or ".." in path.split("/"):
         raise ValueError("leads out of the run directory")

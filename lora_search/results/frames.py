@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from lora_search.results.events import Event
+from lora_search.results.events import FIGURES, Event
 from lora_search.results.rows import Row
 from lora_search.spec.schema import Training
 
@@ -72,24 +72,6 @@ COLUMNS: Mapping[str, Column] = {
 }
 """The columns that we know; whatever else a run names stands beside them, with the dtype of its values."""
 
-REPORT = (
-    "trial",
-    "step",
-    "time",
-    "eval_loss",
-    "perplexity",
-    "token_accuracy",
-    "train_loss",
-    "grad_norm",
-    "lr",
-    "tokens",
-    "tokens_per_second",
-    "seconds",
-    "peak_memory_bytes",
-    "trainable_parameters",
-    "host",
-)
-
 
 def rows_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """Rows as they are, one a trial for those of `trial_rows`; columns by `COLUMNS`."""
@@ -100,7 +82,7 @@ def rows_frame(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 def reports_frame(events: Iterable[Event]) -> pd.DataFrame:
     """One row a report, in the order in which they were made; columns by `COLUMNS`."""
     reports = [event for event in events if event["event"] == "report"]
-    return _frame({name: [report.get(name) for report in reports] for name in REPORT})
+    return _frame({name: [report.get(name) for report in reports] for name in ("trial", "step", "time", *FIGURES)})
 
 
 def _frame(values: Mapping[str, list[Any]]) -> pd.DataFrame:

@@ -5,27 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from lora_search.results.events import Event, read_events
+from lora_search.results.events import FIGURES, Event, read_events
 from lora_search.rundir import RunDirectory
 
 Row = dict[str, Any]
-
-METRICS = (
-    "eval_loss",
-    "perplexity",
-    "token_accuracy",
-    "train_loss",
-    "grad_norm",
-    "lr",
-    "trainable_parameters",
-    "tokens",
-    "tokens_per_second",
-    "seconds",
-    "peak_memory_bytes",
-    "host",
-    "steps_total",
-)
-"""What a row takes from its trial's last report."""
 
 
 def trial_rows(events: Iterable[Event]) -> list[Row]:
@@ -40,12 +23,12 @@ def trial_rows(events: Iterable[Event]) -> list[Row]:
         trial = event["trial"]
         if event["event"] == "start":
             row = rows.setdefault(trial, {"trial": trial, "state": "running", "steps": 0})
-            late = dict.fromkeys(METRICS) | {"reason": None, "started": event["time"], "ended": None}
+            late = dict.fromkeys(FIGURES) | {"reason": None, "started": event["time"], "ended": None}
             rows[trial] = row | event["parameters"] | late | row
         elif trial not in rows:
             continue
         elif event["event"] == "report":
-            rows[trial].update({"steps": event["step"]} | {key: event.get(key) for key in METRICS})
+            rows[trial].update({"steps": event["step"]} | {key: event.get(key) for key in FIGURES})
         elif event["event"] == "end":
             rows[trial].update(state=event["state"], reason=event["reason"], ended=event["time"])
     return [rows[trial] for trial in sorted(rows)]

@@ -12,29 +12,14 @@ from ray.tune.experiment import Trial
 
 from lora_search.errors import SweepError
 from lora_search.results import Row
+from lora_search.results.events import FIGURES
 from lora_search.space import trial_config
 from lora_search.spec import SweepSpec
 from lora_search.tracking.events import Observer, State
 
 logger = logging.getLogger(__name__)
 
-REPORT_KEYS = (
-    "step",
-    "steps_total",
-    "eval_loss",
-    "perplexity",
-    "token_accuracy",
-    "train_loss",
-    "grad_norm",
-    "lr",
-    "tokens",
-    "tokens_per_second",
-    "seconds",
-    "peak_memory_bytes",
-    "trainable_parameters",
-    "host",
-    "history",
-)
+REPORT_KEYS = ("step", *FIGURES, "history")
 """What of Tune's result dict is ours; the rest (hostname, pid, date, ...) is Tune's."""
 
 
