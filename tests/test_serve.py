@@ -383,7 +383,7 @@ def test_signal_ends_the_server_cleanly(run: Path, number: int) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--trials", "99"], "--trial 99: no such trial"),
+        (["--trials", "99"], "--trials 99: no such trial"),
         (["--trials", "one"], "must be trials' numbers"),
         (["--trials", "3"], "has no checkpoint"),
         (["--top", "0"], "--top 0: must be at least 1"),

@@ -93,7 +93,7 @@ def merge(arguments: argparse.Namespace) -> None:
     else:
         chosen = chosen_trials(directory, spec, rows, arguments.trials)
         if len(chosen) < 2:
-            raise InputError(f"--trials {arguments.trials}: must name at least two trials")
+            raise InputError(f"--trials {arguments.trials}: must name at least two trials, each once")
     numbers = [int(row["trial"]) for row in chosen]
     weights, methods, density = _recipe(arguments)
     tolerance = _share("--tolerance", arguments.tolerance, 0.01, math.inf)
