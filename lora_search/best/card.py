@@ -52,7 +52,7 @@ def model_card(
             "| | loss, nats a token | untrained base |",
             "| --- | --- | --- |",
             f"| validation | {conclusion.validation_loss:.4f} | {conclusion.untrained_validation_loss:.4f} |",
-            f"| test, touched once | {conclusion.test_loss:.4f}{interval(conclusion)} "
+            f"| test, touched once [95 % interval] | {conclusion.test_loss:.4f}{interval(conclusion)} "
             f"| {conclusion.untrained_test_loss:.4f} |",
             f"| merged model, validation | {merged_loss(conclusion)} | |",
             "",
@@ -120,7 +120,7 @@ def interval(conclusion: Conclusion) -> str:
     if conclusion.test_loss_interval is None:
         return ""
     low, high = conclusion.test_loss_interval
-    return f" (95 %: {low:.4f} to {high:.4f})"
+    return f" [{low:.4f}, {high:.4f}]"
 
 
 def merged_loss(conclusion: Conclusion) -> str:

@@ -60,7 +60,7 @@ def _show(spec: SweepSpec, outcome: Outcome) -> None:
         merged_loss(conclusion),
     )
     tested = f"{conclusion.test_loss:.4f}{interval(conclusion)}"
-    table.add_row("test", f"{conclusion.untrained_test_loss:.4f}", tested, "")
+    table.add_row("test [95 %]", f"{conclusion.untrained_test_loss:.4f}", tested, "")
     settings = ", ".join(
         f"{name} {best[name]:.3g}" if isinstance(best[name], float) else f"{name} {best[name]}"
         for name in ("rank", "alpha", "dropout", "target_modules", "learning_rate")
