@@ -30,6 +30,8 @@ bench: $(INSTALLED)
 	$(BIN)/python $(BENCH)/whole_sweep.py --setting e2e --json $(BENCH)/whole_sweep_e2e.json
 	$(BIN)/python $(BENCH)/whole_sweep.py --setting asha --json $(BENCH)/whole_sweep_asha.json
 	$(BIN)/python $(BENCH)/memory.py --json $(BENCH)/memory.json
+	$(BIN)/python $(BENCH)/merge.py --json $(BENCH)/merge.json
+	$(BIN)/python $(BENCH)/read_results.py --json $(BENCH)/read_results.json
 
 # Chromium, for the tests of the report's page, which skip without one. As root, from Debian's packages.
 browser:

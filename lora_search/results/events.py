@@ -97,10 +97,13 @@ OPENING = b'{"event": "'
 """How a line begins as we write it."""
 
 
-def read_events(file: Path) -> Iterator[Event]:
+def read_events(file: Path, *, without: str | None = None) -> Iterator[Event]:
     """The lines of a trials.jsonl, without the steps between reports; none where there is no such file yet.
 
     A last line that was cut off while it was written is left out. NaN and infinity, which are no JSON, are None.
+
+    Args:
+        without: a kind of event that is passed over, unread.
 
     Raises:
         SweepError: a line before the last is no JSON, or a line is no event.
@@ -110,7 +113,10 @@ def read_events(file: Path) -> Iterator[Event]:
     except FileNotFoundError:
         return
     lines = content.removesuffix(b"\n").split(b"\n") if content else []  # splitlines() splits within strings too
+    passed_over = None if without is None else OPENING + without.encode() + b'"'
     for number, line in enumerate(lines, start=1):
+        if passed_over is not None and line.startswith(passed_over):
+            continue
         event = _quickly(line) or _carefully(line, f"{file}:{number}", is_last=number == len(lines))
         if event is None:
             return

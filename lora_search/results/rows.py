@@ -19,6 +19,7 @@ def trial_rows(events: Iterable[Event]) -> list[Row]:
     yet is None.
     """
     rows: dict[int, Row] = {}
+    last: dict[int, Event] = {}
     for event in events:
         trial = event["trial"]
         if event["event"] == "start":
@@ -28,9 +29,11 @@ def trial_rows(events: Iterable[Event]) -> list[Row]:
         elif trial not in rows:
             continue
         elif event["event"] == "report":
-            rows[trial].update({"steps": event["step"]} | {key: event.get(key) for key in FIGURES})
+            last[trial] = event
         elif event["event"] == "end":
             rows[trial].update(state=event["state"], reason=event["reason"], ended=event["time"])
+    for trial, report in last.items():
+        rows[trial].update({"steps": report["step"]} | {key: report.get(key) for key in FIGURES})
     return [rows[trial] for trial in sorted(rows)]
 
 

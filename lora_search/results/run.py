@@ -70,12 +70,12 @@ class Run:
 
     @cached_property
     def events(self) -> list[Event]:
-        """The lines of trials.jsonl.
+        """The lines of trials.jsonl but for checkpoints, of which there is one a report.
 
         Raises:
             SweepError: a line is no event.
         """
-        return list(read_events(self.directory.trials))
+        return list(read_events(self.directory.trials, without="checkpoint"))
 
     @cached_property
     def rows(self) -> list[Row]:
