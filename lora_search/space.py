@@ -95,6 +95,13 @@ def first_trials(spec: SweepSpec) -> list[dict[str, Any]]:
     return [guess] if guess else []
 
 
+def planned_trials(spec: SweepSpec) -> int:
+    """How many trials a sweep has: as many as the sweep file says, but no more than a grid holds."""
+    if spec.search.sampler.name == "grid":
+        return min(spec.search.trials, grid_size(spec.search.space))
+    return spec.search.trials
+
+
 def grid_size(space: Mapping[str, Domain]) -> int:
     """How many configurations a space of finite domains has."""
     size = 1

@@ -259,7 +259,7 @@ def test_trial_too_large_alone_fails_with_that_reason_and_no_other(
 def test_evaluation_tells_the_loss_of_each_row(engine: Engine, spec: SweepSpec) -> None:
     engine.admit("trial", trial_config(spec, {"rank": 4}))
     losses_of(engine.step(["trial"]))
-    found = engine.evaluate(["trial"], "test")["trial"]
+    found = engine.evaluate(["trial"], "test", by_row=True)["trial"]
     assert found.losses_N is not None
     assert found.targets_N is not None
     rows = engine.data.test

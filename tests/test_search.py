@@ -13,8 +13,9 @@ from optuna.trial import TrialState
 from lora_search.errors import OUT_OF_MEMORY
 from lora_search.journal import open_study
 from lora_search.search import StudySearcher, create_study
-from lora_search.search.study import planned_trials, sampler
+from lora_search.search.study import sampler
 from lora_search.search.window import Window
+from lora_search.space import planned_trials
 from lora_search.spec import SweepSpec
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_search.best.conclude import Conclusion
+from lora_search.results import ranked_rows
 from lora_search.rundir import RunDirectory
 from lora_search.spec import SweepSpec
 
@@ -30,11 +31,7 @@ def model_card(
     """The card: what the adapter is, what it reached, how it was found."""
     states = {state: sum(row["state"] == state for row in rows) for state in ("completed", "stopped", "failed")}
     quantised = "4-bit NF4 with double quantisation" if spec.base.quantization == "nf4" else "unquantised"
-    sign = 1 if spec.search.mode == "min" else -1
-    ranked = sorted(
-        (row for row in rows if row.get(spec.search.metric) is not None and row["state"] != "failed"),
-        key=lambda row: sign * row[spec.search.metric],
-    )
+    ranked = ranked_rows(rows, spec.search.metric, spec.search.mode)
     settings = [name for name in spec.search.space if name in best]
     return "\n".join(
         [

@@ -97,7 +97,7 @@ def test_adapter(config: TrialConfig, checkpoint: Checkpoint, engine: Engine) ->
     untrained = {f"untrained_{name}_loss": engine.untrained(name).loss for name in SPLITS}
     engine.admit(TESTED, config, checkpoint)
     try:
-        tested = {name: engine.evaluate([TESTED], name)[TESTED] for name in SPLITS}
+        tested = {name: engine.evaluate([TESTED], name, by_row=name == "test")[TESTED] for name in SPLITS}
         losses = {f"{name}_loss": evaluation.loss for name, evaluation in tested.items()}
         return untrained | losses | {"test_loss_interval": loss_interval(tested["test"])}
     finally:

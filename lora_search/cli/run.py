@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lora_search.errors import harmless
 from lora_search.rundir import create_run, newest_run
+from lora_search.space import planned_trials
 from lora_search.spec import load_spec
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ def run(sweep: str, overrides: Sequence[str], *, name: str | None, address: str 
     directory = left or create_run(spec.output, spec.name, exact=name is not None)
     print(f"lora-search: {spec.name} -> {directory.place}", file=sys.stderr)
     # Only now: Ray and Optuna take seconds to import, and a wrong sweep file has been told of by now.
-    from lora_search.search.study import planned_trials
     from lora_search.sweep import run_sweep
     from lora_search.tracking.live import LiveView
     from lora_search.tracking.wandb import WandbRuns
@@ -71,7 +71,8 @@ def _show(spec: SweepSpec, outcome: Outcome) -> None:
     console.print()
     console.print(table)
     console.print(f"Best configuration: {harmless(settings)}", highlight=False, markup=False)
-    console.print(merge_line(conclusion), style="bold red" if merge_line(conclusion).startswith("WARNING") else "")
+    merged = merge_line(conclusion)
+    console.print(merged, style="bold red" if merged.startswith("WARNING") else "")
     pages = f"  {place}/report.html         every trial, in charts: open it in a browser\n" * run.report.is_file()
     console.print(
         f"\n{pages}"

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -277,14 +278,21 @@ class Engine:
             history=tuple(window),
         )
 
-    def evaluate(self, trials: Sequence[str], split: str = "validation") -> dict[str, Evaluation]:
-        """Resident trials' standing on a split, measured together."""
+    def evaluate(
+        self, trials: Sequence[str], split: str = "validation", *, by_row: bool = False
+    ) -> dict[str, Evaluation]:
+        """Resident trials' standing on a split, measured together.
+
+        Args:
+            by_row: keep each row's loss too.
+        """
         self.base.model.eval()
         found: dict[str, Evaluation] = {}
         together = [trial for trial in trials if self._shares_passes(trial)]
         for names in [together] * bool(together) + [[trial] for trial in trials if trial not in together]:
             self._activate(names)
-            found |= dict(zip(names, self._measure([self._trials[name].adapter for name in names], split), strict=True))
+            measured = self._measure([self._trials[name].adapter for name in names], split, by_row)
+            found |= dict(zip(names, measured, strict=True))
         return {trial: found[trial] for trial in trials}
 
     def untrained(self, split: str = "validation") -> Evaluation:
@@ -292,10 +300,10 @@ class Engine:
         if split not in self._untrained:
             self.base.model.eval()
             self._activate([])
-            (self._untrained[split],) = self._measure([None], split)
+            (self._untrained[split],) = self._measure([None], split, by_row=True)
         return self._untrained[split]
 
-    def _measure(self, adapters: Sequence[FlatAdapter | None], split: str) -> list[Evaluation]:
+    def _measure(self, adapters: Sequence[FlatAdapter | None], split: str, by_row: bool) -> list[Evaluation]:
         """The standing of each adapter on a split.
 
         Where memory runs out, passes have fewer rows from here on, and where they have one of each, fewer adapters.
@@ -304,7 +312,7 @@ class Engine:
         one_row_each = len(adapters) * int(rows.lengths_N.max())
         while True:
             try:
-                return self._measure_in_passes(adapters, rows)
+                return self._measure_in_passes(adapters, rows, by_row)
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 smallest = len(adapters) == 1 and self._evaluation_tokens < one_row_each
                 if smallest or not _is_out_of_memory(error):
@@ -312,11 +320,13 @@ class Engine:
             self._free_memory()
             if self._evaluation_tokens < one_row_each:
                 half = len(adapters) // 2
-                return self._measure(adapters[:half], split) + self._measure(adapters[half:], split)
+                return self._measure(adapters[:half], split, by_row) + self._measure(adapters[half:], split, by_row)
             self._evaluation_tokens //= 2
             logger.warning("out of memory in an evaluation; from now on %d tokens a pass", self._evaluation_tokens)
 
-    def _measure_in_passes(self, adapters: Sequence[FlatAdapter | None], rows: TokenSplit) -> list[Evaluation]:
+    def _measure_in_passes(
+        self, adapters: Sequence[FlatAdapter | None], rows: TokenSplit, by_row: bool
+    ) -> list[Evaluation]:
         tokens = max(1, self._evaluation_tokens // len(adapters))
 
         def measure(picked: list[int]) -> tuple[list[Measured], FlatRows]:
@@ -325,17 +335,18 @@ class Engine:
 
         groups = list(rows_by_length(rows, tokens))
         pieces = list(self._lanes.map(measure, groups))
-        counts_N = np.zeros(len(rows.lengths_N), np.int64)
-        for picked, (_, batch) in zip(groups, pieces, strict=True):
-            counts_N[picked] = batch.targets_by_row
-        targets = int(counts_N.sum())
+        targets = sum(len(batch.targets_M) for _, batch in pieces)
         found = []
         for of_one in zip(*(piece for piece, _ in pieces), strict=True):
-            losses_N = np.zeros(len(counts_N))
-            for measured, picked, (_, batch) in zip(of_one, groups, pieces, strict=True):
-                losses_N[picked] = batch.sums_by_row(measured.losses_M.cpu().numpy())
             loss, hits = sum(measured.loss for measured in of_one), sum(measured.hits for measured in of_one)
-            found.append(Evaluation(loss / targets, hits / targets, targets, losses_N, counts_N))
+            evaluation = Evaluation(loss / targets, hits / targets, targets)
+            if by_row:
+                losses_N, targets_N = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
+                for measured, picked, (_, batch) in zip(of_one, groups, pieces, strict=True):
+                    losses_N[picked] = batch.sums_by_row(measured.losses_M.cpu().numpy())
+                    targets_N[picked] = batch.targets_by_row
+                evaluation = replace(evaluation, losses_N=losses_N, targets_N=targets_N)
+            found.append(evaluation)
         return found
 
     @property

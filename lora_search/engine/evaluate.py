@@ -34,7 +34,7 @@ class Evaluation:
     token_accuracy: float
     targets: int
     losses_N: npt.NDArray[np.float64] | None = field(default=None, repr=False, compare=False)
-    """Summed loss of each of the split's rows, in nats."""
+    """Summed loss of each of the split's rows, in nats; None where it was not asked for, as is the next."""
     targets_N: npt.NDArray[np.int64] | None = field(default=None, repr=False, compare=False)
     """Target tokens of each of the split's rows."""
 

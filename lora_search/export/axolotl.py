@@ -56,9 +56,7 @@ def write(trained: Trained, out: Path) -> Page:
         "warmup": f"warmup_steps: {trained.warmup_steps}\n"
         if trained.warmup_steps != 1
         else "warmup_steps: 1  # Axolotl makes 2 of it\n",
-        "checkpointing": "gradient_checkpointing_kwargs: {use_reentrant: false}\n"
-        if base.gradient_checkpointing
-        else "",
+        "checkpointing": CHECKPOINTING if base.gradient_checkpointing else "",
     }
     (out / FILE).write_text(fill("axolotl.yaml.txt", found, parts), encoding="utf-8")
     rows = material.write_rows(out)

@@ -13,6 +13,7 @@ from lora_search.builtin import model_folder
 from lora_search.checkpoint import ADAPTER_CONFIG
 from lora_search.errors import InputError, harmless
 from lora_search.export.fill import fill
+from lora_search.export.page import code
 from lora_search.export.write import PAGE, complete_or_absent
 from lora_search.results import Row, best_row, run_rows
 from lora_search.rundir import RunDirectory
@@ -160,11 +161,7 @@ def _page(title: str, spec: SweepSpec, names: Mapping[str, ServedAdapter], comma
 
 
 def _code(value: Any) -> str:
-    """A value that may be anybody's as inline code of a page: one line, and no way out of it."""
-    if isinstance(value, float):
-        value = f"{value:.6g}"
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return "`" + ("".join(c if c.isprintable() and c not in "`|" else " " for c in text).strip() or " ") + "`"
+    return code(f"{value:.6g}" if isinstance(value, float) else value)
 
 
 def _config(out: Path, name: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from lora_search.results import Row
+from lora_search.results import Row, ranked_rows
 from lora_search.spec import Choice, Domain, Fixed, IntUniform, LogUniform
 
 SHARE = 4
@@ -22,9 +22,7 @@ FEWEST = 3
 
 def best_quarter(rows: Sequence[Row], metric: str, mode: Literal["min", "max"]) -> list[Row]:
     """The best trials of those that have ended with a result, the best first."""
-    ended = [row for row in rows if row["state"] in ("completed", "stopped") and row.get(metric) is not None]
-    sign = 1 if mode == "min" else -1
-    ranked = sorted(ended, key=lambda row: (sign * row[metric], row["trial"]))
+    ranked = ranked_rows(rows, metric, mode)
     return ranked[: max(FEWEST, len(ranked) // SHARE)]
 
 

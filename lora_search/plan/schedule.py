@@ -11,7 +11,7 @@ from functools import partial
 from statistics import fmean
 
 from lora_search.memory.corners import values
-from lora_search.space import STARTUP_TRIALS, grid_size, rungs
+from lora_search.space import STARTUP_TRIALS, planned_trials, rungs
 from lora_search.spec import SweepSpec
 
 SIMULATED_TRIALS, LEAST_SWEEPS = 20_000, 10
@@ -94,9 +94,7 @@ def schedule(spec: SweepSpec, seats: int) -> Schedule:
     assumed that it learns at once: when its random trials have ended, each proposal is a random draw from the best
     tenth of the space. All trials step at the same speed.
     """
-    trials = spec.search.trials
-    if spec.search.sampler.name == "grid":
-        trials = min(trials, grid_size(spec.search.space))
+    trials = planned_trials(spec)
     total = int(sum(map(int, values(spec, "steps"))) / len(values(spec, "steps")))  # the middle, where it is searched
     steps = [rung for rung in rungs(spec) if rung < total]
     factor = spec.search.scheduler.reduction_factor

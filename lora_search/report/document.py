@@ -22,7 +22,7 @@ from lora_search.report.standing import STANDING, standing
 from lora_search.report.values import count, listed, number, plain, text
 from lora_search.results import Row, Run, best_row
 from lora_search.rundir import is_locked
-from lora_search.space import grid_size, rungs
+from lora_search.space import planned_trials, rungs
 
 COSTS = ("trainable_parameters", "peak_memory_bytes")
 
@@ -46,7 +46,8 @@ def document(run: Run, *, finished: bool | None = None) -> dict[str, Any]:
     searched = parameters(spec, rows)
     lines = curves(events, metric)
     steps = compared_steps(rows, lines, rungs(spec))
-    planned = min(spec.search.trials, grid_size(spec.search.space)) if _is_grid(run) else spec.search.trials
+    reached = {step for step, _ in steps}
+    planned = planned_trials(spec)
     way = progress(events, metric, spec.search.mode)
     saved = savings(rows)
     now = datetime.now(UTC).timestamp() if state == "running" else None
@@ -76,7 +77,7 @@ def document(run: Run, *, finished: bool | None = None) -> dict[str, Any]:
             "steps": [{"step": step, "trials": trials} for step, trials in steps],
             "usual": usual_step(steps, len(lines)),
             "values": {
-                str(trial): {str(step): value for step, value in curve if step in dict(steps)}
+                str(trial): {str(step): value for step, value in curve if step in reached}
                 for trial, curve in lines.items()
             },
         },
@@ -106,10 +107,6 @@ def document(run: Run, *, finished: bool | None = None) -> dict[str, Any]:
     }
     cleaned: dict[str, Any] = plain(found_document)
     return cleaned
-
-
-def _is_grid(run: Run) -> bool:
-    return run.spec.search.sampler.name == "grid"
 
 
 def _state(run: Run, finished: bool | None, concluded: bool) -> str:

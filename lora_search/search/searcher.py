@@ -15,7 +15,8 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from lora_search.errors import OUT_OF_MEMORY
-from lora_search.search.study import decode, distributions, planned_trials, sampler
+from lora_search.search.study import decode, distributions, sampler
+from lora_search.space import planned_trials
 from lora_search.spec import SweepSpec
 
 MEMORY = "memory"

@@ -21,7 +21,7 @@ from optuna.distributions import (
 
 from lora_search.journal import journal_storage
 from lora_search.search.window import Window
-from lora_search.space import STARTUP_TRIALS, first_trials, grid_size
+from lora_search.space import STARTUP_TRIALS, first_trials, planned_trials
 from lora_search.spec import Choice, Domain, Fixed, IntUniform, LogUniform, Search, SweepSpec
 
 
@@ -39,13 +39,6 @@ def create_study(spec: SweepSpec, folder: Path) -> optuna.Study:
         for configuration in itertools.islice(_grid(spec.search.space), planned_trials(spec)):
             study.enqueue_trial(encode(spec.search.space, configuration), skip_if_exists=True)
     return study
-
-
-def planned_trials(spec: SweepSpec) -> int:
-    """How many trials a sweep has: as many as the sweep file says, but no more than a grid holds."""
-    if spec.search.sampler.name == "grid":
-        return min(spec.search.trials, grid_size(spec.search.space))
-    return spec.search.trials
 
 
 def sampler(search: Search, number: int) -> optuna.samplers.BaseSampler:

@@ -35,9 +35,8 @@ from lora_search.results import Row, Run, best_row, ended_count, run_rows
 from lora_search.rundir import RunDirectory, locked
 from lora_search.search import StudySearcher, create_study
 from lora_search.search.asha import StepAsha
-from lora_search.search.study import planned_trials
 from lora_search.seat import Seat
-from lora_search.space import trial_config
+from lora_search.space import planned_trials, trial_config
 from lora_search.spec import SweepSpec, dump_spec
 from lora_search.storage import StoreError
 from lora_search.sweep.build import build_engine, import_engine
