@@ -23,6 +23,7 @@ FLOORS = {
     "versions": 1,
     "space": 1,
     "targets": 1,
+    "logits": 1,
     "memory": 1,
     "model": 2,
     "data": 2,

@@ -20,6 +20,7 @@ from lora_search.engine.adapter import Places
 from lora_search.engine.attention import PackedAttention
 from lora_search.engine.layers import product, working_dtype
 from lora_search.engine.pack import Pack, Share, build_pack, build_padded, run
+from lora_search.logits import Bend, find_bend
 from lora_search.model import FrozenBase
 
 PROBE_LENGTHS = (7, 12, 7, 3)
@@ -27,10 +28,6 @@ PROBE_LENGTHS = (7, 12, 7, 3)
 
 LOGIT_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 """Float32 logits that are held at once; more targets go through the output head in turns."""
-
-
-CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-"""What configurations call the cap of their logits."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class PackedBase:
 
     What an architecture can do is found out once, by trying: whether flat sequences stay apart in it (not where its
     attention goes past transformers' interface, or where it has a recurrent state), and whether its logits are the
-    output head's plain product (not where they are scaled or capped afterwards).
+    output head's product, scaled and capped as the model does it; otherwise they are left to the model's code.
     """
 
     def __init__(self, base: FrozenBase, pad_token_id: int) -> None:
@@ -61,7 +58,8 @@ class PackedBase:
         self._head = base.model.get_output_embeddings()
         self._decoder = base.model.base_model if base.model.base_model is not base.model else None
         self.flat = True
-        self._plain_head = False
+        self.bend: Bend | None = None
+        """What the model makes of the output head's product; None where its logits are made by its own code."""
         self._find_out()
 
     def pack(self, shares: list[Share]) -> Pack:
@@ -74,7 +72,7 @@ class PackedBase:
     def train(self, pack: Pack) -> list[float]:
         """Each part's objective, the weighted sum of its targets' losses, with its gradient added to its adapter."""
         with self._running(pack):
-            if self._plain_head:
+            if self.bend is not None:
                 total, losses_M = _head_loss(self._hidden_ME(pack), self, pack)
             else:
                 losses_M = F.cross_entropy(self._logits_MV(pack), pack.targets_M, reduction="none") * pack.weights_M
@@ -96,10 +94,12 @@ class PackedBase:
         sums = zip(pack.parts, pack.per_part(losses_M), pack.per_part(torch.cat(hits)), strict=True)
         return [Measured(loss, round(hit), losses_M[part.targets]) for part, loss, hit in sums]
 
-    def head_logits(self, hidden_ME: torch.Tensor, weight_VE: torch.Tensor) -> torch.Tensor:
-        """The output head's float32 logits, the product in the compute dtype."""
-        logits_MV = product(hidden_ME.to(self.working), weight_VE).float()
-        return logits_MV if self._head.bias is None else logits_MV.add_(self._head.bias)
+    def head_logits(self, hidden_ME: torch.Tensor, weight_VE: torch.Tensor, bend: Bend) -> torch.Tensor:
+        """The model's float32 logits, the output head's product in the compute dtype."""
+        product_MV = product(hidden_ME.to(self.working), weight_VE).float()
+        if self._head.bias is not None:
+            product_MV.add_(self._head.bias)
+        return bend.bend_(product_MV)
 
     def head_weight(self) -> torch.Tensor:
         weight: torch.Tensor = self._head.weight.to(self.base.compute_dtype)
@@ -116,12 +116,12 @@ class PackedBase:
                 yield slice(start, min(start + size, stretch.stop))
 
     def _logits_in_turns(self, pack: Pack) -> Iterator[tuple[torch.Tensor, slice]]:
-        if not self._plain_head:
+        if self.bend is None:
             yield self._logits_MV(pack), slice(0, len(pack.targets_M))
             return
         hidden_ME, weight_VE = self._hidden_ME(pack), self.head_weight()
         for rows in self.turns(pack):
-            yield self.head_logits(hidden_ME[rows], weight_VE), rows
+            yield self.head_logits(hidden_ME[rows], weight_VE, self.bend), rows
 
     def _hidden_ME(self, pack: Pack) -> torch.Tensor:
         """The last hidden states from which the targets are predicted."""
@@ -130,8 +130,12 @@ class PackedBase:
         return hidden.reshape(-1, hidden.shape[-1])[pack.predictors_M]
 
     def _logits_MV(self, pack: Pack) -> torch.Tensor:
-        logits: torch.Tensor = self.base.model(**pack.inputs, use_cache=False).logits
+        logits = self._all_logits(pack)
         return logits.reshape(-1, logits.shape[-1])[pack.predictors_M].float()
+
+    def _all_logits(self, pack: Pack) -> torch.Tensor:
+        logits: torch.Tensor = self.base.model(**pack.inputs, use_cache=False).logits
+        return logits
 
     @contextmanager
     def _running(self, pack: Pack) -> Iterator[None]:
@@ -166,34 +170,36 @@ class PackedBase:
         """Compare each way of running the base with what it says of a padded batch."""
         self.base.model.eval()
         rows = _probe_rows(self._head.weight.shape[0])
-        native = self._probe(build_padded(Share(rows, None), self._pad_token_id, self.base.device), plain_head=False)
+        padded = build_padded(Share(rows, None), self._pad_token_id, self.base.device)
+        native = self._probe(padded, None)
         assert native is not None
         flat = build_pack([Share(rows, None)], self.base.device)
-        for plain_head in (True, False):
-            if self._agrees(native, self._probe(flat, plain_head=plain_head)):
-                self.flat, self._plain_head = True, plain_head
+        bend = self._find_bend(padded)
+        for found in (bend, None):
+            if self._agrees(native, self._probe(flat, found)):
+                self.flat, self.bend = True, found
                 return
-        padded = build_padded(Share(rows, None), self._pad_token_id, self.base.device)
-        self.flat, self._plain_head = False, self._agrees(native, self._probe(padded, plain_head=True))
+        self.flat = False
+        if self._agrees(native, self._probe(padded, bend)):
+            self.bend = bend
 
-    def _probe(self, pack: Pack, *, plain_head: bool) -> torch.Tensor | None:
-        """The probe's logits one way; None where the architecture has no such way."""
-        if plain_head and (self._decoder is None or not isinstance(self._head, nn.Linear) or self._is_capped()):
+    def _find_bend(self, pack: Pack) -> Bend | None:
+        if self._decoder is None or not isinstance(self._head, nn.Linear):
             return None
+        with self._running(pack):
+            return find_bend(self._head, lambda: self._all_logits(pack))
+
+    def _probe(self, pack: Pack, bend: Bend | None) -> torch.Tensor | None:
+        """The probe's logits by this bend, or by the model's code; None where the architecture has no such way."""
         try:
             with self._running(pack):
-                if plain_head:
-                    return self.head_logits(self._hidden_ME(pack), self.head_weight())
+                if bend is not None:
+                    return self.head_logits(self._hidden_ME(pack), self.head_weight(), bend)
                 return self._logits_MV(pack)
         except (TypeError, ValueError, RuntimeError, IndexError, AssertionError, AttributeError):
-            if not pack.flat and not plain_head:
+            if not pack.flat and bend is None:
                 raise
             return None
-
-    def _is_capped(self) -> bool:
-        """Whether large logits are bent, as Gemma-2's are, which small ones of a probe do not show."""
-        config = self.base.model.config.get_text_config()
-        return any(getattr(config, name, None) is not None for name in CAPS)
 
     def _agrees(self, native: torch.Tensor, other: torch.Tensor | None) -> bool:
         tolerance = 1e-4 if self.base.compute_dtype == torch.float32 else 3e-2
@@ -208,17 +214,20 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_ME: torch.Tensor, base: PackedBase, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
-        weight_VE = base.head_weight()
+        weight_VE, bend = base.head_weight(), base.bend
+        assert bend is not None
         losses_M = torch.empty_like(pack.weights_M)
         grad_ME = torch.empty_like(hidden_ME)
         for rows in base.turns(pack):
-            logits_mV = base.head_logits(hidden_ME[rows], weight_VE)
+            logits_mV = base.head_logits(hidden_ME[rows], weight_VE, bend)
             targets_m1, weights_m1 = pack.targets_M[rows, None], pack.weights_M[rows, None]
             norms_m1 = torch.logsumexp(logits_mV, -1, keepdim=True)
             losses_M[rows] = ((norms_m1 - logits_mV.gather(1, targets_m1)) * weights_m1)[:, 0]
-            shares_mV = logits_mV.sub_(norms_m1).exp_()
-            shares_mV.scatter_add_(1, targets_m1, torch.full_like(norms_m1, -1.0))
-            grad_ME[rows] = product(shares_mV.mul_(weights_m1).to(base.working), weight_VE.t()).to(grad_ME.dtype)
+            shares_mV = (logits_mV.sub_(norms_m1) if bend.cap is None else logits_mV - norms_m1).exp_()
+            shares_mV.scatter_add_(1, targets_m1, torch.full_like(norms_m1, -1.0)).mul_(weights_m1 * bend.scale)
+            if bend.cap is not None:
+                shares_mV.mul_(bend.damping_(logits_mV))
+            grad_ME[rows] = product(shares_mV.to(base.working), weight_VE.t()).to(grad_ME.dtype)
         ctx.save_for_backward(grad_ME)
         ctx.mark_non_differentiable(losses_M)
         return losses_M.sum(), losses_M

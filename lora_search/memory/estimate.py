@@ -163,9 +163,9 @@ class BaseMemory:
     def _logits(self, targets: int) -> int:
         """Bytes of the output head at work on so many targets at once, in turns.
 
-        Logits that are scaled or capped are the replay's, with what their tokens hold.
+        Logits that the engine leaves to the model's code are the replay's, with what their tokens hold.
         """
-        if not self._replay.plain_head:
+        if not self._replay.in_turns:
             return self.weights.head_copy
         at_once = min(LOGIT_BYTES[self.setup.device], 4 * targets * self.weights.vocabulary)
         return LOGIT_COPIES * at_once + self.weights.head_copy

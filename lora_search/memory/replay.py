@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lora_search.logits import find_bend
 from lora_search.memory.live import LiveBytes
 from lora_search.memory.mirror import Pass, Stands, attach, detach_attention, head, run
 from lora_search.memory.split import decoder_blocks
@@ -91,26 +92,18 @@ class Replay:
         return self._remembered(Pass(self.setup, 1, length, 0, False, frozenset()), None, backward=False)
 
     @cached_property
-    def plain_head(self) -> bool:
-        """Whether the model's logits are its output head's own, or else scaled or capped afterwards.
-
-        The engine takes plain ones in turns, within its head and loss; the others it leaves to the model's code.
-        """
+    def in_turns(self) -> bool:
+        """Whether the engine takes logits in turns, within its head and loss, or leaves them to the model's code."""
         output_head = self._model.get_output_embeddings()
         if output_head is None:
             return True
-        outputs: list[torch.Tensor] = []
-        hook = output_head.register_forward_hook(lambda *args: outputs.append(args[-1]))
         now = Pass(replace(self.setup, device="cpu"), 1, PROBE, 0, False, frozenset())  # in float32: casts are nothing
         try:
             with run(now), Stands(now.setup), torch.no_grad():
                 self._hidden(now)
-                logits = self._run(now, (1, PROBE), self._model)
+                return find_bend(output_head, lambda: self._run(now, (1, PROBE), self._model)) is not None
         except UNWILLING:
             return True
-        finally:
-            hook.remove()
-        return logits is outputs[-1]
 
     def _remembered(self, now: Pass, span: range | None, *, backward: bool) -> Held:
         reached = backward and span is not None and self._is_reached(now.adapted, span)
@@ -192,7 +185,7 @@ class Replay:
             if total.requires_grad:
                 torch.autograd.backward(total)
             held = Held(at_head, max(forward, live.peak))
-        return held if self.plain_head else Held(at_head, max(held.peak, self._peak_with_logits(now, backward)))
+        return held if self.in_turns else Held(at_head, max(held.peak, self._peak_with_logits(now, backward)))
 
     def _peak_with_logits(self, now: Pass, backward: bool) -> int:
         """The most at once where the model's own code makes all logits of a pass, and autograd keeps what it needs."""

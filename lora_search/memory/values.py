@@ -23,7 +23,7 @@ and what loading a first model leaves behind. A GPU's own context is neither in 
 `torch.cuda.max_memory_allocated`."""
 
 LOGIT_COPIES = 2
-"""Float32 logits at once: themselves, and what logsumexp takes while it runs."""
+"""Float32 logits at once: themselves, and what logsumexp takes while it runs, or a cap's slope."""
 
 ALLOCATOR = {"cpu": 1.35, "cuda": 1.0}
 """Memory taken from the system for each byte in use: on a CPU, glibc's heap keeps gaps between tensors that come and
