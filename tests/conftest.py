@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while t
 
 if TYPE_CHECKING:
     from lora_search.data import TokenizedData
+    from lora_search.engine import Evaluation
     from lora_search.model import FrozenBase
     from lora_search.spec import SweepSpec
     from lora_search.storage import Folder
@@ -172,6 +173,18 @@ def tiny_base(tiny_spec: SweepSpec) -> FrozenBase:
     from lora_search.model import load_base
 
     return load_base(tiny_spec.base, "cpu")
+
+
+def adapter_losses(base: FrozenBase, adapter: Path, data: TokenizedData) -> dict[str, Evaluation]:
+    """A saved adapter, loaded by PEFT, on the validation and test split, and the untrained base, as untrained_NAME."""
+    from peft import PeftModel
+
+    from lora_search.engine import evaluate
+
+    splits = {"validation": data.validation, "test": data.test}
+    losses = {f"untrained_{name}": evaluate(base, split, data.pad_token_id) for name, split in splits.items()}
+    PeftModel.from_pretrained(base.model, str(adapter))  # puts the adapter into base.model
+    return losses | {name: evaluate(base, split, data.pad_token_id) for name, split in splits.items()}
 
 
 @pytest.fixture(autouse=True)

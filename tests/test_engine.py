@@ -6,20 +6,23 @@ import json
 import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
+from conftest import make_spec, write_tiny_data
 from safetensors.torch import load as load_tensors
 
 from lora_search.checkpoint import ADAPTER_WEIGHTS, OPTIMIZER, TRIAL, read_checkpoint, write_checkpoint
+from lora_search.data import TokenizedData, TokenSplit
 from lora_search.engine import Engine, Report, StepMetrics
 from lora_search.errors import InputError, SweepError, TrialFailed
+from lora_search.model import load_base
 from lora_search.space import TrialConfig, trial_config
 from lora_search.storage import Folder
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from lora_search.data import TokenizedData
     from lora_search.model import FrozenBase
     from lora_search.spec import SweepSpec
 
@@ -328,3 +331,18 @@ def test_optimisers_step_together_as_each_would_alone() -> None:
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
     state, expected = (optimizers[1].state_dict()["state"][0] for optimizers in (together, alone))
     assert state.keys() == expected.keys() == {"step", "exp_avg", "exp_avg_sq"}
+
+
+def test_base_whose_code_does_not_run_on_quantised_weights_is_refused(tmp_path: Path) -> None:
+    """Mamba multiplies with the weight of a linear layer itself, which as NF4 has another shape."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=100, state_size=8)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(str(tmp_path / "model"))
+    write_tiny_data(tmp_path / "data.jsonl")
+    split = TokenSplit(np.arange(8, dtype=np.int32), np.ones(8, np.bool_), np.array([0, 8]))
+    data = TokenizedData(split, split, split, 0, "", 0, 0)
+    with pytest.raises(InputError, match=r"base.quantization: MambaForCausalLM's own code .* nf4 .*; none may do"):
+        Engine(load_base(make_spec(tmp_path).base, "cpu"), data)
+    Engine(load_base(make_spec(tmp_path, base={"quantization": "none"}).base, "cpu"), data)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, adapter_losses
 
 from lora_search.cli import main
 from lora_search.export import FORMATS, describe
@@ -222,14 +222,13 @@ def test_sweep_file_runs_again_with_the_same_loss(run: RunDirectory, tmp_path: P
 
 
 def test_adapter_loads_with_peft_and_has_the_reported_loss(run: RunDirectory, tmp_path: Path) -> None:
-    from lora_search.best import adapter_losses
     from lora_search.data import tokenize_data
     from lora_search.model import load_base, load_tokenizer
 
     out = export(run, "peft", tmp_path / "out", PRUNED)
     spec = load_spec(run.spec)
     data = tokenize_data(spec.data, load_tokenizer(spec.base))
-    losses = adapter_losses(load_base(spec.base, "cpu"), out, data, splits=("validation",))
+    losses = adapter_losses(load_base(spec.base, "cpu"), out, data)
     assert losses["validation"].loss == pytest.approx(run_rows(run)[PRUNED]["eval_loss"], rel=1e-5)
 
 

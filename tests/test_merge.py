@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from conftest import make_spec
+from conftest import adapter_losses, make_spec
 
-from lora_search.best import adapter_losses
 from lora_search.checkpoint import write_checkpoint
 from lora_search.data import tokenize_data
 from lora_search.engine import Engine

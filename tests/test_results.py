@@ -113,6 +113,22 @@ def test_lines_written_by_others_are_read_as_ours(tmp_path: Path) -> None:
     assert pd.isna(theirs.reports["eval_loss"].iloc[-1])
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"history": [{"step": 11, "loss": 2.0}], "host": "host-7"},
+        {"history": [[1]], "host": "host-7"},
+        {"other": {"history": [1]}},
+        {"host": ', "history": [1]}'},
+        {"history": []},
+    ],
+)
+def test_steps_between_reports_are_passed_over_and_nothing_else(tmp_path: Path, more: dict[str, Any]) -> None:
+    line = report(0, 10, 1.25) | {"host": "host-0"} | more
+    reports = open_run(write_run(tmp_path / "run", [EVENTS[0], line])).reports
+    assert (list(reports["eval_loss"]), list(reports["host"])) == ([1.25], [line["host"]])
+
+
 def test_values_of_another_type_than_documented_are_kept_as_text(tmp_path: Path) -> None:
     events = [START | {"trial": 0, "parameters": PARAMETERS | {"rank": "sixteen", "mine": [["a"]][0], "other": 7}}]
     trials = open_run(write_run(tmp_path / "run", events)).trials

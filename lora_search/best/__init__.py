@@ -3,7 +3,6 @@
 from lora_search.best.card import interval, merge_line, merged_loss, signed, write_card
 from lora_search.best.conclude import (
     Conclusion,
-    adapter_losses,
     export_adapter,
     merge_best,
     merge_trial,
@@ -14,7 +13,6 @@ from lora_search.best.conclude import (
 
 __all__ = [
     "Conclusion",
-    "adapter_losses",
     "export_adapter",
     "interval",
     "merge_best",

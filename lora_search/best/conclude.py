@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from lora_search.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, Shelf, require_lora
+from lora_search.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, Shelf
 from lora_search.errors import InputError, SweepError
 from lora_search.rundir import RunDirectory
 from lora_search.space import TrialConfig
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from lora_search.engine import Engine, Evaluation
     from lora_search.merge import Merged, Options
     from lora_search.merge.together import Recipe, Together
-    from lora_search.model import FrozenBase
 
 
 SPLITS = ("validation", "test")
@@ -245,18 +244,3 @@ def _merging_device(spec: SweepSpec) -> torch.device:
     import torch
 
     return torch.device("cuda" if spec.hosts.gpus_per_host <= 1 and torch.cuda.is_available() else "cpu")
-
-
-def adapter_losses(
-    base: FrozenBase, adapter: Path, data: TokenizedData, splits: Sequence[str] = ("validation", "test")
-) -> dict[str, Evaluation]:
-    """The saved adapter on each split, under its name, and the untrained base, under `untrained_NAME`."""
-    from peft import PeftModel
-
-    from lora_search.engine import evaluate
-
-    require_lora(adapter)
-    rows = {name: getattr(data, name) for name in splits}
-    losses = {f"untrained_{name}": evaluate(base, split, data.pad_token_id) for name, split in rows.items()}
-    PeftModel.from_pretrained(base.model, str(adapter))  # puts the adapter into base.model
-    return losses | {name: evaluate(base, split, data.pad_token_id) for name, split in rows.items()}

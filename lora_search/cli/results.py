@@ -12,6 +12,7 @@ from typing import Any
 from lora_search.errors import InputError, SweepError, harmless
 from lora_search.results import Row, best_row, read_events, render, rows_frame, run_rows, trial_rows
 from lora_search.rundir import RunDirectory, find_run, is_locked
+from lora_search.space import planned_trials
 from lora_search.spec import SweepSpec, load_spec
 
 COLUMNS = ("trial", "state", "steps", "rank", "alpha", "dropout", "target_modules", "learning_rate")
@@ -93,7 +94,7 @@ def sweep_status(directory: RunDirectory) -> dict[str, Any]:
         "path": directory.place,
         "phase": "finished" if finished else "running" if is_locked(directory) else "interrupted",
         "metric": spec.search.metric,
-        "planned": spec.search.trials,
+        "planned": planned_trials(spec),
         "trials": counts,
         "hosts": dict(sorted(hosts.items())),
         "resumed": sum(event["event"] == "resume" for event in events),

@@ -20,11 +20,15 @@ from lora_search.engine.adapter import Places
 from lora_search.engine.attention import PackedAttention
 from lora_search.engine.layers import product, working_dtype
 from lora_search.engine.pack import Pack, Share, build_pack, build_padded, run
+from lora_search.errors import InputError
 from lora_search.logits import Bend, find_bend
 from lora_search.model import FrozenBase
 
 PROBE_LENGTHS = (7, 12, 7, 3)
 """Sequences by which a base shows whether it keeps flat ones apart."""
+
+UNABLE = (TypeError, ValueError, RuntimeError, IndexError, AssertionError, AttributeError)
+"""What an architecture's code raises where it cannot be run in some way."""
 
 LOGIT_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 """Float32 logits that are held at once; more targets go through the output head in turns."""
@@ -171,8 +175,7 @@ class PackedBase:
         self.base.model.eval()
         rows = _probe_rows(self._head.weight.shape[0])
         padded = build_padded(Share(rows, None), self._pad_token_id, self.base.device)
-        native = self._probe(padded, None)
-        assert native is not None
+        native = self._natively(padded)
         flat = build_pack([Share(rows, None)], self.base.device)
         bend = self._find_bend(padded)
         for found in (bend, None):
@@ -182,6 +185,20 @@ class PackedBase:
         self.flat = False
         if self._agrees(native, self._probe(padded, bend)):
             self.bend = bend
+
+    def _natively(self, pack: Pack) -> torch.Tensor:
+        try:
+            with self._running(pack):
+                return self._logits_MV(pack)
+        except torch.OutOfMemoryError:
+            raise
+        except UNABLE as error:
+            reason, name = str(error).partition("\n")[0], type(self.base.model).__name__
+            if self.base.quantized:
+                raise InputError(
+                    f"base.quantization: {name}'s own code does not run on nf4 weights ({reason}); none may do"
+                ) from error
+            raise InputError(f"base.model: {name} does not run: {reason}") from error
 
     def _find_bend(self, pack: Pack) -> Bend | None:
         if self._decoder is None or not isinstance(self._head, nn.Linear):
@@ -196,9 +213,7 @@ class PackedBase:
                 if bend is not None:
                     return self.head_logits(self._hidden_ME(pack), self.head_weight(), bend)
                 return self._logits_MV(pack)
-        except (TypeError, ValueError, RuntimeError, IndexError, AssertionError, AttributeError):
-            if not pack.flat and bend is None:
-                raise
+        except UNABLE:
             return None
 
     def _agrees(self, native: torch.Tensor, other: torch.Tensor | None) -> bool:
