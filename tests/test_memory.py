@@ -181,6 +181,17 @@ def test_layers_are_extrapolated_to_what_all_of_them_hold() -> None:
     assert extrapolated.activations > 2 * few.trial(shapes[0]).activations
 
 
+@pytest.mark.parametrize("layers", [10, 11])
+def test_layers_of_two_kinds_in_turns_are_extrapolated_too(layers: int) -> None:
+    config = Gemma2Config(**of_family("gemma2").to_dict() | {"num_hidden_layers": layers, "layer_types": None})
+    few, all_of_them = on_shapes(config, GPU), on_shapes(config, GPU)
+    all_of_them._replay._layers = None  # all of them, one by one
+    shape = TrialShape(resolve(few.tree, "all-linear"), 4, True, 2, 32)
+    assert few.host([shape]) == all_of_them.host([shape])
+    every_other = TrialShape(resolve(few.tree, r".*layers\.\d*[13579]\.mlp\..*"), 4, True, 2, 32)
+    assert few.host([every_other]) == all_of_them.host([every_other])
+
+
 def of_family(family: str) -> PreTrainedConfig:
     """A small configuration of an architecture that goes its own way somewhere."""
     sizes: dict[str, Any] = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}

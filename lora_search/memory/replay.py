@@ -21,10 +21,6 @@ from lora_search.memory.values import Setup
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DEPTHS = (2, 3)
-"""Layers that are replayed of a model of like layers: each further one adds what the third did."""
-
-
 PROBE = 8
 """Tokens by which a model shows what it does with its logits."""
 
@@ -155,18 +151,24 @@ class Replay:
     def _at_full_depth(self, modules: Collection[str], span: range | None, held: Callable[[], Held]) -> Held:
         """Measure some layers of like ones, and go on from there."""
         layers = self._layers
-        if layers is None or len(layers) <= max(DEPTHS) or not _alike(self._model, layers, modules, span):
+        period = None if layers is None else _period(self._model, layers, modules, span)
+        if layers is None or period is None:
+            return held()
+        few = period + len(layers) % period
+        if few == period:  # the first holds less than those after it: nothing before it asks for a gradient
+            few += period
+        if few + period >= len(layers):
             return held()
         whole = list(layers)
         found = []
-        for depth in DEPTHS:
+        for depth in (few, few + period):
             _cut(layers, whole[:depth])
             try:
                 found.append(held())
             finally:
                 _cut(layers, whole)
         first, second = found
-        more = len(whole) - DEPTHS[1]
+        more = (len(whole) - few - period) // period
         return Held(
             second.kept + more * (second.kept - first.kept),
             second.peak + more * (second.peak - first.peak),
@@ -236,8 +238,12 @@ def _rule_of_thumb(model: PreTrainedModel, now: Pass, *, backward: bool) -> Held
     return Held(kept, kept + layer / 2)
 
 
-def _alike(model: PreTrainedModel, layers: nn.ModuleList, modules: Collection[str], span: range | None) -> bool:
-    """Whether all layers have the same parts of the same shapes, and the adapter is on the same parts of each."""
+def _period(model: PreTrainedModel, layers: nn.ModuleList, modules: Collection[str], span: range | None) -> int | None:
+    """After how many layers the same come again: of the same kind and shapes, adapted in the same parts.
+
+    1 where all are alike, as in Llama, 2 in Gemma 2, whose layers look back far and near in turns; None where nothing
+    comes again in time, or where some blocks of several kinds are taken alone, as code that counts kinds goes astray.
+    """
     (prefix,) = (name for name, module in model.named_modules() if module is layers)
     first = 0 if span is None else span.start
     adapted: list[set[str]] = [set() for _ in layers]
@@ -245,11 +251,15 @@ def _alike(model: PreTrainedModel, layers: nn.ModuleList, modules: Collection[st
         index = _block(prefix, name)
         if index is not None and 0 <= index - first < len(layers):
             adapted[index - first].add(name.removeprefix(f"{prefix}.{index}."))
-    if any(parts != adapted[0] for parts in adapted):
-        return False
-    kinds = getattr(model.config, "layer_types", None) or ()
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or [None] * len(layers)
     shapes = [[(name, tuple(p.shape)) for name, p in layer.named_parameters()] for layer in layers]
-    return len(set(kinds)) < 2 and all(one == shapes[0] for one in shapes)
+    if span is not None and len(set(kinds)) > 1:
+        return None
+    looks = list(zip(kinds, shapes, adapted, strict=False))
+    for period in range(1, len(looks) // 2):
+        if looks[period:] == looks[:-period]:
+            return period
+    return None
 
 
 def _block(blocks: str, name: str) -> int | None:
