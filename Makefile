@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 	$(BIN)/lora-search run sweeps/demo.yaml
 
 test: $(INSTALLED)
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow and not gpu" --durations=15
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not gpu" --durations=15
 
 test-all: $(INSTALLED)
 	$(BIN)/pytest

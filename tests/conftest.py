@@ -27,6 +27,17 @@ SHARED = ROOT.parent / "shared" / "data"
 WORDS = "the a red blue small big cat dog bird tree house sees likes near under finds and then it is".split()
 
 
+LONGEST = ("faults", "cluster", "store", "sweep", "lost_while_saving", "placement", "export", "launch", "docs")
+"""Files of the tests that take longest, most of it in waiting; those after them fill what is left at the end."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Begin with the longest where files are shared out to several processes (`make test`)."""
+    if hasattr(config, "workerinput"):
+        places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 def shared(name: str) -> Path:
     """A piece of the real material; skips the test where it is not beside the project."""
     path = SHARED / name
