@@ -21,6 +21,10 @@ class TrialFailed(SweepError):
     """One trial ended for a reason of its own, such as a loss that is not finite; the sweep goes on."""
 
 
+class HostFailed(SweepError):
+    """A host's device or process computes no longer; its trials go on elsewhere from their last checkpoints."""
+
+
 class Interrupted(SweepError):
     """The sweep was told to stop, by SIGINT or SIGTERM, and has stopped cleanly (exit status 130)."""
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from lora_search.checkpoint import Checkpoint, Shelf, step_of
-from lora_search.errors import TrialFailed
+from lora_search.errors import HostFailed, TrialFailed
 from lora_search.space import TrialConfig
 from lora_search.storage import Folder
 from lora_search.waiting import WaitingRoom
@@ -85,6 +85,7 @@ class Host:
         self._goals: dict[str, _Goal] = {}
         self._asked: list[Callable[[], None]] = []
         self._wake = threading.Condition()
+        self._end: Future[None] = Future()
         self._build = build
         _share_heaps()
         self._engine: TrainsTrials
@@ -126,8 +127,12 @@ class Host:
         return await self._ask(lambda: work(self._engine))
 
     async def live(self) -> None:
-        """Is never answered: whoever asks learns of the host's end."""
-        await asyncio.Event().wait()
+        """Is never answered: whoever asks learns of the host's end.
+
+        Raises:
+            HostFailed: its device computes no longer.
+        """
+        await asyncio.wrap_future(self._end)
 
     async def describe(self) -> str:
         """What it does at present, for people."""
@@ -168,7 +173,10 @@ class Host:
 
         Raises:
             TrialFailed: the trial cannot go on, for a reason of its own.
+            HostFailed: it can, elsewhere.
         """
+        if trial not in self._residents:
+            raise HostFailed(f"trial {trial} is not on {self.name}")
         goal = _Goal(until, Future())
         with self._wake:
             self._goals[trial] = goal
@@ -240,12 +248,26 @@ class Host:
 
     def _train(self, goals: dict[str, _Goal]) -> None:
         """One step of every trial that has a goal, and the reports of those that are there."""
-        behind = [trial for trial, goal in goals.items() if self._engine.position(trial) < goal.until]
         try:
-            outcomes = self._engine.step(behind) if behind else {}
-        except Exception as error:  # not one trial's failure but the step's: every trial in it is told
-            logger.exception("host %s: a training step failed", self.name)
-            outcomes = dict.fromkeys(behind, TrialFailed(f"{type(error).__name__}: {error}"))
+            self._train_once(goals)
+        except Exception as error:  # a trial's own failure is a value: this one is the device's, or a fault of ours
+            self._break_off(error)
+
+    def _break_off(self, error: Exception) -> None:
+        """Take no trials any more, and tell those that are here: on another host they may go on."""
+        logger.exception("%s cannot go on", self.name)
+        failure = error if isinstance(error, HostFailed) else HostFailed(f"{type(error).__name__}: {error}")
+        self._loaded = False
+        with self._wake:
+            goals, self._goals = self._goals, {}
+        for goal in goals.values():
+            goal.report.set_exception(failure)
+        if not self._end.done():
+            self._end.set_exception(failure)
+
+    def _train_once(self, goals: dict[str, _Goal]) -> None:
+        behind = [trial for trial, goal in goals.items() if self._engine.position(trial) < goal.until]
+        outcomes = self._engine.step(behind) if behind else {}
         self._capacity = min(self._capacity, self._engine.pack_limit or self._capacity)
         for trial, outcome in outcomes.items():
             if isinstance(outcome, TrialFailed):
@@ -253,12 +275,7 @@ class Host:
         there = [t for t in goals if t in self._goals and self._engine.position(t) >= goals[t].until]
         if not there:
             return
-        try:
-            reports = self._engine.report(there)
-        except Exception as error:  # not one trial's failure but the evaluation's: every trial in it is told
-            logger.exception("host %s: an evaluation failed", self.name)
-            reports = dict.fromkeys(there, TrialFailed(f"{type(error).__name__}: {error}"))
-        for trial, report in reports.items():
+        for trial, report in self._engine.report(there).items():
             self._answer(trial, report)
 
     def _answer(self, trial: str, outcome: Any) -> None:

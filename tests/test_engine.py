@@ -285,6 +285,39 @@ def test_refused_trial_leaves_nothing_behind(engine: Engine, tiny_spec: SweepSpe
     assert not [name for name, _ in tiny_base.model.named_parameters() if "lora_" in name]
 
 
+@pytest.mark.parametrize("residents", [0, 1])
+def test_trial_for_which_memory_runs_out_half_way_leaves_nothing_behind(
+    engine: Engine, tiny_spec: SweepSpec, tiny_base: FrozenBase, monkeypatch: pytest.MonkeyPatch, residents: int
+) -> None:
+    from peft.tuners.lora.layer import LoraLayer
+
+    def loras() -> list[str]:
+        return [name for name, _ in tiny_base.model.named_parameters() if "lora_" in name]
+
+    for trial in range(residents):
+        engine.admit(f"resident-{trial}", config(tiny_spec))
+    before, update = loras(), LoraLayer.update_layer
+    calls: list[LoraLayer] = []
+
+    def short(layer: LoraLayer, *args: Any, **kwargs: Any) -> None:
+        calls.append(layer)
+        if len(calls) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        update(layer, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LoraLayer, "update_layer", short)
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.admit("a", config(tiny_spec))
+    assert loras() == before
+    engine.admit("a", config(tiny_spec))
+    engine.admit("b", config(tiny_spec))
+    assert train(engine, "a", 3) == train(engine, "b", 3)
+    assert [n.replace("trial_a", "trial_b") for n in loras() if "trial_a" in n] == [
+        n for n in loras() if "trial_b" in n
+    ]
+
+
 def test_frozen_base_is_never_changed(engine: Engine, tiny_spec: SweepSpec, tiny_base: FrozenBase) -> None:
     before = {name: parameter.clone() for name, parameter in tiny_base.model.named_parameters()}
     engine.admit("a", config(tiny_spec, learning_rate=1e-1))

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lora_search.checkpoint import Checkpoint
-from lora_search.errors import InputError, TrialFailed
+from lora_search.errors import HostFailed, InputError, TrialFailed
 from lora_search.host import Host
 from lora_search.space import TrialConfig
 from lora_search.spec.schema import Lora, Training
@@ -222,18 +222,40 @@ def test_refused_trial_takes_no_room() -> None:
     assert asyncio.run(story()) == 1
 
 
-def test_host_outlives_a_step_that_breaks() -> None:
-    engine = CountingEngine(broken_step=True)
+def test_host_whose_step_breaks_takes_no_more_trials_and_says_why() -> None:
+    """Its trials did nothing wrong: whatever the engine raises, rather than returns, is the host's own fault."""
+    engine = CountingEngine()
 
-    async def story() -> dict[str, Any]:
+    async def story() -> None:
         host = await make_host(engine)
+        alive = asyncio.ensure_future(host.live())
         await host.admit("a", CONFIG)
-        with pytest.raises(TrialFailed, match="fallen off the bus"):
-            await host.advance("a", 1)
-        engine._broken = False
-        return await host.advance("a", 1)
+        await host.admit("b", CONFIG)
+        await host.advance("a", 1)
+        engine._broken = True
+        told = await asyncio.gather(host.advance("a", 2), host.advance("b", 2), return_exceptions=True)
+        assert [str(error) for error in told] == ["RuntimeError: the device has fallen off the bus"] * 2
+        assert all(isinstance(error, HostFailed) for error in told)
+        with pytest.raises(HostFailed, match="fallen off the bus"):
+            await alive
+        assert (await host.room())[0] <= 0
+        assert not await host.admit("c", CONFIG)
+        await host.release("a")
 
-    assert asyncio.run(story())["step"] == 1
+    asyncio.run(story())
+
+
+def test_trial_that_is_not_on_a_host_is_not_waited_for_there() -> None:
+    async def story() -> None:
+        host = await make_host(CountingEngine())
+        await host.admit("a", CONFIG)
+        await host.release("a")
+        with pytest.raises(HostFailed, match="trial a is not on"):
+            await host.advance("a", 1)
+        await host.admit("b", CONFIG)
+        assert (await host.advance("b", 1))["step"] == 1
+
+    asyncio.run(story())
 
 
 def test_trial_whose_seat_was_lost_starts_over_from_its_checkpoint() -> None:

@@ -20,7 +20,9 @@ from lora_search.best.conclude import loss_interval
 from lora_search.checkpoint import ADAPTER_WEIGHTS
 from lora_search.data import TokenSplit
 from lora_search.engine import Engine, Evaluation, StepMetrics, evaluate
-from lora_search.errors import OUT_OF_MEMORY, TrialFailed
+from lora_search.engine import engine as engine_module
+from lora_search.engine.adamw import step_together
+from lora_search.errors import OUT_OF_MEMORY, HostFailed, TrialFailed
 from lora_search.model import load_base
 from lora_search.space import TrialConfig, trial_config
 
@@ -254,6 +256,104 @@ def test_trial_too_large_alone_fails_with_that_reason_and_no_other(
     assert engine.position("a") == 0
     short_of_memory(1)
     assert losses_of(engine.step(["a"]))  # the engine lives on
+
+
+def test_optimiser_that_finds_no_memory_for_all_steps_some_at_a_time(
+    engine: Engine, spec: SweepSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = [trial_config(spec, {"rank": 4 + index, "seed": index, "dropout": 0.1}) for index in range(8)]
+    undisturbed = five_losses(engine, configs, range(8))
+    together = engine_module.step_together
+
+    def short(optimizers: Sequence[torch.optim.AdamW]) -> None:
+        if len(optimizers) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        together(optimizers)
+
+    monkeypatch.setattr(engine_module, "step_together", short)
+    assert five_losses(engine, configs, range(8)) == undisturbed
+    assert engine.pack_limit == 2
+    engine.pack_limit = None
+
+
+def test_optimisers_step_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that runs out for the last parameter has changed none of the others."""
+    parameters = [torch.nn.Parameter(torch.ones(size)) for size in (3, 4)]
+    optimizers = [torch.optim.AdamW([parameter], lr=0.1) for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    empty_like = torch.empty_like
+
+    def short(tensor: torch.Tensor) -> torch.Tensor:
+        if len(tensor) == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return empty_like(tensor)
+
+    monkeypatch.setattr(torch, "empty_like", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        step_together(optimizers)
+    assert all(torch.equal(parameter.data, torch.ones_like(parameter)) for parameter in parameters)
+    assert all(
+        int(optimizer.state[parameter]["step"]) == 0
+        for optimizer, parameter in zip(optimizers, parameters, strict=True)
+    )
+    monkeypatch.undo()
+    step_together(optimizers)
+    assert all(
+        int(optimizer.state[parameter]["step"]) == 1
+        for optimizer, parameter in zip(optimizers, parameters, strict=True)
+    )
+
+
+@pytest.mark.parametrize("run", ["train", "measure"])
+def test_fault_in_one_trials_pass_is_no_other_trials(
+    engine: Engine, spec: SweepSpec, monkeypatch: pytest.MonkeyPatch, run: str
+) -> None:
+    configs = [trial_config(spec, {"rank": 4 + index, "seed": index}) for index in range(5)]
+    undisturbed = five_losses(engine, configs, range(5))
+    for index, config in enumerate(configs):
+        engine.admit(str(index), config)
+    bad, whole = engine._trials["3"].adapter, getattr(engine._packed, run)
+
+    def faulty(pack: Pack) -> Any:
+        out = whole(pack)
+        if any(part.share.adapter is bad for part in pack.parts):
+            raise IndexError("index out of range in self")
+        return out
+
+    monkeypatch.setattr(engine._packed, run, faulty)
+    names = list(engine.residents)
+    outcomes = engine.step(names) if run == "train" else engine.report(names)
+    assert str(outcomes.pop("3")) == f"IndexError: index out of range in self at step {int(run == 'train')}"
+    assert not [outcome for outcome in outcomes.values() if isinstance(outcome, TrialFailed)]
+    engine.release("3")
+    monkeypatch.undo()
+    for name in list(engine.residents):
+        engine.release(name)
+    assert five_losses(engine, configs, range(5)) == undisturbed
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: device-side assert triggered"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    ],
+)
+def test_error_of_the_device_is_no_trials_failure(
+    engine: Engine, spec: SweepSpec, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def broken(pack: Pack) -> Any:
+        raise error
+
+    engine.admit("a", trial_config(spec, {"rank": 4}))
+    monkeypatch.setattr(engine._packed, "train", broken)
+    monkeypatch.setattr(engine._packed, "measure", broken)
+    for ask in (engine.step, engine.report):
+        with pytest.raises(HostFailed, match=str(error)):
+            ask(["a"])
+    engine.release("a")
 
 
 def test_evaluation_tells_the_loss_of_each_row(engine: Engine, spec: SweepSpec) -> None:

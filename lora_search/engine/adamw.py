@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,35 +20,51 @@ def step_together(optimizers: Sequence[torch.optim.AdamW]) -> None:
 
     Norm and clipping come before; the gradient is not touched.
     """
-    by_device: dict[torch.device, list[tuple[torch.optim.AdamW, torch.Tensor]]] = {}
+    by_device: dict[torch.device, _Step] = {}
     for optimizer in optimizers:
         for parameter in optimizer.param_groups[0]["params"]:
-            by_device.setdefault(parameter.device, []).append((optimizer, parameter))
-    for there in by_device.values():
-        _step([optimizer for optimizer, _ in there], [parameter for _, parameter in there])
+            step = by_device.setdefault(parameter.device, _Step())
+            state = _state(optimizer, parameter)
+            step.groups.append(optimizer.param_groups[0])
+            step.parameters.append(parameter)
+            step.states.append(state)
+            step.roots.append(torch.empty_like(state["exp_avg_sq"]))
+    for step in by_device.values():
+        step.take()
 
 
-def _step(optimizers: Sequence[torch.optim.AdamW], parameters: list[torch.Tensor]) -> None:
-    """Step these parameters, which are on one device, each as its optimiser says."""
-    groups: list[dict[str, Any]] = [optimizer.param_groups[0] for optimizer in optimizers]
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    states = [_state(optimizer, p) for optimizer, p in zip(optimizers, parameters, strict=True)]
-    for state in states:
-        state["step"] += 1
-    steps = [int(state["step"]) for state in states]
-    lrs = [float(group["lr"]) for group in groups]
-    betas1, betas2 = zip(*(group["betas"] for group in groups), strict=True)
-    first, second = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
+@dataclass
+class _Step:
+    """A step of parameters that are on one device, each as its optimiser says.
 
-    torch._foreach_mul_(parameters, [1 - lr * group["weight_decay"] for lr, group in zip(lrs, groups, strict=True)])
-    torch._foreach_lerp_(first, gradients, [1 - beta for beta in betas1])
-    torch._foreach_mul_(second, list(betas2))
-    torch._foreach_addcmul_(second, gradients, gradients, [1 - beta for beta in betas2])
-    roots = torch._foreach_sqrt(second)
-    torch._foreach_div_(roots, [(1 - beta**step) ** 0.5 for beta, step in zip(betas2, steps, strict=True)])
-    torch._foreach_add_(roots, [float(group["eps"]) for group in groups])
-    sizes = [-lr / (1 - beta**step) for lr, beta, step in zip(lrs, betas1, steps, strict=True)]
-    torch._foreach_addcdiv_(parameters, first, roots, sizes)
+    All memory that it needs is there before anything is changed: one that finds too little can be tried again.
+    """
+
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    parameters: list[torch.Tensor] = field(default_factory=list)
+    states: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    roots: list[torch.Tensor] = field(default_factory=list)
+
+    def take(self) -> None:
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        for state in self.states:
+            state["step"] += 1
+        steps = [int(state["step"]) for state in self.states]
+        lrs = [float(group["lr"]) for group in self.groups]
+        decays = [1 - lr * group["weight_decay"] for lr, group in zip(lrs, self.groups, strict=True)]
+        betas1, betas2 = zip(*(group["betas"] for group in self.groups), strict=True)
+        first, second = ([state[name] for state in self.states] for name in ("exp_avg", "exp_avg_sq"))
+
+        torch._foreach_mul_(self.parameters, decays)
+        torch._foreach_lerp_(first, gradients, [1 - beta for beta in betas1])
+        torch._foreach_mul_(second, list(betas2))
+        torch._foreach_addcmul_(second, gradients, gradients, [1 - beta for beta in betas2])
+        torch._foreach_copy_(self.roots, second)
+        torch._foreach_sqrt_(self.roots)
+        torch._foreach_div_(self.roots, [(1 - beta**step) ** 0.5 for beta, step in zip(betas2, steps, strict=True)])
+        torch._foreach_add_(self.roots, [float(group["eps"]) for group in self.groups])
+        sizes = [-lr / (1 - beta**step) for lr, beta, step in zip(lrs, betas1, steps, strict=True)]
+        torch._foreach_addcdiv_(self.parameters, first, self.roots, sizes)
 
 
 def norms_together(gradients: Sequence[Sequence[torch.Tensor]]) -> list[float]:
@@ -77,9 +94,8 @@ def clip_together(gradients: Sequence[Sequence[torch.Tensor]], norms: Sequence[f
 
 
 def _state(optimizer: torch.optim.AdamW, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    if parameter not in optimizer.state:
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.zeros(()), **moments}
     state: dict[str, torch.Tensor] = optimizer.state[parameter]
-    if not state:
-        state["step"] = torch.zeros(())
-        state["exp_avg"] = torch.zeros_like(parameter)
-        state["exp_avg_sq"] = torch.zeros_like(parameter)
     return state

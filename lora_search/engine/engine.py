@@ -11,6 +11,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
+from peft.functional import delete_adapter
+from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
@@ -26,7 +28,8 @@ from lora_search.engine.metrics import Report, StepMetrics, peak_memory_bytes
 from lora_search.engine.pack import Share
 from lora_search.engine.random import seeded
 from lora_search.engine.trial import ResidentTrial, lora_config
-from lora_search.errors import OUT_OF_MEMORY, TrialFailed
+from lora_search.engine.trouble import in_words, is_out_of_memory, require_finite, too_large
+from lora_search.errors import TrialFailed
 from lora_search.memory.gauge import Gauge
 from lora_search.model import FrozenBase
 from lora_search.space import TrialConfig
@@ -95,12 +98,12 @@ class Engine:
         name = f"trial_{trial}"
         targets = resolve(self._tree, config.lora.target_modules)
         adapter = lora_config(config, targets)
-        with seeded(config.training.seed, self.base.devices):
-            if self._peft is None:
-                self._peft = get_peft_model(self.base.model, adapter, adapter_name=name)
-            else:
-                self._peft.add_adapter(name, adapter)
         try:
+            with seeded(config.training.seed, self.base.devices):
+                if self._peft is None:
+                    self._peft = get_peft_model(self.base.model, adapter, adapter_name=name)
+                else:
+                    self._peft.add_adapter(name, adapter)
             for module in self._peft.modules():
                 if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
                     AdapterPassage.attach(module)
@@ -119,9 +122,11 @@ class Engine:
         self._delete(self._trials.pop(trial).name)
 
     def _delete(self, name: str) -> None:
-        assert self._peft is not None
-        self._peft.base_model.set_adapter([])  # deleting an active adapter makes PEFT warn and choose another
-        self._peft.delete_adapter(name)
+        """Take an adapter out, also one of which PEFT has made but a part."""
+        if self._peft is not None:
+            self._peft.base_model.set_adapter([])  # deleting an active adapter makes PEFT warn and choose another
+            self._peft.peft_config.pop(name, None)
+        delete_adapter(self.base.model, name, LoraModel.prefix, LoraLayer)
 
     def position(self, trial: str) -> int:
         """Optimiser steps that a resident trial has done."""
@@ -174,14 +179,13 @@ class Engine:
 
     def _step_group(self, names: list[str]) -> dict[str, StepMetrics | TrialFailed]:
         group = {name: self._trials[name] for name in names}
-        shares = {name: trial.next_shares(self.data.train) for name, trial in group.items()}
         start = time.perf_counter()
         try:
+            shares = {name: trial.next_shares(self.data.train) for name, trial in group.items()}
             losses = self._accumulate(shares)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            message = str(error).splitlines()[0]
+        except Exception as error:
+            failure = in_words(error)
+            memory = is_out_of_memory(error)
         else:
             return self._finish(group, shares, losses, time.perf_counter() - start)
         finally:
@@ -190,12 +194,17 @@ class Engine:
         self._free_memory()  # outside of the handler: the exception holds the failed pass's frames and their tensors
         if len(names) == 1:
             step = group[names[0]].step + 1
-            reason = f"{OUT_OF_MEMORY} at step {step}, with no other trial in the pass: {message}"
-            return {names[0]: TrialFailed(reason)}
+            return {names[0]: too_large(step, failure) if memory else TrialFailed(f"{failure} at step {step}")}
         half = (len(names) + 1) // 2
-        self.pack_limit = min(half, self.pack_limit or half)
-        logger.warning("out of memory with %d trials in one pass; from now on at most %d", len(names), self.pack_limit)
+        if memory:
+            self._limit(len(names), half)
+        else:
+            logger.warning("%s with %d trials in one pass; they are tried apart", failure, len(names))
         return self._step_group(names[:half]) | self._step_group(names[half:])
+
+    def _limit(self, together: int, most: int) -> None:
+        self.pack_limit = min(most, self.pack_limit or most)
+        logger.warning("out of memory with %d trials in one pass; from now on at most %d", together, self.pack_limit)
 
     def _free_memory(self) -> None:
         if self.base.device.type == "cuda":
@@ -222,8 +231,8 @@ class Engine:
         outcomes: dict[str, StepMetrics | TrialFailed] = {}
         for name, trial in group.items():
             try:
-                _require_finite("loss", losses[name], trial.step + 1)
-                _require_finite("gradient norm", norms[name], trial.step + 1)
+                require_finite("loss", losses[name], trial.step + 1)
+                require_finite("gradient norm", norms[name], trial.step + 1)
             except TrialFailed as failure:
                 outcomes[name] = failure
         sound = {name: trial for name, trial in group.items() if name not in outcomes}
@@ -232,7 +241,8 @@ class Engine:
             [norms[name] for name in sound],
             [trial.config.training.max_grad_norm for trial in sound.values()],
         )
-        step_together([trial.optimizer for trial in sound.values()])
+        for name in self._step_optimizers(list(sound)):
+            outcomes[name] = too_large(sound.pop(name).step + 1, "in its optimiser")
         for name, trial in sound.items():
             outcomes[name] = trial.stepped(losses[name], norms[name], tokens[name])
         seconds += time.perf_counter() - start
@@ -240,17 +250,35 @@ class Engine:
             trial.window_seconds += seconds * tokens[name] / sum(tokens.values())
         return outcomes
 
+    def _step_optimizers(self, names: list[str]) -> list[str]:
+        """Step the trials' optimisers, together where memory allows it; those for which it never does."""
+        try:
+            step_together([self._trials[name].optimizer for name in names])
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            return []
+        self._free_memory()
+        if len(names) == 1:
+            return names
+        half = (len(names) + 1) // 2
+        self._limit(len(names), half)
+        return self._step_optimizers(names[:half]) + self._step_optimizers(names[half:])
+
     def report(self, trials: Sequence[str]) -> dict[str, Report | TrialFailed]:
         """Evaluate resident trials on the validation split, together, and close their windows since the last report."""
         start = time.perf_counter()
-        evaluations = self.evaluate(trials)
+        evaluations = self._evaluate_apart(trials)
         seconds = (time.perf_counter() - start) / max(1, len(trials))
         reports: dict[str, Report | TrialFailed] = {}
         for name, evaluation in evaluations.items():
             resident = self._trials[name]
             resident.seconds += resident.window_seconds + seconds
             try:
-                _require_finite("validation loss", evaluation.loss, resident.step)
+                if isinstance(evaluation, TrialFailed):
+                    raise evaluation
+                require_finite("validation loss", evaluation.loss, resident.step)
                 reports[name] = self._report(resident, evaluation)
             except TrialFailed as failure:
                 reports[name] = failure
@@ -277,6 +305,18 @@ class Engine:
             trainable_parameters=trial.adapter.size,
             history=tuple(window),
         )
+
+    def _evaluate_apart(self, trials: Sequence[str]) -> dict[str, Evaluation | TrialFailed]:
+        """Evaluate together, and each by itself where that fails: one trial's fault is no other's."""
+        try:
+            return dict(self.evaluate(trials))
+        except Exception as error:
+            failure, memory = in_words(error), is_out_of_memory(error)
+        self._free_memory()
+        if len(trials) > 1:
+            return {name: outcome for trial in trials for name, outcome in self._evaluate_apart([trial]).items()}
+        step = self._trials[trials[0]].step
+        return {trials[0]: too_large(step, failure) if memory else TrialFailed(f"{failure} at step {step}")}
 
     def evaluate(
         self, trials: Sequence[str], split: str = "validation", *, by_row: bool = False
@@ -313,9 +353,9 @@ class Engine:
         while True:
             try:
                 return self._measure_in_passes(adapters, rows, by_row)
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            except (MemoryError, RuntimeError) as error:
                 smallest = len(adapters) == 1 and self._evaluation_tokens < one_row_each
-                if smallest or not _is_out_of_memory(error):
+                if smallest or not is_out_of_memory(error):
                     raise
             self._free_memory()
             if self._evaluation_tokens < one_row_each:
@@ -379,13 +419,3 @@ class Engine:
                 by_place[place].siblings = group
         unseen = by_place.keys() - {place for group in groups for place in group}
         return groups + [(place,) for place in sorted(unseen)]
-
-
-def _require_finite(what: str, value: float, step: int) -> None:
-    if not math.isfinite(value):
-        raise TrialFailed(f"{what} is {value} at step {step}")
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Torch says it in a class of its own on a GPU, and in words on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

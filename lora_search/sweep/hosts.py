@@ -149,6 +149,7 @@ class Hosts:
         for name, host in list(self._running.items()):
             why = self._why_lost(host, there)
             if why is not None:
+                ray.kill(host.actor)  # where it is not its process that has ended
                 del self._running[name]
                 self._losses[host.place.node] += 1
                 self._say(f"{host.place.name} was lost: {why}; its trials go on elsewhere from their last checkpoints")
@@ -167,14 +168,12 @@ class Hosts:
         if host.versions is not None and _done(host.versions) and _failed(host.versions) is None:
             other, host.versions = ray.get(host.versions), None
             if what := differences(versions(), other):
-                ray.kill(host.actor)
                 return f"its node has {', '.join(what)}"
         if host.loading is not None and (why := _failed(host.loading)) is not None:
             if "ObjectLost" in why or "OwnerDied" in why:  # the data went with the node that had prepared it
                 _, self._data = host.actor.run.options(num_returns=2).remote(self._work)
                 host.loading = host.actor.load.remote(self._data)
                 return None
-            ray.kill(host.actor)
             return why
         return _failed(host.alive)
 
