@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from filelock import FileLock, Timeout
 
 from lora_search.errors import InputError
@@ -122,8 +123,11 @@ def _create_in_store(output: str, name: str, exact: bool) -> RunDirectory:
     return _stored_run(folder.below(next(name for name in names if name not in taken)))
 
 
-def newest_run(output: str | Path, name: str) -> RunDirectory | None:
-    """The latest of the run directories `name`, `name-2`, `name-3`, ...; None where there is none.
+def newest_run(output: str | Path, name: str, *, exact: bool = False) -> RunDirectory | None:
+    """The latest of a sweep's run directories `name`, `name-2`, `name-3`, ...; None where there is none.
+
+    Args:
+        exact: only that of this very name.
 
     Raises:
         InputError: the object store cannot be read.
@@ -133,7 +137,9 @@ def newest_run(output: str | Path, name: str) -> RunDirectory | None:
         numbered = {
             int(found.removeprefix(name).removeprefix("-") or 1): found
             for found in folder.names()
-            if re.fullmatch(re.escape(name) + r"(-\d+)?", found) and "sweep.yaml" in folder.below(found).names()
+            if re.fullmatch(re.escape(name) + ("" if exact else r"(-\d+)?"), found)
+            and "sweep.yaml" in folder.below(found).names()
+            and (found == name or _sweep_name(folder.below(found)) == name)
         }
     except (OSError, ValueError) as error:
         raise InputError(f"output: found {str(output)!r}, which cannot be read: {error}") from None
@@ -141,6 +147,15 @@ def newest_run(output: str | Path, name: str) -> RunDirectory | None:
         return None
     newest = numbered[max(numbered)]
     return _stored_run(folder.below(newest)) if is_uri(output) else RunDirectory(Path(output) / newest)
+
+
+def _sweep_name(folder: Folder) -> object:
+    """What a run directory's sweep is called: `llama-7` may be a sweep of its own, or the seventh run of `llama`."""
+    try:
+        found = yaml.safe_load(folder.read("sweep.yaml"))
+    except yaml.YAMLError:
+        return None
+    return found.get("name") if isinstance(found, dict) else None
 
 
 def _stored_run(folder: Folder) -> RunDirectory:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora_search.spec import LORA_KEYS, Choice, Domain, Fixed, SweepSpec
+from lora_search.spec import LORA_KEYS, Choice, Domain, Fixed, IntUniform, SweepSpec
 from lora_search.spec.schema import Lora, Training
 
 FIRST_GUESS = {"rank": 16, "alpha": 32.0, "alpha_ratio": 2.0, "dropout": 0.05}
@@ -96,10 +97,26 @@ def first_trials(spec: SweepSpec) -> list[dict[str, Any]]:
 
 
 def planned_trials(spec: SweepSpec) -> int:
-    """How many trials a sweep has: as many as the sweep file says, but no more than a grid holds."""
-    if spec.search.sampler.name == "grid":
-        return min(spec.search.trials, grid_size(spec.search.space))
-    return spec.search.trials
+    """How many trials a sweep has: as many as the sweep file says, but no more than a finite space has configurations.
+
+    The same configuration again would come to the same result.
+    """
+    return min(spec.search.trials, grid_size(spec.search.space)) if is_finite(spec.search.space) else spec.search.trials
+
+
+def is_finite(space: Mapping[str, Domain]) -> bool:
+    """Whether a space has only so many configurations."""
+    return all(isinstance(domain, Choice | Fixed | IntUniform) for domain in space.values())
+
+
+def grid_of(space: Mapping[str, Domain]) -> Iterator[dict[str, Any]]:
+    """All configurations of a finite space."""
+    values = [
+        range(domain.low, domain.high + 1) if isinstance(domain, IntUniform) else domain.probes()
+        for domain in space.values()
+    ]
+    for combination in itertools.product(*values):
+        yield dict(zip(space, combination, strict=True))
 
 
 def grid_size(space: Mapping[str, Domain]) -> int:

@@ -94,7 +94,7 @@ def test_trial_too_large_for_its_device_is_told_infeasible(tiny_spec: SweepSpec,
 
 def test_sampler_learns_to_avoid_what_is_infeasible(tiny: Path, tmp_path: Path) -> None:
     """Ranks above 32 run out of memory; TPE must come to propose them seldom."""
-    space = {"rank": {"int_uniform": [1, 64]}, "target_modules": "all-linear"}
+    space = {"rank": {"int_uniform": [1, 64]}, "dropout": {"uniform": [0.0, 0.1]}, "target_modules": "all-linear"}
     search = searcher(make_spec(tiny, search={"space": space, "trials": 60}), tmp_path)
     ranks = []
     for number in range(60):
@@ -292,3 +292,40 @@ def test_window_sees_the_newest_and_the_best_of_a_long_study() -> None:
         study.add_trials(trials)
         proposals.append(study.ask(space).params["x"])
     assert proposals[0] == proposals[1] != proposals[2]
+
+
+@pytest.mark.parametrize("enqueue", [None, [{"rank": 32, "target_modules": "mlp"}, {"rank": 8}]])
+def test_grid_has_every_combination_once_beside_first_trials_that_leave_values_open(
+    tmp_path: Path, tiny: Path, enqueue: list[dict[str, Any]] | None
+) -> None:
+    space = {"rank": {"choice": [8, 16, 32]}, "alpha_ratio": {"choice": [1, 2]}}
+    space |= {"target_modules": {"choice": ["mlp", "all-linear"]}}
+    spec = make_spec(tiny, search={"space": space, "sampler": {"name": "grid"}, "trials": 100, "enqueue": enqueue})
+    search = searcher(spec, tmp_path)
+    proposed = [proposal(search, str(number)) for number in range(planned_trials(spec))]
+    assert len({tuple(configuration.items()) for configuration in proposed}) == len(proposed) == 12
+    for configuration, wanted in zip(proposed, enqueue or [{"rank": 16, "alpha_ratio": 2}], strict=False):
+        assert wanted.items() <= configuration.items()
+
+
+@pytest.mark.parametrize("name", ["tpe", "random"])
+def test_finite_space_has_no_configuration_twice_and_ends_with_its_last(tmp_path: Path, tiny: Path, name: str) -> None:
+    space = {"rank": {"choice": [2, 4, 8]}, "batch_size": {"int_uniform": [1, 4]}, "target_modules": "mlp"}
+    spec = make_spec(tiny, search={"space": space, "trials": 100, "sampler": {"name": name}})
+    assert planned_trials(spec) == 12
+    seen = []
+    for number in range(12):
+        search = searcher(spec, tmp_path, capacity=12)  # as after an interruption, every time
+        seen.append(tuple(proposal(search, str(number)).items()))
+        search.on_trial_complete(str(number), result(8, 2.0 + dict(seen[-1])["rank"]))
+    assert len(set(seen)) == 12
+    assert searcher(spec, tmp_path).suggest("more") == "FINISHED"
+
+
+def test_sweep_with_a_new_name_goes_on_with_its_study(tmp_path: Path, tiny: Path) -> None:
+    search = searcher(make_spec(tiny), tmp_path)
+    search.suggest("a")
+    search.on_trial_complete("a", result(8, 2.0))
+    renamed = create_study(make_spec(tiny, name="renamed"), tmp_path)
+    assert [trial.state for trial in renamed.trials if trial.state != TrialState.WAITING] == [TrialState.COMPLETE]
+    assert open_study(tmp_path).trials

@@ -24,7 +24,7 @@ def run(sweep: str, overrides: Sequence[str], *, name: str | None, address: str 
         resume: go on with the newest run of that name, where there is one.
     """
     spec = load_spec(sweep, [*overrides, *([f"name={name}"] if name else [])])
-    left = newest_run(spec.output, spec.name) if resume else None
+    left = newest_run(spec.output, spec.name, exact=name is not None) if resume else None
     if resume and left is None:
         print(f"lora-search: {spec.output} has no run named {spec.name} to resume; starting one", file=sys.stderr)
     directory = left or create_run(spec.output, spec.name, exact=name is not None)

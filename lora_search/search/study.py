@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +20,35 @@ from optuna.distributions import (
 )
 
 from lora_search.journal import journal_storage
+from lora_search.search.unseen import Unseen
 from lora_search.search.window import Window
-from lora_search.space import STARTUP_TRIALS, first_trials, planned_trials
+from lora_search.space import STARTUP_TRIALS, first_trials, grid_of, is_finite, planned_trials
 from lora_search.spec import Choice, Domain, Fixed, IntUniform, LogUniform, Search, SweepSpec
 
 
 def create_study(spec: SweepSpec, folder: Path) -> optuna.Study:
     """The study in the run directory, a new one where there is none, with the configurations to try first waiting."""
+    storage = journal_storage(folder)
+    there = [study.study_name for study in storage.get_all_studies()]  # a sweep that is resumed may have a new name
     study = optuna.create_study(
-        storage=journal_storage(folder),
-        study_name=spec.name,
+        storage=storage,
+        study_name=there[0] if there else spec.name,
         direction="minimize" if spec.search.mode == "min" else "maximize",
         load_if_exists=True,
     )
-    for configuration in first_trials(spec):
+    for configuration in _queue(spec):
         study.enqueue_trial(encode(spec.search.space, configuration), skip_if_exists=True)
-    if spec.search.sampler.name == "grid":
-        for configuration in itertools.islice(_grid(spec.search.space), planned_trials(spec)):
-            study.enqueue_trial(encode(spec.search.space, configuration), skip_if_exists=True)
     return study
+
+
+def _queue(spec: SweepSpec) -> list[dict[str, Any]]:
+    """What is tried before the sampler's own, which may leave values open; of a grid, all of it."""
+    first, space = first_trials(spec), spec.search.space
+    if spec.search.sampler.name != "grid":
+        return first
+    ahead = [next(grid_of({**space, **{name: Fixed(value) for name, value in known.items()}})) for known in first]
+    rest = (configuration for configuration in grid_of(space) if configuration not in ahead)
+    return list(itertools.islice(itertools.chain(ahead, rest), planned_trials(spec)))
 
 
 def sampler(search: Search, number: int) -> optuna.samplers.BaseSampler:
@@ -47,6 +57,8 @@ def sampler(search: Search, number: int) -> optuna.samplers.BaseSampler:
     TPE is multivariate and grouped, since rank, alpha and learning rate act together (Falkner et al., BOHB, 2018),
     and takes a running trial for a bad one (constant liar), so that trials started together differ. Its time for a
     proposal grows with the trials that it looks at, so it looks at the newest 900 and the best 100.
+
+    Of a finite space nothing is proposed twice: a trial's result follows from its configuration.
 
     Args:
         number: of the trial. What is drawn for it follows from the seed, its number and what the study knows by then,
@@ -59,8 +71,10 @@ def sampler(search: Search, number: int) -> optuna.samplers.BaseSampler:
             tpe = optuna.samplers.TPESampler(
                 multivariate=True, group=True, constant_liar=True, n_startup_trials=STARTUP_TRIALS, seed=seed
             )
-        return Window(tpe)
-    return optuna.samplers.RandomSampler(seed=seed)  # a grid stands in the queue and samples nothing
+        drawn: optuna.samplers.BaseSampler = Window(tpe)
+    else:
+        drawn = optuna.samplers.RandomSampler(seed=seed)  # a grid stands in the queue and samples nothing
+    return Unseen(drawn, distributions(search.space), seed) if is_finite(search.space) else drawn
 
 
 def distributions(space: Mapping[str, Domain]) -> dict[str, BaseDistribution]:
@@ -103,12 +117,3 @@ def _distribution(domain: Domain) -> BaseDistribution:
 
 def _encoded(value: Any) -> CategoricalChoiceType:
     return json.dumps(value) if isinstance(value, list) else value
-
-
-def _grid(space: Mapping[str, Domain]) -> Iterator[dict[str, Any]]:
-    values = [
-        range(domain.low, domain.high + 1) if isinstance(domain, IntUniform) else domain.probes()
-        for domain in space.values()
-    ]
-    for combination in itertools.product(*values):
-        yield dict(zip(space, combination, strict=True))

@@ -64,6 +64,10 @@ def cluster(address: str | None, say: Say = lambda line: None) -> Iterator[None]
                 )
         except ConnectionError as error:
             raise SweepError(f"--address {address}: no Ray cluster answers: {error}") from None
+        except Exception as error:  # of many kinds: ports, memory, a machine too busy to start it in time
+            if address:
+                raise
+            raise SweepError(f"Ray did not start: {str(error).strip().splitlines()[0]}") from error
     try:
         yield
     finally:

@@ -23,7 +23,7 @@ from lora_search.tracking import RunRecord
 from lora_search.tracking.relay import REPORT_KEYS
 
 MAY_CHANGE = ("name", "output", "hosts", "tracking", "search.trials", "training.steps")
-"""Keys of the sweep file that may differ when a sweep is resumed."""
+"""Keys of the sweep file that may differ when a sweep is resumed; steps may only grow: trials may have done them."""
 
 UNKNOWN_REASON = "not recorded: the sweep was interrupted when the trial had just failed"
 
@@ -52,6 +52,11 @@ def refuse_other_sweep(spec: SweepSpec, run: RunDirectory) -> None:
         for key in sorted({*before, *now})
         if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
     ]
+    if not changed and now["training.steps"] < before["training.steps"]:
+        raise InputError(
+            f"--resume: {run.place} has trials of {before['training.steps']} steps; found training.steps: "
+            f"{now['training.steps']}; allowed: {before['training.steps']} and more"
+        )
     if changed:
         raise InputError(
             f"--resume: {run.place} is of another sweep: {'; '.join(changed)}; "

@@ -190,10 +190,12 @@ class WandbRuns(Observer):
 def wandb_mode(wanted: str) -> Mode:
     """The mode that a sweep runs in: the sweep file's; for `auto`, WANDB_MODE's, else online where there is a key."""
     if wanted == "auto":
-        wanted = os.environ.get("WANDB_MODE", "")
+        wanted = os.environ.get("WANDB_MODE", "").lower()
     match wanted:
         case "online" | "offline" | "disabled":
             return wanted
+        case "dryrun":  # W&B's older word
+            return "offline"
         case _:
             return "online" if _has_key() else "offline"
 
