@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, make_spec, shared
 
 from lora_search.cli import main
-from lora_search.rundir import RunDirectory, create_run, locked
+from lora_search.rundir import RunDirectory, create_run, locked, newest_run
 from lora_search.spec import dump_spec
 from lora_search.tracking import RunRecord
 
@@ -173,6 +173,21 @@ def test_taken_name_is_refused_and_a_default_one_numbered(tmp_path: Path) -> Non
     assert names == ["demo", "demo-2", "demo-3"]
     with pytest.raises(InputError, match="exists already"):
         create_run(tmp_path, "demo", exact=True)
+
+
+def test_newest_run_of_a_sweep_is_no_other_sweeps_whose_name_ends_in_a_number(tmp_path: Path) -> None:
+    for folder, name in (("demo", "demo"), ("demo-2", "demo"), ("demo-7", "demo-7"), ("demo-8", "[not yaml")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "sweep.yaml").write_text(f"name: {name}\n")
+    found = {name: newest_run(tmp_path, name) for name in ("demo", "demo-7", "none")}
+    assert {name: run and run.name for name, run in found.items()} == {
+        "demo": "demo-2",
+        "demo-7": "demo-7",
+        "none": None,
+    }
+    exact = newest_run(tmp_path, "demo", exact=True)
+    assert exact is not None
+    assert exact.name == "demo"
 
 
 def test_merge_refuses_what_it_cannot_do(

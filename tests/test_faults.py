@@ -26,6 +26,7 @@ from lora_search.errors import InputError, SweepError
 from lora_search.journal import open_study
 from lora_search.results import Row, read_events, run_rows
 from lora_search.rundir import RunDirectory, create_run
+from lora_search.spec import dump_spec
 from lora_search.sweep import run_sweep
 from lora_search.tracking import Observer
 
@@ -289,11 +290,35 @@ def test_sweep_whose_driver_is_ended_goes_on_as_if_nothing_had_been(
     assert compared(run_rows(run))[:TRIALS] == undisturbed
 
 
+@pytest.mark.parametrize("phase", ["preparing the data", "testing and merging"])
+def test_sigterm_before_and_after_the_search_ends_the_sweep_and_it_goes_on(
+    tiny: Path, tmp_path: Path, phase: str
+) -> None:
+    spec = sequential(tiny, "warned", tmp_path, search={"trials": 1})
+    process = subprocess.Popen(command(spec), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert any(phase in line for line in process.stderr)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=90)
+    assert process.returncode == 130, said
+    assert "the same command with --resume goes on" in said
+    second = subprocess.run(command(spec, "--resume"), capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    require_whole(RunDirectory(tmp_path / "warned"), 1)
+
+
+def test_fewer_steps_are_no_budget_to_resume_with(tiny: Path, tmp_path: Path) -> None:
+    spec = sequential(tiny, "shorter", tmp_path)
+    run = create_run(tmp_path, spec.name, exact=True)
+    run.spec.write_text(dump_spec(spec))
+    fewer = sequential(tiny, "shorter", tmp_path, training={"steps": 4})
+    with pytest.raises(InputError, match=r"has trials of 8 steps; found training.steps: 4; allowed: 8 and more"):
+        run_sweep(fewer, run, resume=True)
+
+
 def test_another_sweep_is_not_resumed_and_what_changed_is_said(tiny: Path, tmp_path: Path) -> None:
     spec = sequential(tiny, "other", tmp_path)
     run = create_run(tmp_path, spec.name, exact=True)
-    from lora_search.spec import dump_spec
-
     run.spec.write_text(dump_spec(spec))
     other = sequential(
         tiny, "other", tmp_path, search={"space": {"rank": {"choice": [2, 16]}}}, data={"max_length": 16}

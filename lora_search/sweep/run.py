@@ -5,9 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import signal
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -45,6 +44,7 @@ from lora_search.sweep.hosts import Hosts
 from lora_search.sweep.prepare import DataSummary, prepare, refuse_other_data
 from lora_search.sweep.provenance import provenance, read_provenance, write_provenance
 from lora_search.sweep.resume import Past, mend_last_line, reconcile, refuse_other_sweep
+from lora_search.sweep.signals import sigterm_ends_tune, sigterm_interrupts
 from lora_search.sweep.upload import Held, kept_uploaded
 from lora_search.tracking import Observer, RunRecord
 from lora_search.tracking.relay import Relay
@@ -128,7 +128,8 @@ def _run(
     run.spec.write_text(dump_spec(spec), encoding="utf-8")
     facts = provenance(spec, before)
     write_provenance(run.provenance, facts)
-    with cluster(address, say), asked_of_autoscaler(spec.hosts, planned_trials(spec)) if address else nullcontext():
+    grown = asked_of_autoscaler(spec.hosts, planned_trials(spec)) if address else nullcontext()
+    with cluster(address, say), grown, sigterm_interrupts(run.place):
         say("preparing the data and the hosts")
         hosts = Hosts(spec, build_engine, say)
         try:
@@ -238,7 +239,7 @@ def _tune(
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(hosts.capacity)
     seat = tune.with_parameters(Seat, spec=spec, run=run.folder, hosts=hosts.prefix)
     try:
-        with _sigterm_as_sigusr1():
+        with sigterm_ends_tune():
             # tune.run, not Tuner: that one pickles every callback and searcher into the run directory.
             tune.run(
                 tune.with_resources(seat, seat_resources(hosts.capacity)),
@@ -300,23 +301,6 @@ class _Attend(Observer):
 
     def tick(self) -> None:
         self._hosts.look()
-
-
-@contextmanager
-def _sigterm_as_sigusr1() -> Iterator[None]:
-    """Let SIGTERM, a spot machine's warning, end Tune's loop as cleanly as SIGINT does.
-
-    Tune catches SIGINT and SIGUSR1 alone; each ends its loop after the current event.
-    """
-
-    def forward(number: int, frame: object) -> None:
-        signal.raise_signal(signal.SIGUSR1)
-
-    before = signal.signal(signal.SIGTERM, forward)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _data_line(summary: DataSummary) -> str:
