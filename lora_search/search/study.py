@@ -74,7 +74,10 @@ def sampler(search: Search, number: int) -> optuna.samplers.BaseSampler:
         drawn: optuna.samplers.BaseSampler = Window(tpe)
     else:
         drawn = optuna.samplers.RandomSampler(seed=seed)  # a grid stands in the queue and samples nothing
-    return Unseen(drawn, distributions(search.space), seed) if is_finite(search.space) else drawn
+    if not is_finite(search.space):
+        return drawn
+    configurations = (encode(search.space, configuration) for configuration in grid_of(search.space))
+    return Unseen(drawn, distributions(search.space), configurations, seed)
 
 
 def distributions(space: Mapping[str, Domain]) -> dict[str, BaseDistribution]:

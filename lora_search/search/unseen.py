@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from optuna import Study
-from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
@@ -19,13 +18,21 @@ DRAWS = 20
 class Unseen(BaseSampler):
     """Another sampler, asked again while it proposes what the study has already."""
 
-    def __init__(self, sampler: BaseSampler, space: Mapping[str, BaseDistribution], seed: int) -> None:
+    def __init__(
+        self,
+        sampler: BaseSampler,
+        space: Mapping[str, BaseDistribution],
+        configurations: Iterable[dict[str, Any]],
+        seed: int,
+    ) -> None:
         """
         Args:
-            space: all that is searched; each distribution of choices or integers.
+            space: all that is searched.
+            configurations: all that there are; looked at once at most.
         """
         self._sampler = sampler
         self._space = dict(space)
+        self._configurations = configurations
         self._random = np.random.default_rng(seed)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -35,14 +42,15 @@ class Unseen(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        fixed = trial.system_attrs.get("fixed_params", {})
+        fixed: dict[str, Any] = trial.system_attrs.get("fixed_params", {})
         others = study._get_trials(deepcopy=False, use_cache=True)
         seen = {_key(_params(other)) for other in others if other.number != trial.number}
+        found: dict[str, Any] = {}
         for _ in range(DRAWS):
             found = self._draw(study, trial) | fixed
             if _key(found) not in seen:
                 return found
-        fitting = (c for c in _configurations(self._space) if fixed.items() <= c.items())
+        fitting = (c for c in self._configurations if fixed.items() <= c.items())
         left = [configuration for configuration in fitting if _key(configuration) not in seen]
         return left[self._random.integers(len(left))] if left else found
 
@@ -67,14 +75,3 @@ def _params(trial: FrozenTrial) -> dict[str, Any]:
 
 def _key(configuration: Mapping[str, Any]) -> frozenset[tuple[str, Any]]:
     return frozenset(configuration.items())
-
-
-def _configurations(space: Mapping[str, BaseDistribution]) -> Iterator[dict[str, Any]]:
-    values: list[Any] = []
-    for distribution in space.values():
-        if isinstance(distribution, IntDistribution):
-            values.append(range(distribution.low, distribution.high + 1))
-        elif isinstance(distribution, CategoricalDistribution):
-            values.append(distribution.choices)
-    for combination in itertools.product(*values):
-        yield dict(zip(space, combination, strict=True))
