@@ -5,6 +5,7 @@ The sweeps here are sequential, so that an undisturbed one has, to the bit, the 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,10 +28,13 @@ from lora_search.journal import open_study
 from lora_search.results import Row, read_events, run_rows
 from lora_search.rundir import RunDirectory, create_run
 from lora_search.spec import dump_spec
+from lora_search.sweep import run as sweep_module
 from lora_search.sweep import run_sweep
 from lora_search.tracking import Observer
 
 if TYPE_CHECKING:
+    from lora_search.engine import Engine
+    from lora_search.placement import HostPlace
     from lora_search.spec import SweepSpec
 
 SEQUENTIAL = {"count": 1, "trials_per_host": 1}
@@ -235,6 +239,40 @@ def test_full_disk_ends_the_sweep_and_with_room_it_goes_on(
     outcome = run_sweep(spec, run, resume=True)
     require_whole(run, TRIALS)
     assert compared(outcome.rows) == undisturbed
+
+
+def build_sick(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> Engine:
+    """The engine of a host; that of host-0 says from its fourth step on what CUDA says of a device that is no more."""
+    from lora_search.sweep.build import build_engine
+
+    engine = build_engine(spec, place, capacity, data)
+    step, steps = engine.step, itertools.count(1)
+
+    def sick(trials: Sequence[str]) -> Any:
+        if next(steps) > 3:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return step(trials)
+
+    if place.name == "host-0":
+        engine.step = sick  # type: ignore[method-assign]
+    return engine
+
+
+def test_host_whose_device_is_sick_is_replaced_and_no_trial_fails(
+    ray: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise it would be the emptiest, and take one trial after the other."""
+    search = {"trials": 3, "scheduler": {"name": "none"}}
+    spec = make_spec(tiny, name="sick", hosts=SEQUENTIAL, search=search, output=str(tmp_path))
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(sweep_module, "build_engine", build_sick)
+    said: list[str] = []
+    run = create_run(tmp_path, spec.name, exact=True)
+    outcome = run_sweep(spec, run, say=said.append)
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    assert [row["state"] for row in outcome.rows] == ["completed"] * 3
+    assert any("host-0 was lost: HostFailed" in line and "illegal memory access" in line for line in said)
+    require_whole(run, 3)
 
 
 def command(spec: SweepSpec, *options: str) -> list[str]:
