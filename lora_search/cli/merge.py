@@ -211,8 +211,8 @@ def _gguf_lines(folder: Path, merged: Merged) -> list[str]:
         line += "NOT verified"
     else:
         line += (
-            f"read back by transformers: logits {gguf.logits.mean:.1e} on average and {gguf.logits.largest:.1e} at most "
-            f"from the folder's, the same tokens of all {gguf.rows:,} validation rows"
+            f"read back by transformers: logits {gguf.logits.mean:.1e} on average and {gguf.logits.largest:.1e} at "
+            f"most from the folder's, the same tokens of all {gguf.rows:,} validation rows"
         )
     return [line, *(f"note: {note}" for note in gguf.notes)]
 

@@ -261,15 +261,18 @@ def _to_gguf(form: GgufForm, folder: Path, file: Path, verified: _Verified | Non
     Raises:
         SweepError: the file is not what the folder is.
     """
-    architecture = write_gguf(folder, form, file)
+    try:
+        architecture = write_gguf(folder, form, file)
+    except OSError as error:
+        raise SweepError(f"{file.name} cannot be written: {error.strerror or error}; nothing was kept") from error
     if verified is None:
         return Gguf(file.name, architecture, form.vocabulary.name, None, 0, form.notes)
     read = verified.fresh.ask_gguf(file, folder, verified.probe)
     apart = compare(read, verified.answers)
     if not apart.relative <= GGUF_ROUNDING:
         raise SweepError(
-            f"the GGUF file is not the merged model: as transformers reads it, its logits differ by {apart.relative:.2%} "
-            f"of their standard deviation on average, where rounding explains {GGUF_ROUNDING:.2%}; nothing was kept"
+            f"the GGUF file is not the merged model: as transformers reads it, its logits differ by {apart.relative:.2%}"
+            f" of their standard deviation on average, where rounding explains {GGUF_ROUNDING:.2%}; nothing was kept"
         )
     if read.different is not None:
         raise SweepError(
