@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import shutil
 import signal
 import subprocess
@@ -232,10 +231,11 @@ def test_mistral_says_the_context_that_llama_cpp_can_attend_to(tmp_path: Path) -
 
     model = write_model(MODELS["mistral window"], tmp_path / "model")
     form = gguf_form(Base(model=str(model)))
-    assert "a context of 48 tokens, not 512" in form.notes[0]
+    assert "a context of 48 tokens, not 512" in form.notes[-1]
     file = to_gguf(model, tmp_path / "model.gguf")
     assert gguf.GGUFReader(file).fields["llama.context_length"].contents() == 48
-    assert not gguf_form(Base(model=str(write_model(MODELS["mistral"], tmp_path / "plain")))).notes
+    (about_accents,) = gguf_form(Base(model=str(write_model(MODELS["mistral"], tmp_path / "plain")))).notes
+    assert "NFC" in about_accents
 
 
 @pytest.mark.parametrize("split", [*(name for name, _ in SPLITS.values()), "SentencePiece"])
@@ -363,14 +363,15 @@ def merge(run: RunDirectory, out: Path, *arguments: str) -> int:
 def test_merge_writes_gguf_beside_the_folder_and_says_how_near_it_is(
     run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert merge(run, tmp_path / "merged", "--dtype", "float16") == 0
-    said = capsys.readouterr().out
-    assert "merged.gguf: architecture llama, tokenizer smollm; read back by transformers" in said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "merged.gguf"]
-    assert merge(run, tmp_path / "merged") == 2
-    (tmp_path / "merged").rename(tmp_path / "other")
-    assert merge(run, tmp_path / "merged") == 2
-    assert "merged.gguf exists already" in capsys.readouterr().err
+    assert merge(run, tmp_path / "seen", "--dtype", "float16") == 0
+    assert "seen.gguf: architecture llama, tokenizer smollm; read back by transformers" in capsys.readouterr().out
+    assert merge(run, tmp_path / "unseen", "--dtype", "float16", "--no-verify") == 0
+    assert "unseen.gguf: architecture llama, tokenizer smollm; NOT verified" in capsys.readouterr().out
+    assert (tmp_path / "seen.gguf").read_bytes() == (tmp_path / "unseen.gguf").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["seen", "seen.gguf", "unseen", "unseen.gguf"]
+    (tmp_path / "seen").rename(tmp_path / "other")
+    assert merge(run, tmp_path / "seen") == 2
+    assert "seen.gguf exists already" in capsys.readouterr().err
 
 
 def test_gguf_of_several_trials_is_in_the_json_document(
@@ -378,19 +379,11 @@ def test_gguf_of_several_trials_is_in_the_json_document(
 ) -> None:
     assert merge(run, tmp_path / "merged", "--trials", "0,1", "--combine", "cat", "--json", "--tolerance", "1") == 0
     gguf = json.loads(capsys.readouterr().out)["gguf"]
+    spec = load_spec(run.spec)
     assert gguf["file"] == "merged.gguf"
-    assert gguf["rows"] == 20
+    assert gguf["rows"] == len(tokenize_data(spec.data, load_tokenizer(spec.base)).validation.offsets) - 1
     assert gguf["logits"]["mean"] < GGUF_ROUNDING * gguf["logits"]["spread"]
     assert gguf["logits"]["same_choice"] == 1.0
-
-
-def test_unverified_gguf_says_so_and_is_the_verified_one(
-    run: RunDirectory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert merge(run, tmp_path / "unseen", "--no-verify") == 0
-    assert "tokenizer smollm; NOT verified" in capsys.readouterr().out
-    assert merge(run, tmp_path / "seen") == 0
-    assert (tmp_path / "seen.gguf").read_bytes() == (tmp_path / "unseen.gguf").read_bytes()
 
 
 def test_model_that_cannot_be_expressed_is_refused_before_any_work(
@@ -468,12 +461,145 @@ def test_gguf_of_other_numbers_is_not_kept(
     assert not list(tmp_path.iterdir())
 
 
-def test_gguf_that_tokenises_otherwise_is_not_kept(
-    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_gguf_that_tokenises_otherwise_is_refused(
+    tmp_path: Path, fresh: FreshProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """As if it had been forgotten that the tokenizer begins each text with its bos token."""
     from lora_search.merge import gguf_vocabulary
+    from lora_search.merge.merge import _to_gguf, _Verified
 
-    monkeypatch.setattr(gguf_vocabulary, "_pair", lambda merge: tuple(reversed(merge)))
-    assert merge(run, tmp_path / "merged") == 1
-    assert "the GGUF file's tokenizer is not the model's" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    model = write_model(MODELS["llama"], tmp_path / "model")
+    probe = probe_of(model)
+    monkeypatch.setattr(gguf_vocabulary, "_around", lambda tokenizer: {"bos": False, "eos": False})
+    form = gguf_form(Base(model=str(model)))
+    with pytest.raises(SweepError, match="the GGUF file's tokenizer is not the model's: 10 of 10 validation rows"):
+        _to_gguf(form, model, tmp_path / "model.gguf", _Verified(fresh, probe, fresh.ask(model, probe)))
+
+
+@dataclass
+class LlamaCpp:
+    """llama.cpp itself, with a model loaded: its own server, in this process."""
+
+    server: Any
+
+    def tokens(self, text: str) -> list[int]:
+        """As it tokenises a prompt."""
+        asked = {"content": text, "add_special": True, "parse_special": True}
+        return list(self._ask("/tokenize", asked)["tokens"])
+
+    def log_probabilities(self, tokens: Sequence[int], vocabulary: int, forced: int) -> np.ndarray[Any, Any]:
+        """Of what comes after some tokens, shape (vocabulary,).
+
+        Args:
+            forced: a token to go on with; it says nothing of one that it cannot show, as half a character.
+        """
+        asked = {"prompt": list(tokens), "n_predict": 1, "n_probs": vocabulary, "logit_bias": [[forced, 1000.0]]}
+        (made,) = self._ask("/completion", asked)["completion_probabilities"]
+        found = np.full(vocabulary, np.nan)
+        for token in made["top_logprobs"]:
+            found[token["id"]] = token["logprob"]
+        return found
+
+    def greedy(self, tokens: Sequence[int], new: int) -> list[int]:
+        asked = {"prompt": list(tokens), "n_predict": new, "temperature": 0.0, "return_tokens": True}
+        return list(self._ask("/completion", asked)["tokens"])
+
+    def _ask(self, path: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+        request = urllib.request.Request(
+            self.server.listening_address + path, json.dumps(asked).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as response:
+            answer: dict[str, Any] = json.load(response)
+        return answer
+
+
+def llama_cpp(file: Path) -> LlamaCpp:
+    """Loads a file, to run in float32; skips the test where llama.cpp is not installed."""
+    xllamacpp = pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install xllamacpp")
+    parameters = xllamacpp.CommonParams()
+    parameters.model.path = str(file)
+    parameters.n_ctx, parameters.n_parallel, parameters.n_gpu_layers, parameters.port = 512, 1, 0, 0
+    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
+    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it halves keys
+    parameters.warmup = False
+    return LlamaCpp(xllamacpp.Server(parameters))
+
+
+def run_apart(model: Path, file: Path, rows: Sequence[Sequence[int]]) -> float:
+    """How far llama.cpp's log probabilities are from transformers', on average, in standard deviations."""
+    from transformers import AutoModelForCausalLM
+
+    runs = llama_cpp(file)
+    kept = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32).eval()
+    forced = load_tokenizer(Base(model=str(model))).convert_tokens_to_ids("a")
+    apart, spread = [], []
+    for row in rows:
+        with torch.no_grad():
+            expected_TV = kept(torch.tensor([list(row)])).logits[0].float().log_softmax(-1).numpy()
+        for length in {1, 2, len(row) // 3, len(row) // 2, len(row) - 1, len(row)}:
+            found_V = runs.log_probabilities(row[:length], expected_TV.shape[1], forced)
+            apart.append(np.abs(found_V - expected_TV[length - 1]).mean())
+            spread.append(expected_TV[length - 1].std())
+    return float(np.mean(apart) / np.mean(spread))
+
+
+EXACT, TABLE = 1e-5, 2e-3
+"""llama.cpp looks GELU up in a table of half precision; the rest is float32."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_llama_cpp_runs_the_same_model(name: str, tmp_path: Path, record_property: Any) -> None:
+    model = write_model(MODELS[name], tmp_path / "model")
+    rows = [tokens for tokens, _ in probe_of(model).compared]
+    apart = run_apart(model, to_gguf(model, tmp_path / "model.gguf"), rows)
+    record_property("apart", apart)
+    assert apart < (TABLE if MODELS[name].model_type in ("gemma2", "gpt2") else EXACT)
+
+
+def without_prefix(model: Path) -> None:
+    """As Gemma's tokenizer is."""
+    normalizer = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    change_tokenizer(model, {"normalizer": normalizer, "pre_tokenizer": split})
+
+
+@pytest.mark.parametrize("split", [*(name for name, _ in SPLITS.values()), "SentencePiece", "SentencePiece, no prefix"])
+def test_llama_cpp_tokenises_as_the_model_does(split: str, tmp_path: Path) -> None:
+    model = write_model(MODELS["llama"], tmp_path / "model")
+    write_tokenizer(split.partition(",")[0], model)
+    if "no prefix" in split:
+        without_prefix(model)
+    tokenizer = load_tokenizer(Base(model=str(model)))
+    runs = llama_cpp(to_gguf(model, tmp_path / "model.gguf"))
+    text = NASTY.replace("a\u0301", "") if split == "qwen2" else NASTY  # it composes accents, and that is noted
+    for line in (text, *text.split("\n"), "  the tree", "<s>the</s> tree<|im_end|>and <think> in<think>"):
+        if line:
+            assert runs.tokens(line) == tokenizer(line)["input_ids"], line
+
+
+@pytest.mark.parametrize("base", ["builtin:demo", "stories260k"])
+def test_llama_cpp_goes_on_as_a_pretrained_model_does(base: str, tmp_path: Path, record_property: Any) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    published = model_folder("demo") if base == "builtin:demo" else shared(base)
+    kept = AutoModelForCausalLM.from_pretrained(str(published), dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(str(published))
+    model = tmp_path / "model"
+    for part in (kept, tokenizer):
+        part.save_pretrained(str(model))
+    prompts = ["Once upon a time, there was a little", "name[The Eagle], food[English], area[riverside]\n"]
+    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    file = to_gguf(model, tmp_path / "model.gguf")
+    runs = llama_cpp(file)
+    assert [runs.tokens(prompt) for prompt in prompts] == rows
+    for row in rows:
+        ids = torch.tensor([row])
+        made = kept.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
+        expected = made[0, len(row) :].tolist()
+        found = runs.greedy(row, 40)
+        record_property("text", tokenizer.decode(found))
+        assert found == [token for token in expected if token != tokenizer.eos_token_id]
+    apart = run_apart(model, file, rows)
+    record_property("apart", apart)
+    assert apart < EXACT

@@ -64,7 +64,7 @@ def gguf_form(base: Base, tokenizer: PreTrainedTokenizerBase | None = None) -> G
     family_of(model.config)
     vocabulary = gguf_vocabulary(tokenizer or load_tokenizer(base), model.config.vocab_size)
     longest, context = model.config.max_position_embeddings, context_length(model.config)
-    notes = []
+    notes = [*vocabulary.notes]
     if context < longest:
         notes.append(
             f"the GGUF file says a context of {context:,} tokens, not {longest:,}: that is the model's sliding window, "

@@ -29,11 +29,18 @@ LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 SPLITS: Mapping[tuple[object, ...], tuple[str, bool]] = {
     ("byte level, GPT-2's words",): ("gpt-2", False),
     ("each digit", "byte level, GPT-2's words"): ("smollm", False),
     (LLAMA3, "byte level"): ("llama-bpe", True),
     (LLAMA3.replace("{1,3}", ""), "byte level"): ("qwen2", False),
+    (TEKKEN, "byte level"): ("tekken", True),
 }
 """llama.cpp's name of a way to split text, and whether it looks a whole word up before it merges, by the steps."""
 
@@ -59,6 +66,8 @@ class Vocabulary:
     adds: Mapping[str, bool]
     """Whether bos and eos are put around a text, and, of `llama`, a space before it."""
     chat_template: str | None
+    notes: Sequence[str]
+    """Where llama.cpp gives other tokens than the model's own tokenizer."""
 
     @property
     def name(self) -> str:
@@ -104,11 +113,11 @@ def gguf_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
-    model = described["model"]
+    model, notes = described["model"], _notes(described)
     if not model.get("byte_fallback"):
         split = _split(described)
         merges = [" ".join(_pair(merge)) for merge in model["merges"]]
-        return Vocabulary("gpt2", split, tokens, kinds, merges, (), special, adds, template)
+        return Vocabulary("gpt2", split, tokens, kinds, merges, (), special, adds, template, notes)
     adds = adds | {"space": _prefixes_space(described)}
     scores = _scores(model, tokens, kinds)
     for token, kind in enumerate(kinds):
@@ -120,7 +129,23 @@ def gguf_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary
         kinds[unknown] = UNKNOWN
     if kinds.count(BYTE_TOKEN) != 256:
         raise _refused(f"found tokens for {kinds.count(BYTE_TOKEN)} bytes; llama.cpp needs one for each of the 256")
-    return Vocabulary("llama", "default", tokens, kinds, (), scores, special, adds, template)
+    return Vocabulary("llama", "default", tokens, kinds, (), scores, special, adds, template, notes)
+
+
+def _notes(described: Mapping[str, Any]) -> Sequence[str]:
+    notes = []
+    if described["normalizer"] == {"type": "NFC"}:
+        notes.append(
+            "the tokenizer composes accents first (NFC) and llama.cpp does not: a letter and an accent written as two "
+            "characters give other tokens there"
+        )
+    splits = _parts(described["pre_tokenizer"], "pretokenizers")
+    if any(step["type"] == "Metaspace" and step["prepend_scheme"] != "never" for step in splits):
+        notes.append(
+            "llama.cpp puts a space before a text that begins with one, and after every special token, where the "
+            "tokenizer does not"
+        )
+    return notes
 
 
 def _refused(why: str) -> InputError:
