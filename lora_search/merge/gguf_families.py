@@ -35,15 +35,15 @@ class Family:
     """transformers multiplies by 1 + weight, llama.cpp by the weight."""
 
 
-_SILU = {"hidden_act": ("silu",)}
-_NO_WINDOW = {"use_sliding_window": (False,)}
+_SILU: Mapping[str, Sequence[object]] = {"hidden_act": ("silu",)}
+_QWEN = {**_SILU, "use_sliding_window": (False,)}
 _LLAMA = Family("llama", _SILU, ("default", "llama3", "linear"), interleaved=True)
 
 FAMILIES: Mapping[str, Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
-    "qwen2": Family("qwen2", _SILU | _NO_WINDOW),
-    "qwen3": Family("qwen3", _SILU | _NO_WINDOW | {"attention_bias": (False,)}),
+    "qwen2": Family("qwen2", _QWEN),
+    "qwen3": Family("qwen3", {**_QWEN, "attention_bias": (False,)}),
     "gemma2": Family(
         "gemma2",
         {"hidden_activation": ("gelu_pytorch_tanh",), "attention_bias": (False,), "tie_word_embeddings": (True,)},
@@ -137,7 +137,7 @@ def rotary_factors(config: PreTrainedConfig) -> torch.Tensor | None:
     if attention != 1.0:
         raise InputError(f"--gguf: rotary embeddings of type {kind!r} scale the attention by {attention:g}")
     size = _head_size(config)
-    usual = config.rope_parameters["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    usual = torch.pow(config.rope_parameters["rope_theta"], -torch.arange(0, size, 2, dtype=torch.float64) / size)
     return (usual / scaled.double()).float()
 
 

@@ -271,9 +271,9 @@ def _to_gguf(form: GgufForm, folder: Path, file: Path, verified: _Verified | Non
     apart = compare(read, verified.answers)
     if not apart.relative <= GGUF_ROUNDING:
         raise SweepError(
-            f"the GGUF file is not the merged model: as transformers reads it, its logits differ by "
-            f"{apart.relative:.2%} of their standard deviation on average, where rounding explains {GGUF_ROUNDING:.2%}; "
-            "nothing was kept"
+            "the GGUF file is not the merged model: as transformers reads it, its logits differ by "
+            f"{apart.relative:.2%} of their standard deviation on average, where rounding explains "
+            f"{GGUF_ROUNDING:.2%}; nothing was kept"
         )
     if read.different is not None:
         raise SweepError(
