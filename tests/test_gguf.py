@@ -8,16 +8,26 @@ import shutil
 import signal
 import subprocess
 import sys
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from conftest import make_spec, shared
+from conftest import make_spec
+from gguf_models import (
+    GEMMA2,
+    GPT2,
+    MODELS,
+    Small,
+    change_tokenizer,
+    probe_of,
+    rope,
+    to_gguf,
+    write_model,
+    write_sentencepiece,
+    write_tokenizer,
+)
 
 pytest.importorskip("gguf", reason="needs the package gguf")
 
@@ -27,8 +37,7 @@ from lora_search.cli import main
 from lora_search.data import tokenize_data
 from lora_search.engine import Engine
 from lora_search.errors import InputError, SweepError
-from lora_search.merge.gguf import gguf_form, write_gguf
-from lora_search.merge.gguf_families import FAMILIES
+from lora_search.merge.gguf import gguf_form
 from lora_search.merge.gguf_vocabulary import SPLITS
 from lora_search.merge.values import GGUF_ROUNDING
 from lora_search.merge.verify import FreshProcess, Probe, compare
@@ -39,154 +48,6 @@ from lora_search.spec import Base, dump_spec, load_spec
 from lora_search.tracking.record import RunRecord
 
 CPU = torch.device("cpu")
-
-SAMPLE = """The cat sees 12 birds near the old tree; it's 3.14 o'clock, and they'll have gone by 10:30.
-\tdef area(radius):\n\t\treturn 3.14159 * radius ** 2  # in square metres\n\n\nI'VE seen 1234567 stars!!! (or more...)
-   Größe, naïve café, 東京は夜の七時, мир и труд, emoji 🚀 and 👩‍🚀, {"key": [1, 22, 333]} <html>&nbsp;</html>  end"""
-
-NASTY = SAMPLE + "  \n \r\n  x  42  \n\n\t\t 007  'll 'LL don't 5000 0x1F  ½ ١٢٣ a\u0301 ﬁ …  "
-
-SIZES = {
-    "vocab_size": 400,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
-
-
-def rope(kind: str, **values: float) -> dict[str, Any]:
-    return {"rope_parameters": {"rope_type": kind, "rope_theta": 5000.0, **values}}
-
-
-@dataclass(frozen=True)
-class Small:
-    """An architecture made small."""
-
-    model_type: str
-    config: Mapping[str, Any] = field(default_factory=dict)
-
-
-LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
-GEMMA2 = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
-GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}
-
-MODELS = {
-    "llama": Small("llama", {"num_key_value_heads": 4}),
-    "llama tied": Small("llama", {"tie_word_embeddings": True}),
-    "llama 3.1's frequencies": Small("llama", LLAMA3),
-    "llama linear frequencies": Small("llama", rope("linear", factor=4.0)),
-    "llama biases": Small("llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama wide heads": Small("llama", {"head_dim": 32}),
-    "mistral": Small("mistral", {"sliding_window": None}),
-    "mistral window": Small("mistral", {"sliding_window": 48}),
-    "qwen2": Small("qwen2"),
-    "qwen2 tied": Small("qwen2", {"tie_word_embeddings": True}),
-    "qwen3": Small("qwen3", {"head_dim": 32, "rms_norm_eps": 1e-4}),
-    "gemma2": Small("gemma2", GEMMA2),
-    "gpt2": Small("gpt2", GPT2),
-}
-
-
-def write_model(small: Small, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """A random model of which every number matters, in several files, with a tokenizer."""
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    config = CONFIG_MAPPING[small.model_type](**(SIZES | dict(small.config)))
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.ndim > 1 else 0.3))
-    model.to(dtype).save_pretrained(str(folder), max_shard_size="60KB")
-    write_tokenizer("qwen2", folder)
-    return folder
-
-
-def write_tokenizer(split: str, folder: Path) -> None:
-    """Byte-level BPE that splits text in one of the ways that llama.cpp has a name for, or SentencePiece's."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    specials = ["<unk>", "<s>", "</s>", "<|im_end|>"]
-    if split == "SentencePiece":
-        write_sentencepiece(folder)
-        return
-    tokenizer = Tokenizer(models.BPE())
-    steps, looks_up = next((steps, looks_up) for steps, (name, looks_up) in SPLITS.items() if name == split)
-    made = {
-        "byte level, GPT-2's words": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        "byte level": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        "each digit": pre_tokenizers.Digits(individual_digits=True),
-    }
-    all_steps = [made.get(step) or pre_tokenizers.Split(Regex(str(step)), "isolated") for step in steps]
-    tokenizer.pre_tokenizer = all_steps[0] if len(all_steps) == 1 else pre_tokenizers.Sequence(all_steps)
-    if split == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=390, special_tokens=specials, initial_alphabet=sorted(alphabet))
-    tokenizer.train_from_iterator([SAMPLE] * 3, trainer)
-    if looks_up:
-        described = json.loads(tokenizer.to_str())
-        described["model"]["ignore_merges"] = True
-        tokenizer = Tokenizer.from_str(json.dumps(described))
-    if split != "gpt-2":  # which puts nothing before a text
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.add_tokens(["<think>"])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=64
-    )
-    fast.chat_template = "{% for message in messages %}{{ message.content }}<|im_end|>{% endfor %}"
-    fast.save_pretrained(str(folder))
-
-
-def write_sentencepiece(folder: Path) -> None:
-    """What transformers makes of a SentencePiece model: bytes, and every pair that makes a token, by its score."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["the", "and", "in", "er", "th", "at", "tre", "tree", "bird", "ir", "bi", "rd", "an", "re", "es", "ee"]
-    pieces = sorted({*"".join(words), *"aeiouylnmscdhr."}, key=ord)
-    pieces += [piece for word in words for piece in (word, "\u2581" + word)] + ["\u2581", "\u2581t", "\u2581a"]
-    pieces = list(dict.fromkeys(pieces))
-    texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
-    vocabulary = {text: number for number, text in enumerate(texts)}
-    merges = [
-        (piece[:middle], piece[middle:])
-        for piece in sorted(pieces, key=len)
-        for middle in range(1, len(piece))
-        if piece[:middle] in vocabulary and piece[middle:] in vocabulary
-    ]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in texts[:3]])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=64
-    )
-    fast.save_pretrained(str(folder))
-
-
-def to_gguf(model: Path, file: Path) -> Path:
-    assert write_gguf(model, gguf_form(Base(model=str(model))), file) in {f.architecture for f in FAMILIES.values()}
-    return file
-
-
-def probe_of(model: Path, *, vocabulary: int = 390) -> Probe:
-    """Rows of many tokens, and some of the sample's text."""
-    tokenizer = load_tokenizer(Base(model=str(model)))
-    ids = torch.randint(3, vocabulary, (3, 40), generator=torch.Generator().manual_seed(1)).tolist()
-    texts = [
-        tokenizer(line)["input_ids"] for line in (NASTY, *NASTY.split("\n"), "<s>a<|im_end|></s> <think>b") if line
-    ]
-    compared = [(row, [False] + [True] * (len(row) - 1)) for row in ids]
-    return Probe([(row, [True] * len(row)) for row in texts], compared, [], [], 0)
 
 
 @pytest.fixture(scope="module")
@@ -279,17 +140,6 @@ def test_what_llama_cpp_would_run_otherwise_is_refused(
     model_type: str, config: Mapping[str, Any], said: list[str], tmp_path: Path
 ) -> None:
     refuse(write_model(Small(model_type, config), tmp_path / "model"), *said)
-
-
-def change_tokenizer(model: Path, change: Mapping[str, Any]) -> None:
-    file = model / "tokenizer.json"
-    described = json.loads(file.read_text())
-    for key, value in change.items():
-        if isinstance(value, dict) and isinstance(described[key], dict):
-            described[key].update(value)
-        else:
-            described[key] = value
-    file.write_text(json.dumps(described))
 
 
 @pytest.mark.parametrize(
@@ -474,132 +324,3 @@ def test_gguf_that_tokenises_otherwise_is_refused(
     form = gguf_form(Base(model=str(model)))
     with pytest.raises(SweepError, match="the GGUF file's tokenizer is not the model's: 10 of 10 validation rows"):
         _to_gguf(form, model, tmp_path / "model.gguf", _Verified(fresh, probe, fresh.ask(model, probe)))
-
-
-@dataclass
-class LlamaCpp:
-    """llama.cpp itself, with a model loaded: its own server, in this process."""
-
-    server: Any
-
-    def tokens(self, text: str) -> list[int]:
-        """As it tokenises a prompt."""
-        asked = {"content": text, "add_special": True, "parse_special": True}
-        return list(self._ask("/tokenize", asked)["tokens"])
-
-    def log_probabilities(self, tokens: Sequence[int], vocabulary: int, forced: int) -> np.ndarray[Any, Any]:
-        """Of what comes after some tokens, shape (vocabulary,).
-
-        Args:
-            forced: a token to go on with; it says nothing of one that it cannot show, as half a character.
-        """
-        asked = {"prompt": list(tokens), "n_predict": 1, "n_probs": vocabulary, "logit_bias": [[forced, 1000.0]]}
-        (made,) = self._ask("/completion", asked)["completion_probabilities"]
-        found = np.full(vocabulary, np.nan)
-        for token in made["top_logprobs"]:
-            found[token["id"]] = token["logprob"]
-        return found
-
-    def greedy(self, tokens: Sequence[int], new: int) -> list[int]:
-        asked = {"prompt": list(tokens), "n_predict": new, "temperature": 0.0, "return_tokens": True}
-        return list(self._ask("/completion", asked)["tokens"])
-
-    def _ask(self, path: str, asked: Mapping[str, Any]) -> dict[str, Any]:
-        request = urllib.request.Request(
-            self.server.listening_address + path, json.dumps(asked).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request) as response:
-            answer: dict[str, Any] = json.load(response)
-        return answer
-
-
-def llama_cpp(file: Path) -> LlamaCpp:
-    """Loads a file, to run in float32; skips the test where llama.cpp is not installed."""
-    xllamacpp = pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install xllamacpp")
-    parameters = xllamacpp.CommonParams()
-    parameters.model.path = str(file)
-    parameters.n_ctx, parameters.n_parallel, parameters.n_gpu_layers, parameters.port = 512, 1, 0, 0
-    parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
-    parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it halves keys
-    parameters.warmup = False
-    return LlamaCpp(xllamacpp.Server(parameters))
-
-
-def run_apart(model: Path, file: Path, rows: Sequence[Sequence[int]]) -> float:
-    """How far llama.cpp's log probabilities are from transformers', on average, in standard deviations."""
-    from transformers import AutoModelForCausalLM
-
-    runs = llama_cpp(file)
-    kept = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32).eval()
-    forced = load_tokenizer(Base(model=str(model))).convert_tokens_to_ids("a")
-    apart, spread = [], []
-    for row in rows:
-        with torch.no_grad():
-            expected_TV = kept(torch.tensor([list(row)])).logits[0].float().log_softmax(-1).numpy()
-        for length in {1, 2, len(row) // 3, len(row) // 2, len(row) - 1, len(row)}:
-            found_V = runs.log_probabilities(row[:length], expected_TV.shape[1], forced)
-            apart.append(np.abs(found_V - expected_TV[length - 1]).mean())
-            spread.append(expected_TV[length - 1].std())
-    return float(np.mean(apart) / np.mean(spread))
-
-
-EXACT, TABLE = 1e-5, 2e-3
-"""llama.cpp looks GELU up in a table of half precision; the rest is float32."""
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_llama_cpp_runs_the_same_model(name: str, tmp_path: Path, record_property: Any) -> None:
-    model = write_model(MODELS[name], tmp_path / "model")
-    rows = [tokens for tokens, _ in probe_of(model).compared]
-    apart = run_apart(model, to_gguf(model, tmp_path / "model.gguf"), rows)
-    record_property("apart", apart)
-    assert apart < (TABLE if MODELS[name].model_type in ("gemma2", "gpt2") else EXACT)
-
-
-def without_prefix(model: Path) -> None:
-    """As Gemma's tokenizer is."""
-    normalizer = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
-    split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
-    change_tokenizer(model, {"normalizer": normalizer, "pre_tokenizer": split})
-
-
-@pytest.mark.parametrize("split", [*(name for name, _ in SPLITS.values()), "SentencePiece", "SentencePiece, no prefix"])
-def test_llama_cpp_tokenises_as_the_model_does(split: str, tmp_path: Path) -> None:
-    model = write_model(MODELS["llama"], tmp_path / "model")
-    write_tokenizer(split.partition(",")[0], model)
-    if "no prefix" in split:
-        without_prefix(model)
-    tokenizer = load_tokenizer(Base(model=str(model)))
-    runs = llama_cpp(to_gguf(model, tmp_path / "model.gguf"))
-    text = NASTY.replace("a\u0301", "") if split == "qwen2" else NASTY  # it composes accents, and that is noted
-    for line in (text, *text.split("\n"), "  the tree", "<s>the</s> tree<|im_end|>and <think> in<think>"):
-        if line:
-            assert runs.tokens(line) == tokenizer(line)["input_ids"], line
-
-
-@pytest.mark.parametrize("base", ["builtin:demo", "stories260k"])
-def test_llama_cpp_goes_on_as_a_pretrained_model_does(base: str, tmp_path: Path, record_property: Any) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    published = model_folder("demo") if base == "builtin:demo" else shared(base)
-    kept = AutoModelForCausalLM.from_pretrained(str(published), dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(str(published))
-    model = tmp_path / "model"
-    for part in (kept, tokenizer):
-        part.save_pretrained(str(model))
-    prompts = ["Once upon a time, there was a little", "name[The Eagle], food[English], area[riverside]\n"]
-    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    file = to_gguf(model, tmp_path / "model.gguf")
-    runs = llama_cpp(file)
-    assert [runs.tokens(prompt) for prompt in prompts] == rows
-    for row in rows:
-        ids = torch.tensor([row])
-        made = kept.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
-        expected = made[0, len(row) :].tolist()
-        found = runs.greedy(row, 40)
-        record_property("text", tokenizer.decode(found))
-        assert found == expected
-    apart = run_apart(model, file, rows)
-    record_property("apart", apart)
-    assert apart < EXACT
