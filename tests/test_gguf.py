@@ -29,8 +29,6 @@ from gguf_models import (
     write_tokenizer,
 )
 
-pytest.importorskip("gguf", reason="needs the package gguf")
-
 from lora_search.builtin import model_folder
 from lora_search.checkpoint import Shelf
 from lora_search.cli import main
@@ -40,12 +38,14 @@ from lora_search.errors import InputError, SweepError
 from lora_search.merge.gguf import gguf_form
 from lora_search.merge.gguf_vocabulary import SPLITS
 from lora_search.merge.values import GGUF_ROUNDING
-from lora_search.merge.verify import FreshProcess, Probe, compare
+from lora_search.merge.verify import FreshProcess, compare
 from lora_search.model import load_base, load_tokenizer
 from lora_search.rundir import RunDirectory, create_run
 from lora_search.space import trial_config
 from lora_search.spec import Base, dump_spec, load_spec
 from lora_search.tracking.record import RunRecord
+
+pytest.importorskip("gguf", reason="needs the package gguf")
 
 CPU = torch.device("cpu")
 

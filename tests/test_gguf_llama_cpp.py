@@ -15,13 +15,13 @@ import torch
 from conftest import shared
 from gguf_models import MODELS, NASTY, change_tokenizer, probe_of, to_gguf, write_model, write_tokenizer
 
-pytest.importorskip("gguf", reason="needs the package gguf")
-xllamacpp = pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install xllamacpp")
-
 from lora_search.builtin import model_folder
 from lora_search.merge.gguf_vocabulary import SPLITS
 from lora_search.model import load_tokenizer
 from lora_search.spec import Base
+
+pytest.importorskip("gguf", reason="needs the package gguf")
+xllamacpp = pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install xllamacpp")
 
 
 @dataclass

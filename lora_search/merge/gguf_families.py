@@ -1,7 +1,7 @@
 """The architectures that are written as GGUF: what llama.cpp is told of each, and what it takes for granted.
 
-Each was run by llama.cpp itself and compared (tests/test_gguf_llama_cpp.py); every other one is refused. What is said here is
-from llama.cpp's conversion/*.py and src/models/*.cpp (https://github.com/ggml-org/llama.cpp).
+Each was run by llama.cpp itself and compared (tests/test_gguf_llama_cpp.py); every other one is refused. What is said
+here is from llama.cpp's conversion/*.py and src/models/*.cpp (https://github.com/ggml-org/llama.cpp).
 """
 
 from __future__ import annotations
