@@ -35,6 +35,7 @@ from lora_search.cli import main
 from lora_search.data import tokenize_data
 from lora_search.engine import Engine
 from lora_search.errors import InputError, SweepError
+from lora_search.merge import gguf_vocabulary
 from lora_search.merge.gguf import gguf_form
 from lora_search.merge.gguf_vocabulary import SPLITS
 from lora_search.merge.values import GGUF_ROUNDING
@@ -110,6 +111,19 @@ def test_tokenizer_is_the_same_read_back(split: str, tmp_path: Path, fresh: Fres
     read = fresh.ask_gguf(to_gguf(model, tmp_path / "model.gguf"), model, probe)
     assert read.different is None
     assert read.same == read.rows == len(probe.validation)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"), [("Qwen2", "qwen2"), ("GPT2", "gpt-2"), ("Llama", True), ("Gemma", False)]
+)
+def test_tokenizers_of_transformers_own_making_are_known(kind: str, expected: str | bool) -> None:
+    import transformers
+
+    texts = ["<|endoftext|>", "<unk>", "<s>", "</s>", "<pad>", "<eos>", "<bos>", "<mask>", "a", "b", "ab"]
+    made = getattr(transformers, f"{kind}Tokenizer")(vocab={t: n for n, t in enumerate(texts)}, merges=[("a", "b")])
+    described = gguf_vocabulary._described(made)
+    found = (gguf_vocabulary._split if isinstance(expected, str) else gguf_vocabulary._prefixes_space)(described)
+    assert found == expected
 
 
 def refuse(model: Path, *said: str) -> None:
@@ -315,7 +329,6 @@ def test_gguf_that_tokenises_otherwise_is_refused(
     tmp_path: Path, fresh: FreshProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if it had been forgotten that the tokenizer begins each text with its bos token."""
-    from lora_search.merge import gguf_vocabulary
     from lora_search.merge.merge import _to_gguf, _Verified
 
     model = write_model(MODELS["llama"], tmp_path / "model")
