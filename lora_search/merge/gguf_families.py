@@ -138,7 +138,8 @@ def rotary_factors(config: PreTrainedConfig) -> torch.Tensor | None:
         raise InputError(f"--gguf: rotary embeddings of type {kind!r} scale the attention by {attention:g}")
     size = _head_size(config)
     usual = torch.pow(config.rope_parameters["rope_theta"], -torch.arange(0, size, 2, dtype=torch.float64) / size)
-    return (usual / scaled.double()).float()
+    factors: torch.Tensor = usual / scaled.double()
+    return factors.float()
 
 
 def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
