@@ -199,9 +199,11 @@ def merge_trials(
         InputError: as `merge_trial`, or PEFT cannot combine these adapters.
         SweepError: as `merge_trial`.
     """
-    from lora_search.merge import merge_adapter
+    from lora_search.merge import gguf_form, merge_adapter
     from lora_search.merge.together import combine
 
+    if options.gguf:
+        gguf_form(spec.base)  # refuses what cannot be written, before anything is measured
     device = _device(spec, options)
     data = _data(spec, options)
     assert data is not None  # noqa: S101 - a combination is always measured

@@ -25,7 +25,8 @@ The merged model is written shard by shard, so that a model larger than memory m
 complete. Then it is loaded in a fresh process with transformers alone: its validation loss, its logits on held-out rows
 and its greedy text are compared with those of the base with its adapter. Where the logits differ by more than rounding
 explains, nothing is kept. Where the loss differs by more than --tolerance, DIR is kept, a warning printed, and the exit
-status is 1.
+status is 1. With --gguf the same model is written as DIR.gguf too, read back by transformers in that process, and its
+logits and tokens compared with those of DIR.
 """
 
 
@@ -53,6 +54,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         choices=["auto", "float32", "float16", "bfloat16"],
         default="auto",
         help="of the weights on disk; default: as the base is published. Sums are made in float32",
+    )
+    command.add_argument(
+        "--gguf",
+        action="store_true",
+        help="also write DIR.gguf, for llama.cpp, Ollama and LM Studio, in the same --dtype: of "
+        "llama, mistral, qwen2, qwen3, gemma2 and gpt2 models; needs pip install 'lora-search[gguf]'",
     )
     command.add_argument(
         "--no-verify",
@@ -87,6 +94,8 @@ def merge(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.out)
     if folder.exists():
         raise InputError(f"--out {folder}: exists already; name a folder that does not")
+    if arguments.gguf and (beside := folder.with_name(f"{folder.name}.gguf")).exists():
+        raise InputError(f"--gguf: {beside} exists already; name another --out")
     rows = run_rows(directory)
     if arguments.trials is None:
         chosen = [chosen_trial(directory, spec, rows, arguments.trial)]
@@ -101,7 +110,7 @@ def merge(arguments: argparse.Namespace) -> None:
     from lora_search.merge import Options
     from lora_search.merge.together import Recipe
 
-    options = Options(arguments.onto, arguments.dtype, not arguments.no_verify, tolerance)
+    options = Options(arguments.onto, arguments.dtype, not arguments.no_verify, tolerance, arguments.gguf)
     named = f"trial{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
     _say(f"merging {named} of {directory.place}")
     if arguments.no_verify:
@@ -173,7 +182,8 @@ def _lines(folder: Path, named: str, merged: Merged, together: Together | None) 
         better = "is better than each trial alone" if together.combined else "alone is better than every combination"
         lines.append(f"{together.name} {better}; it is merged")
     if merged.check is None or merged.adapter_loss is None or merged.loss is None or merged.drift is None:
-        return [*lines, f"{folder}: {named} merged onto the {merged.onto} weights; NOT verified, nothing was measured"]
+        lines.append(f"{folder}: {named} merged onto the {merged.onto} weights; NOT verified, nothing was measured")
+        return lines + _gguf_lines(folder, merged)
     ways = ", ".join(f"{way} {loss:.4f}" for way, loss in merged.losses.items())
     same, trained = merged.check.same_weights, merged.check.as_trained
     lines.append(
@@ -185,10 +195,26 @@ def _lines(folder: Path, named: str, merged: Merged, together: Together | None) 
         f"the {merged.onto} weights with the adapter, {trained.mean:.1e} and {trained.largest:.1e} from the adapter as "
         f"trained; their standard deviation is {same.spread:.3g}; the same next token at {trained.same_choice:.1%}"
     )
-    lines += [f"note: {note}" for note in merged.notes]
+    lines += [*_gguf_lines(folder, merged), *(f"note: {note}" for note in merged.notes)]
     for text in merged.check.texts:
         lines += ["", f"  prompt   {text.prompt!r}", f"  adapter  {text.adapter!r}", f"  merged   {text.merged!r}"]
     return lines
+
+
+def _gguf_lines(folder: Path, merged: Merged) -> list[str]:
+    """What the user reads of a GGUF file; nothing where there is none."""
+    gguf = merged.gguf
+    if gguf is None:
+        return []
+    line = f"{folder.with_name(gguf.file)}: architecture {gguf.architecture}, tokenizer {gguf.tokenizer}; "
+    if gguf.logits is None:
+        line += "NOT verified"
+    else:
+        line += (
+            f"read back by transformers: logits {gguf.logits.mean:.1e} on average and {gguf.logits.largest:.1e} at "
+            f"most from the folder's, the same tokens of all {gguf.rows:,} validation rows"
+        )
+    return [line, *(f"note: {note}" for note in gguf.notes)]
 
 
 def _say(line: str) -> None:

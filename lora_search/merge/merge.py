@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,11 +19,12 @@ import torch
 from lora_search.checkpoint import require_lora
 from lora_search.errors import InputError, SweepError
 from lora_search.merge.card import merged_card
+from lora_search.merge.gguf import GgufForm, gguf_form, write_gguf
 from lora_search.merge.published import Published, published_weights
 from lora_search.merge.shards import ShardMerge
 from lora_search.merge.staging import publish, staging
 from lora_search.merge.surroundings import base_folder, read_config, write_config, write_surroundings
-from lora_search.merge.values import ROUNDING, Check, Merged, NotByShards, Onto, Options
+from lora_search.merge.values import GGUF_ROUNDING, ROUNDING, Check, Gguf, Merged, NotByShards, Onto, Options
 from lora_search.merge.verify import Answers, FreshProcess, Probe, ask_adapted, compare, make_probe, side_by_side
 from lora_search.merge.whole import merge_whole, quantised_modules
 from lora_search.model import load_tokenizer
@@ -57,7 +59,7 @@ def merge_adapter(
         data: needed to verify.
         adapter_loss: nats a token of the adapter on its own base, over the validation split; None if it is to be
             measured.
-        out: must not exist; appears only when the merge is complete.
+        out: must not exist; appears only when the merge is complete, and so does the GGUF file beside it.
         say: is told how far it is.
 
     Raises:
@@ -72,6 +74,10 @@ def merge_adapter(
     config = read_config(folder)
     published = published_weights(folder)
     tokenizer = load_tokenizer(base)
+    form = gguf_form(base, tokenizer) if options.gguf else None
+    beside = gguf_path(out)
+    if form is not None and beside.exists():
+        raise SweepError(f"{beside} exists already")
     with ExitStack() as stack:
         parts = stack.enter_context(staging(out))
         fresh = stack.enter_context(FreshProcess(base, device)) if options.verify else None
@@ -84,6 +90,7 @@ def merge_adapter(
             if writer.in_memory is None:
                 write_config(config, part, dtype=dtype, untied=bool(writer.untied))
             write_surroundings(base, tokenizer, part)
+        verified = None
         if fresh is None or data is None:
             merged = Merged(ways[0], {}, None, None, options.tolerance, writer.in_memory, writer.notes)
         else:
@@ -91,13 +98,30 @@ def merge_adapter(
             probe = make_probe(data, tokenizer, writer.vocabulary)
             asker = partial(ask_adapted, adapter=adapter, probe=probe, tokenizer=tokenizer, device=device)
             folders = {way: parts / way for way in ways}
-            onto, losses, loss, check = _measure(base, asker, folders, probe, fresh, adapter_loss)
+            onto, losses, loss, check, answers = _measure(base, asker, folders, probe, fresh, adapter_loss)
+            verified = _Verified(fresh, probe, answers)
             _require_equal(check, base, writer.dtype_name(config), device)
             merged = Merged(onto, losses, loss, check, options.tolerance, writer.in_memory, writer.notes)
         kept = parts / merged.onto
-        (kept / "README.md").write_text(merged_card(base, adapter, merged), encoding="utf-8")
-        publish(kept, out)
+        if form is not None:
+            say(f"writing {beside.name}")
+            file = parts / "gguf" / beside.name
+            file.parent.mkdir()
+            merged = replace(merged, gguf=_to_gguf(form, kept, file, verified))
+            publish(file, beside)
+        try:
+            (kept / "README.md").write_text(merged_card(base, adapter, merged), encoding="utf-8")
+            publish(kept, out)
+        except BaseException:
+            if form is not None:
+                beside.unlink(missing_ok=True)
+            raise
     return merged
+
+
+def gguf_path(out: Path) -> Path:
+    """The GGUF file beside a merged model."""
+    return out.with_name(f"{out.name}.gguf")
 
 
 def _ways(base: Base, options: Options) -> Sequence[Onto]:
@@ -193,8 +217,8 @@ def _measure(
     probe: Probe,
     fresh: FreshProcess,
     adapter_loss: float | None,
-) -> tuple[Onto, Mapping[str, float], float | None, Check]:
-    """The better way, each way's loss, the adapter's, and how the better compares with base and adapter."""
+) -> tuple[Onto, Mapping[str, float], float | None, Check, Answers]:
+    """The better way, each way's loss, the adapter's, how the better compares with base and adapter, its answers."""
     # The base with its adapter comes first: the other process is importing meanwhile, and holds no model yet.
     trained = ask_adapted(base, wants_loss=adapter_loss is None)
     answers = {way: fresh.ask(folder, probe) for way, folder in folders.items()}
@@ -205,7 +229,7 @@ def _measure(
         same = ask_adapted(base.model_copy(update={"quantization": "none"}), wants_loss=False)
     texts = side_by_side(probe, trained, answers[onto])
     check = Check(compare(answers[onto], same), compare(answers[onto], trained), texts)
-    return onto, losses, trained.loss if adapter_loss is None else adapter_loss, check
+    return onto, losses, trained.loss if adapter_loss is None else adapter_loss, check, answers[onto]
 
 
 def _require_equal(check: Check, base: Base, dtype: str, device: torch.device) -> None:
@@ -220,3 +244,41 @@ def _require_equal(check: Check, base: Base, dtype: str, device: torch.device) -
             f"{check.same_weights.relative:.2%} of their standard deviation on average, where rounding explains "
             f"{allowed:.1%}; nothing was kept"
         )
+
+
+@dataclass(frozen=True)
+class _Verified:
+    """A merged model that was loaded and asked, and whom to ask more."""
+
+    fresh: FreshProcess
+    probe: Probe
+    answers: Answers
+
+
+def _to_gguf(form: GgufForm, folder: Path, file: Path, verified: _Verified | None) -> Gguf:
+    """Write a merged model as a GGUF file; where the model was verified, have that read by transformers, and compare.
+
+    Raises:
+        SweepError: the file is not what the folder is.
+    """
+    try:
+        architecture = write_gguf(folder, form, file)
+    except OSError as error:
+        raise SweepError(f"{file.name} cannot be written: {error.strerror or error}; nothing was kept") from error
+    if verified is None:
+        return Gguf(file.name, architecture, form.vocabulary.name, None, 0, form.notes)
+    read = verified.fresh.ask_gguf(file, folder, verified.probe)
+    apart = compare(read, verified.answers)
+    if not apart.relative <= GGUF_ROUNDING:
+        raise SweepError(
+            "the GGUF file is not the merged model: as transformers reads it, its logits differ by "
+            f"{apart.relative:.2%} of their standard deviation on average, where rounding explains "
+            f"{GGUF_ROUNDING:.2%}; nothing was kept"
+        )
+    if read.different is not None:
+        raise SweepError(
+            f"the GGUF file's tokenizer is not the model's: {read.rows - read.same} of {read.rows} validation rows "
+            f"differ as transformers reads it, the first is {read.different['text']!r}: found "
+            f"{read.different['found']}, and {read.different['expected']} from the folder; nothing was kept"
+        )
+    return Gguf(file.name, architecture, form.vocabulary.name, apart, read.rows, form.notes)

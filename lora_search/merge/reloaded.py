@@ -94,26 +94,76 @@ def main() -> None:
     os.dup2(2, 1)
     for absent in ("peft", "bitsandbytes", "lora_search"):
         sys.modules[absent] = None  # type: ignore[assignment]
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     for line in sys.stdin:
         asked = json.loads(line)
         torch.set_num_threads(asked["threads"])
-        options = {"trust_remote_code": asked["trust_remote_code"]}
-        dtype = torch.float32 if asked["device"] == "cpu" else "auto"  # few CPUs multiply anything else well
-        model = AutoModelForCausalLM.from_pretrained(asked["folder"], dtype=dtype, **options).to(asked["device"])
-        tokenizer = AutoTokenizer.from_pretrained(asked["folder"], **options)
         with open(asked["rows"], encoding="utf-8") as file:  # noqa: PTH123 - nothing else is imported for it
             given = json.load(file)
-        np.save(asked["logits"], logits_of(model, given["compared"]))
-        made = greedy(model, given["prompts"], given["new_tokens"], given["pad"])
-        loss = loss_of(model, given["validation"], given["pad"])
-        texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in made]
-        answers.write(json.dumps({"loss": loss, "texts": texts}) + "\n")
+        answer = _of_folder(asked, given) if asked["gguf"] is None else _of_gguf(asked, given)
+        answers.write(json.dumps(answer) + "\n")
         answers.flush()
-        del model
         if asked["device"] != "cpu":
             torch.cuda.empty_cache()
+
+
+def _of_folder(asked: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {"trust_remote_code": asked["trust_remote_code"]}
+    model = AutoModelForCausalLM.from_pretrained(asked["folder"], dtype=_dtype(asked), **options).to(asked["device"])
+    tokenizer = AutoTokenizer.from_pretrained(asked["folder"], **options)
+    np.save(asked["logits"], logits_of(model, given["compared"]))
+    made = greedy(model, given["prompts"], given["new_tokens"], given["pad"])
+    loss = loss_of(model, given["validation"], given["pad"])
+    return {"loss": loss, "texts": [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in made]}
+
+
+def _of_gguf(asked: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """A GGUF file as transformers reads it; what it does not read of such a file is taken from the model's folder."""
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+    folder, file = os.path.split(asked["gguf"])
+    read, _ = PreTrainedConfig.get_config_dict(folder, gguf_file=file)
+    known = AutoConfig.from_pretrained(asked["folder"])
+    values = {key: value for key, value in known.to_dict().items() if key not in ("model_type", "architectures")}
+    if "rope_theta" in read:
+        values["rope_parameters"] = values["rope_parameters"] | {"rope_theta": read.pop("rope_theta")}
+    config = CONFIG_MAPPING[read.pop("model_type")](**(values | read))
+    dtype = _dtype(asked) if asked["device"] == "cpu" else known.dtype
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, config=config, dtype=dtype)
+    np.save(asked["logits"], logits_of(model.to(asked["device"]), given["compared"]))
+    return _tokenizers(asked["folder"], folder, file, [tokens for tokens, _ in given["validation"]])
+
+
+def _tokenizers(model: str, folder: str, file: str, rows: Sequence[list[int]]) -> dict[str, Any]:
+    """On how many rows a GGUF file's tokenizer agrees with the model's folder, and the first on which it does not.
+
+    A GGUF file names the way in which text is split, and transformers does not know all names: that step is taken from
+    the folder.
+    """
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    kept = AutoTokenizer.from_pretrained(model)
+    here = json.loads(kept.backend_tokenizer.to_str())
+    there = json.loads(AutoTokenizer.from_pretrained(folder, gguf_file=file).backend_tokenizer.to_str())
+    there |= {part: here[part] for part in ("normalizer", "pre_tokenizer")}
+    there["model"]["ignore_merges"] = here["model"]["ignore_merges"]
+    read = Tokenizer.from_str(json.dumps(there))
+    different = None
+    same = 0
+    for row in rows:
+        text = kept.decode(row)
+        found, expected = read.encode(text).ids, kept.backend_tokenizer.encode(text).ids
+        same += found == expected
+        if found != expected and different is None:
+            different = {"text": text, "found": found, "expected": expected}
+    return {"rows": len(rows), "same": same, "different": different}
+
+
+def _dtype(asked: dict[str, Any]) -> Any:
+    """Of the model as it runs: few CPUs multiply anything but float32 well."""
+    return torch.float32 if asked["device"] == "cpu" else "auto"
 
 
 if __name__ == "__main__":

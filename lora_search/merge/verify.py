@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -58,6 +58,19 @@ class Answers:
     """Validation loss; None where it was not asked for."""
     logits_MV: npt.NDArray[np.float32]
     texts: Sequence[str]
+
+
+@dataclass(frozen=True)
+class GgufAnswers:
+    """What a GGUF file answered."""
+
+    logits_MV: npt.NDArray[np.float32]
+    rows: int
+    """Validation rows that were tokenised."""
+    same: int
+    """Those that gave the same tokens as the folder's tokenizer."""
+    different: Mapping[str, Any] | None
+    """The first that did not: text, tokens found and expected."""
 
 
 def make_probe(data: TokenizedData, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> Probe:
@@ -152,6 +165,20 @@ class FreshProcess:
         Raises:
             SweepError: it cannot be loaded or run; the message is the process's own.
         """
+        answer, logits = self._ask(model, None, probe)
+        return Answers(answer["loss"], logits, answer["texts"])
+
+    def ask_gguf(self, file: Path, model: Path, probe: Probe) -> GgufAnswers:
+        """What a GGUF file answers, and whether it tokenises as the folder does that it was made of.
+
+        Raises:
+            SweepError: as `ask`.
+        """
+        answer, logits = self._ask(model, file, probe)
+        return GgufAnswers(logits, answer["rows"], answer["same"], answer["different"])
+
+    def _ask(self, model: Path, gguf: Path | None, probe: Probe) -> tuple[dict[str, Any], npt.NDArray[np.float32]]:
+        """The answer, and the logits beside it."""
         folder = Path(self._folder.name)
         rows, logits = folder / "rows.json", folder / "logits.npy"
         given = {
@@ -164,14 +191,14 @@ class FreshProcess:
         rows.write_text(json.dumps(given), encoding="utf-8")
         asked = {
             "folder": str(model.resolve()),
+            "gguf": None if gguf is None else str(gguf.resolve()),
             "rows": str(rows),
             "logits": str(logits),
             "device": str(self._device),
             "threads": self._threads,
             "trust_remote_code": self._base.trust_remote_code,
         }
-        answer = self._exchange(asked)
-        return Answers(answer["loss"], np.load(logits), answer["texts"])
+        return self._exchange(asked), np.load(logits)
 
     def _exchange(self, asked: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None  # noqa: S101 - both are pipes
@@ -191,7 +218,7 @@ class FreshProcess:
         return answer
 
 
-def compare(merged: Answers, adapted: Answers) -> LogitsDifference:
+def compare(merged: Answers | GgufAnswers, adapted: Answers) -> LogitsDifference:
     """How far two models' logits are apart."""
     apart_MV = np.abs(merged.logits_MV - adapted.logits_MV)
     same_M = merged.logits_MV.argmax(-1) == adapted.logits_MV.argmax(-1)
