@@ -13,7 +13,7 @@ from lora_search.errors import InputError, SweepError, harmless
 from lora_search.results import Row, best_row, read_events, render, rows_frame, run_rows, trial_rows
 from lora_search.rundir import RunDirectory, find_run, is_locked
 from lora_search.space import planned_trials
-from lora_search.spec import SweepSpec, load_spec
+from lora_search.spec import SweepSpec, recorded_spec
 
 COLUMNS = ("trial", "state", "steps", "rank", "alpha", "dropout", "target_modules", "learning_rate")
 
@@ -32,7 +32,7 @@ def results(run: str, form: str, out: str | None) -> None:
         except (ArrowException, OverflowError) as error:  # a column of values of several kinds
             raise SweepError(f"{directory.trials}: cannot be a Parquet table: {error}") from None
     elif form == "table":
-        _print_table(load_spec(directory.spec), rows, out)
+        _print_table(recorded_spec(directory.spec), rows, out)
     else:
         text = render(rows, "csv" if form == "csv" else "json")
         if out is None:
@@ -77,7 +77,7 @@ def _ago(seconds: float) -> str:
 
 def sweep_status(directory: RunDirectory) -> dict[str, Any]:
     """Where a sweep stands, from its run directory alone."""
-    spec = load_spec(directory.spec)
+    spec = recorded_spec(directory.spec)
     events = list(read_events(directory.trials))
     rows = trial_rows(events)
     states = ("running", "completed", "stopped", "failed")
