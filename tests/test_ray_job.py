@@ -160,9 +160,8 @@ def test_job_that_is_stopped_is_gone_on_with_by_the_next(head: Head, tiny: Path,
         assert time.monotonic() < deadline, head.job("logs", "first").stdout
         time.sleep(0.2)
     assert head.trains()
-    head.job("stop", "first")
-    stopped = head.job("status", "first")
-    assert "STOPPED" in stopped.stdout + stopped.stderr
+    stopped = head.job("stop", "first")
+    assert "Job 'first' was stopped" in stopped.stdout, stopped.stdout + stopped.stderr
     said = head.job("logs", "first").stdout
     assert "on the Ray cluster" in said
     assert "base.model and data.path lie in the job's copy of its working directory" in said

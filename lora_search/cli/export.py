@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from lora_search.cli.out import local_path
 from lora_search.cli.trials import chosen_trial, chosen_trials, require_trust
 from lora_search.errors import InputError, harmless
 from lora_search.export import LAYOUTS, SHOWN_TRIALS, describe, export_trial, shown_size
@@ -21,11 +22,11 @@ def export(run: str, trial: str, trials: str | None, form: str, out: str, *, tru
         trials: as `chosen_trials` reads them; for one of LAYOUTS. None: the best few.
         trusts_code: let the base run code of its own, here and in what is written, if the run directory says so.
     """
+    folder = local_path(out)
     directory = find_run(run)
     spec = recorded_spec(directory.spec)
     require_trust(directory, spec, trusts_code=trusts_code)
     rows = run_rows(directory)
-    folder = Path(out)
     if form in LAYOUTS:
         _layout(directory, spec, rows, trials, form, folder)
         return
