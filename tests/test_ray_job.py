@@ -142,6 +142,7 @@ def head(short_folder: str) -> Iterator[Head]:  # noqa: F811
 STOPS_GRACEFULLY = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})
 
 
+@pytest.mark.slow
 def test_job_that_is_stopped_is_gone_on_with_by_the_next(head: Head, tiny: Path, tmp_path: Path) -> None:
     """Sweep file, base and data travel with the job; the second job's working directory is not quite the first's."""
     work, shared = tmp_path / "work", tmp_path / "shared"
