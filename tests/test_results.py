@@ -201,9 +201,7 @@ def test_file_that_is_no_published_experiment_is_said(tmp_path: Path, content: s
         open_runs(tmp_path / "x.json")
 
 
-ELSEWHERE = (
-    "name: written\nbase: {model: /elsewhere/base}\ndata: {path: /elsewhere/rows.jsonl}\n"
-)
+ELSEWHERE = "name: written\nbase: {model: /elsewhere/base}\ndata: {path: /elsewhere/rows.jsonl}\n"
 
 
 def test_run_whose_base_and_data_are_elsewhere_is_read_and_what_needs_them_says_so(

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lora-search: {harmless(str(error))}", file=sys.stderr)
         return WRONG_INPUT
     except (KeyboardInterrupt, Interrupted) as error:
-        print(f"lora-search: {error or 'interrupted'}", file=sys.stderr)
+        print(f"lora-search: {str(error) or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
     except SweepError as error:
         print(f"lora-search: {harmless(str(error))}", file=sys.stderr)
