@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -70,13 +69,6 @@ def test_copies_of_a_working_directory_are_one() -> None:
     assert lasting(f"{COPY}/data/rows.jsonl") == lasting(f"{COPY[:-1]}0/data/rows.jsonl") == "data/rows.jsonl"
     assert lasting("/shared/rows.jsonl") == "/shared/rows.jsonl"
     assert lasting(3) == 3
-
-
-def test_sigterm_before_the_trials_begin_interrupts_as_ctrl_c_does() -> None:
-    from lora_search.sweep.cluster import cluster
-
-    with pytest.raises(KeyboardInterrupt), cluster(None):
-        signal.raise_signal(signal.SIGTERM)
 
 
 class Head:
