@@ -201,7 +201,12 @@ def test_file_that_is_no_published_experiment_is_said(tmp_path: Path, content: s
         open_runs(tmp_path / "x.json")
 
 
-ELSEWHERE = "name: written\nbase: {model: /elsewhere/base}\ndata: {path: /elsewhere/rows.jsonl}\n"
+ELSEWHERE = """\
+name: written
+base: {model: /elsewhere/base}
+data: {path: /elsewhere/rows.jsonl}
+search: {space: {rank: 8}}
+"""
 
 
 def test_run_whose_base_and_data_are_elsewhere_is_read_and_what_needs_them_says_so(
