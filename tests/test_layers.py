@@ -17,6 +17,7 @@ FLOORS = {
     "spec": 0,
     "journal": 1,
     "rundir": 1,
+    "job": 1,
     "lease": 1,
     "checkpoint": 1,
     "storage": 1,

@@ -13,6 +13,7 @@ import pytest
 from conftest import shared
 
 from lora_search import open_run, open_runs
+from lora_search.cli import main
 from lora_search.errors import InputError, SweepError
 from lora_search.results import COLUMNS
 from lora_search.spec.schema import SPACE_KEYS
@@ -198,6 +199,37 @@ def test_file_that_is_no_published_experiment_is_said(tmp_path: Path, content: s
     (tmp_path / "x.json").write_text(content)
     with pytest.raises(SweepError, match=rf"x\.json: {message}"):
         open_runs(tmp_path / "x.json")
+
+
+ELSEWHERE = """\
+name: written
+base: {model: /elsewhere/base}
+data: {path: /elsewhere/rows.jsonl}
+search: {space: {rank: 8}}
+"""
+
+
+def test_run_whose_base_and_data_are_elsewhere_is_read_and_what_needs_them_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(Path("run"), sweep=ELSEWHERE)
+    assert open_run("run").spec.base.model == "/elsewhere/base"
+    for command in (["status"], ["results"], ["report"], ["export", "--to", "yaml", "--out", "yaml"]):
+        assert main([command[0], "run", *command[1:]]) == 0, capsys.readouterr().err
+    for command in (["merge", "--out", "merged"], ["serve"], ["export", "--to", "trl", "--out", "trl"]):
+        capsys.readouterr()
+        assert main([command[0], "run", *command[1:]]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert "/elsewhere/base" in said
+
+
+def test_results_that_cannot_be_written_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run")
+    for form in ("table", "csv", "parquet"):
+        assert main(["results", str(run), "--format", form, "--out", str(tmp_path / "none" / "file")]) == 2
+        assert "cannot be written" in capsys.readouterr().err
 
 
 def test_results_need_neither_ray_nor_torch(tmp_path: Path) -> None:

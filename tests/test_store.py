@@ -10,11 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import pytest
 import yaml
 from conftest import make_spec, require_gives_back
@@ -26,6 +28,7 @@ from lora_search.errors import InputError
 from lora_search.lease import LEASE
 from lora_search.results import Row, run_rows
 from lora_search.rundir import create_run, find_run, newest_run
+from lora_search.spec import load_spec
 from lora_search.storage import Folder, StoreError
 from lora_search.sweep import run_sweep
 from lora_search.tracking import Observer
@@ -296,6 +299,61 @@ def test_sweep_lives_whole_in_the_store(
     assert main(["merge", uri, "--trial", "0", "--out", str(tmp_path / "merged")]) == 0
     assert (tmp_path / "merged" / "config.json").is_file()
     assert main(["results", store.uri("runs/none")]) == 2
+
+
+def test_after_side_works_on_a_run_in_the_store(
+    whole: tuple[Store, Second, list[Row]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store, _, undisturbed = whole
+    uri = store.uri("runs/whole")
+    run = Folder(uri)
+
+    for form in ("table", "csv", "json", "parquet"):
+        assert main(["results", uri, "--format", form, "--out", f"results.{form}"]) == 0
+    frame = pd.read_parquet("results.parquet")
+    assert frame["eval_loss"].tolist() == [row["eval_loss"] for row in undisturbed]
+
+    run.remove("report.html")
+    capsys.readouterr()
+    assert main(["report", uri]) == 0
+    assert capsys.readouterr().out.strip() == run.below("report.html").place
+    assert main(["report", uri, "--out", "report.html"]) == 0
+    pages = run.read("report.html").decode(), Path("report.html").read_text()
+    assert all("</html>" in page and "s3://" in page for page in pages)
+
+    for form in ("yaml", "peft", "trl", "optuna", "vllm"):
+        assert main(["export", uri, "--to", form, "--out", form]) == 0, capsys.readouterr().err
+    [best] = [file for file in Path("yaml").iterdir() if file.suffix == ".yaml"]
+    assert load_spec(best).search.trials == 1
+    adapters = [file.read_bytes() for file in Path("peft").rglob(ADAPTER_WEIGHTS)]
+    assert adapters == [run.below("best/adapter").read(ADAPTER_WEIGHTS)]
+
+    assert main(["merge", uri, "--trials", "top2", "--out", "together"]) == 0, capsys.readouterr().err
+    assert Path("together/config.json").is_file()
+
+    there = sorted(Path.cwd().iterdir())
+    for command in (["results"], ["report"], ["export", "--to", "peft"], ["merge"]):
+        capsys.readouterr()
+        assert main([command[0], uri, *command[1:], "--out", f"s3://{BUCKET}/out"]) == 2
+        assert capsys.readouterr().err.startswith("lora-search: --out: found s3://...; allowed: a path on this machine")
+    assert sorted(Path.cwd().iterdir()) == there
+
+
+def test_dashboard_shows_a_study_in_the_store(whole: tuple[Store, Second, list[Row]]) -> None:
+    pytest.importorskip("optuna_dashboard")
+    command = [sys.executable, "-m", "lora_search", "dashboard", whole[0].uri("runs/whole"), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        with urllib.request.urlopen(f"{process.stdout.readline().split()[0]}api/studies", timeout=30) as answer:
+            assert [study["study_name"] for study in json.load(answer)["study_summaries"]] == ["whole"]
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == 130
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from contextlib import redirect_stdout
 from dataclasses import asdict
 
 from lora_search.errors import SweepError
+from lora_search.job import cluster_address
 
 STYLES = {"ok": "green", "note": "yellow", "wrong": "bold red"}
 
@@ -23,10 +24,11 @@ def doctor(address: str | None, output: str, *, as_json: bool) -> None:
 
     from lora_search.doctor import examine
 
+    cluster, _ = cluster_address(address)
     console = Console(file=sys.stdout)
     checks = []
     with redirect_stdout(sys.stderr):  # standard output is ours; libraries may print
-        for check in examine(address, output):
+        for check in examine(cluster, output):
             checks.append(check)
             if not as_json:
                 style = STYLES[check.state]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from lora_search.cli.out import local_path
 from lora_search.cli.trials import chosen_trial, chosen_trials, require_trust
 from lora_search.errors import InputError, harmless
 from lora_search.export import LAYOUTS, SHOWN_TRIALS, describe, export_trial, shown_size
 from lora_search.results import Row, ranked_rows, run_rows
 from lora_search.rundir import RunDirectory, find_run
-from lora_search.spec import SweepSpec, load_spec
+from lora_search.spec import SweepSpec, recorded_spec
 
 
 def export(run: str, trial: str, trials: str | None, form: str, out: str, *, trusts_code: bool = False) -> None:
@@ -21,11 +22,11 @@ def export(run: str, trial: str, trials: str | None, form: str, out: str, *, tru
         trials: as `chosen_trials` reads them; for one of LAYOUTS. None: the best few.
         trusts_code: let the base run code of its own, here and in what is written, if the run directory says so.
     """
+    folder = local_path(out)
     directory = find_run(run)
-    spec = load_spec(directory.spec)
+    spec = recorded_spec(directory.spec)
     require_trust(directory, spec, trusts_code=trusts_code)
     rows = run_rows(directory)
-    folder = Path(out)
     if form in LAYOUTS:
         _layout(directory, spec, rows, trials, form, folder)
         return

@@ -8,6 +8,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_search.cli.out import local_path
 from lora_search.cli.plan import duration
 from lora_search.spec import load_spec
 
@@ -42,7 +43,7 @@ def launch(
             Wishes(nodes, gpus_per_node, gpu, time_limit),
             template=template,
             image=image,
-            out=Path(out) if out else None,
+            out=local_path(out) if out else None,
         )
     write(found)
     for line in _told(found):

@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"lora-search: {harmless(str(error))}", file=sys.stderr)
         return WRONG_INPUT
     except (KeyboardInterrupt, Interrupted) as error:
-        print(f"lora-search: {error or 'interrupted'}", file=sys.stderr)
+        print(f"lora-search: {str(error) or 'interrupted'}", file=sys.stderr)
         return INTERRUPTED
     except SweepError as error:
         print(f"lora-search: {harmless(str(error))}", file=sys.stderr)
@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run a sweep to the end: search, test, merge")
     _add_sweep(run)
     run.add_argument("--name", help="name of the run directory; default: the sweep's, numbered where it is taken")
-    run.add_argument("--address", help="of a Ray cluster; default: start one on this machine")
+    run.add_argument("--address", help="of a Ray cluster; default: RAY_ADDRESS, else one is started on this machine")
     run.add_argument("--resume", action="store_true", help="go on with the newest run of that name, if there is one")
 
     plan = commands.add_parser("plan", help="what a sweep will cost: memory, trials per GPU, steps, time; no training")
@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--trust-remote-code", action="store_true", help="run code of the base's, if the run did")
 
     doctor = commands.add_parser("doctor", help="what this machine and a cluster can do, and what is missing")
-    doctor.add_argument("--address", help="of a Ray cluster to look at too")
+    doctor.add_argument("--address", help="of a Ray cluster to look at too; default: RAY_ADDRESS")
     doctor.add_argument(
         "--output", default="runs", metavar="FOLDER", help="where runs are to be written; default: runs"
     )

@@ -10,6 +10,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_search.cli.out import local_path
 from lora_search.cli.trials import chosen_trial, chosen_trials, require_trust
 from lora_search.errors import InputError, SweepError, harmless
 from lora_search.results import run_rows
@@ -88,10 +89,10 @@ def merge(arguments: argparse.Namespace) -> None:
     Raises:
         SweepError: also where the merged model's loss is beyond the tolerance.
     """
+    folder = local_path(arguments.out)
     directory = find_run(arguments.run)
     spec = load_spec(directory.spec)
     require_trust(directory, spec, trusts_code=arguments.trust_remote_code)
-    folder = Path(arguments.out)
     if folder.exists():
         raise InputError(f"--out {folder}: exists already; name a folder that does not")
     if arguments.gguf and (beside := folder.with_name(f"{folder.name}.gguf")).exists():

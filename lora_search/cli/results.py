@@ -9,36 +9,46 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from lora_search.cli.out import local_path
 from lora_search.errors import InputError, SweepError, harmless
 from lora_search.results import Row, best_row, read_events, render, rows_frame, run_rows, trial_rows
 from lora_search.rundir import RunDirectory, find_run, is_locked
 from lora_search.space import planned_trials
-from lora_search.spec import SweepSpec, load_spec
+from lora_search.spec import SweepSpec, recorded_spec
 
 COLUMNS = ("trial", "state", "steps", "rank", "alpha", "dropout", "target_modules", "learning_rate")
 
 
 def results(run: str, form: str, out: str | None) -> None:
     """Print the trials, or write them to a file."""
+    file = None if out is None else local_path(out)
     directory = find_run(run)
-    rows = run_rows(directory)
+    try:
+        _write(directory, run_rows(directory), form, file)
+    except OSError as error:
+        if file is None:
+            raise
+        raise InputError(f"--out {file}: cannot be written: {error}") from None
+
+
+def _write(directory: RunDirectory, rows: list[Row], form: str, file: Path | None) -> None:
     if form == "parquet":
-        if out is None:
+        if file is None:
             raise InputError("--format parquet: needs --out FILE; Parquet is no text")
         from pyarrow.lib import ArrowException
 
         try:
-            rows_frame(rows).to_parquet(out, index=False)
+            rows_frame(rows).to_parquet(file, index=False)
         except (ArrowException, OverflowError) as error:  # a column of values of several kinds
             raise SweepError(f"{directory.trials}: cannot be a Parquet table: {error}") from None
     elif form == "table":
-        _print_table(load_spec(directory.spec), rows, out)
+        _print_table(recorded_spec(directory.spec), rows, file)
     else:
         text = render(rows, "csv" if form == "csv" else "json")
-        if out is None:
+        if file is None:
             sys.stdout.write(text)
         else:
-            Path(out).write_text(text, encoding="utf-8")
+            file.write_text(text, encoding="utf-8")
 
 
 def status(run: str, *, as_json: bool) -> None:
@@ -77,7 +87,7 @@ def _ago(seconds: float) -> str:
 
 def sweep_status(directory: RunDirectory) -> dict[str, Any]:
     """Where a sweep stands, from its run directory alone."""
-    spec = load_spec(directory.spec)
+    spec = recorded_spec(directory.spec)
     events = list(read_events(directory.trials))
     rows = trial_rows(events)
     states = ("running", "completed", "stopped", "failed")
@@ -104,7 +114,7 @@ def sweep_status(directory: RunDirectory) -> dict[str, Any]:
     }
 
 
-def _print_table(spec: SweepSpec, rows: list[Row], out: str | None) -> None:
+def _print_table(spec: SweepSpec, rows: list[Row], file: Path | None) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -119,11 +129,11 @@ def _print_table(spec: SweepSpec, rows: list[Row], out: str | None) -> None:
     for row in order if spec.search.mode == "min" else reversed(order):
         style = "bold" if best and row["trial"] == best["trial"] else ""
         table.add_row(*(escape(_cell(row.get(name))) for name in (*COLUMNS, *searched, metric)), style=style)
-    if out is None:
+    if file is None:
         Console(width=None if sys.stdout.isatty() else 160).print(table)
     else:
-        with Path(out).open("w", encoding="utf-8") as file:
-            Console(file=file, width=160).print(table)
+        with file.open("w", encoding="utf-8") as opened:
+            Console(file=opened, width=160).print(table)
 
 
 def _cell(value: Any) -> str:

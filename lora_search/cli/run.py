@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lora_search.errors import harmless
+from lora_search.job import cluster_address, lasting, refuse_passing_output
 from lora_search.rundir import create_run, newest_run
 from lora_search.space import planned_trials
 from lora_search.spec import load_spec
@@ -24,11 +25,21 @@ def run(sweep: str, overrides: Sequence[str], *, name: str | None, address: str 
         resume: go on with the newest run of that name, where there is one.
     """
     spec = load_spec(sweep, [*overrides, *([f"name={name}"] if name else [])])
+    refuse_passing_output(spec.output)
+    cluster, said_by = cluster_address(address)
     left = newest_run(spec.output, spec.name, exact=name is not None) if resume else None
     if resume and left is None:
         print(f"lora-search: {spec.output} has no run named {spec.name} to resume; starting one", file=sys.stderr)
     directory = left or create_run(spec.output, spec.name, exact=name is not None)
     print(f"lora-search: {spec.name} -> {directory.place}", file=sys.stderr)
+    if cluster is not None and address is None:
+        print(f"lora-search: on the Ray cluster {cluster} ({said_by})", file=sys.stderr)
+    if passing := _passing(spec):
+        print(
+            f"lora-search: WARNING: {' and '.join(passing)} lie in the job's copy of its working directory, where "
+            "merge, serve and export will not find them when Ray has removed it",
+            file=sys.stderr,
+        )
     # Only now: Ray and Optuna take seconds to import, and a wrong sweep file has been told of by now.
     from lora_search.sweep import run_sweep
     from lora_search.tracking.live import LiveView
@@ -37,8 +48,14 @@ def run(sweep: str, overrides: Sequence[str], *, name: str | None, address: str 
     view = LiveView(spec.name, planned_trials(spec), spec.max_steps, spec.search.metric, spec.search.mode)
     with view:
         runs = WandbRuns(spec.tracking.wandb, directory.name, directory.path, spec.model_dump(mode="json"), view.say)
-        outcome = run_sweep(spec, directory, [runs, view], address=address, resume=left is not None, say=view.say)
+        outcome = run_sweep(spec, directory, [runs, view], address=cluster, resume=left is not None, say=view.say)
     _show(spec, outcome)
+
+
+def _passing(spec: SweepSpec) -> list[str]:
+    """Keys of what is used again after the sweep, and is lost with a job."""
+    used = {"base.model": spec.base.model, "data.path": spec.data.path}
+    return [key for key, value in used.items() if lasting(value) != value]
 
 
 def _show(spec: SweepSpec, outcome: Outcome) -> None:

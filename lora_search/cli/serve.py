@@ -12,7 +12,7 @@ from lora_search.cli.trials import chosen_trials, require_trust
 from lora_search.errors import InputError, harmless
 from lora_search.results import best_row, ranked_rows, run_rows
 from lora_search.rundir import find_run
-from lora_search.spec import load_spec
+from lora_search.spec import recorded_spec
 
 
 def serve(run: str, *, trials: str | None, top: int, host: str, port: int, trusts_code: bool) -> None:
@@ -22,7 +22,7 @@ def serve(run: str, *, trials: str | None, top: int, host: str, port: int, trust
         trusts_code: let the base run code of its own, if the run directory, which may be somebody else's, says so.
     """
     directory = find_run(run)
-    spec = load_spec(directory.spec)
+    spec = recorded_spec(directory.spec, needs_base=True)
     require_trust(directory, spec, trusts_code=trusts_code)
     rows = run_rows(directory)
     if trials is not None:

@@ -50,7 +50,7 @@ def document(run: Run, *, finished: bool | None = None) -> dict[str, Any]:
     planned = planned_trials(spec)
     way = progress(events, metric, spec.search.mode)
     saved = savings(rows)
-    now = datetime.now(UTC).timestamp() if state == "running" else None
+    now = events[-1]["time"] if events and state == "running" else None  # this machine's clock may differ
     places = occupancy(stays(events, now), capacities(run.provenance.get("hosts")))
     weights = importance(placed, searched)
     fronts = {cost: front(rows, cost, metric, spec.search.mode) for cost in COSTS}

@@ -13,7 +13,7 @@ from lora_search.results.events import Event, read_events
 from lora_search.results.frames import reports_frame, rows_frame
 from lora_search.results.rows import Row, best_row, trial_rows
 from lora_search.rundir import RunDirectory, find_run
-from lora_search.spec import SweepSpec, load_spec
+from lora_search.spec import SweepSpec, recorded_spec
 
 if TYPE_CHECKING:
     import optuna
@@ -39,7 +39,7 @@ class Run:
     @cached_property
     def spec(self) -> SweepSpec:
         """The resolved sweep file."""
-        return load_spec(self.directory.spec)
+        return recorded_spec(self.directory.spec)
 
     @property
     def metric(self) -> str:

@@ -1,7 +1,7 @@
 """The sweep file: its schema, its defaults, and what is said about a wrong one. Imports nothing of ours but errors."""
 
 from lora_search.spec.domain import Choice, Domain, Fixed, IntUniform, LogUniform, Uniform
-from lora_search.spec.load import dump_spec, load_spec, parse_spec
+from lora_search.spec.load import dump_spec, load_spec, parse_spec, recorded_spec
 from lora_search.spec.schema import (
     LORA_KEYS,
     TARGET_SETS,
@@ -43,4 +43,5 @@ __all__ = [
     "dump_spec",
     "load_spec",
     "parse_spec",
+    "recorded_spec",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from lora_search.errors import InputError
-from lora_search.spec.paths import resolve_paths
+from lora_search.spec.paths import resolve_base, resolve_paths
 from lora_search.spec.schema import SweepSpec, plain_reason, unknown_key
 from lora_search.spec.secret import find_secrets, masked
 
@@ -53,36 +53,62 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> SweepSpec:
     Raises:
         InputError: the file cannot be read, or something in it is wrong; the message is complete.
     """
-    file = Path(path)
-    try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such sweep file (looked in {Path.cwd()})") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    return parse_spec(text, source=str(path), folder=file.parent, overrides=overrides)
+    return parse_spec(_text(path), source=str(path), folder=Path(path).parent, overrides=overrides)
+
+
+def recorded_spec(path: str | Path, *, needs_base: bool = False) -> SweepSpec:
+    """The sweep of a run directory, as it was resolved: its data and its base may no longer be there, or elsewhere.
+
+    Args:
+        needs_base: whether the base must be there, if it is a local folder.
+
+    Raises:
+        InputError: as `load_spec`.
+    """
+    spec, lines = _checked(_text(path), str(path))
+    return _resolved(spec, resolve_base, Path(path).parent, str(path), lines) if needs_base else spec
 
 
 def parse_spec(text: str, *, source: str, folder: Path, overrides: Sequence[str] = ()) -> SweepSpec:
     """As `load_spec`, for a text that came from `source`; relative paths are looked up in `folder` too."""
+    spec, lines = _checked(text, source, overrides)
+    return _resolved(spec, resolve_paths, folder, source, lines)
+
+
+def dump_spec(spec: SweepSpec) -> str:
+    """The sweep as YAML that `parse_spec` reads back to an equal sweep, every key written out."""
+    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+def _text(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such sweep file (looked in {Path.cwd()})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+
+
+def _checked(text: str, source: str, overrides: Sequence[str] = ()) -> tuple[SweepSpec, Lines]:
+    """The sweep, paths as they stand."""
     raw, lines = _parse_yaml(text, source)
     _refuse_secrets(raw, source, lines)
     for override in overrides:
         _lay_over(raw, lines, override)
         _refuse_secrets(raw, source, lines)
     try:
-        spec = SweepSpec.model_validate(raw)
+        return SweepSpec.model_validate(raw), lines
     except ValidationError as error:
         raise InputError("\n".join(_explain(error, source, lines))) from None
+
+
+def _resolved(
+    spec: SweepSpec, resolve: Callable[[SweepSpec, Path], SweepSpec], folder: Path, source: str, lines: Lines
+) -> SweepSpec:
     try:
-        return resolve_paths(spec, folder)
+        return resolve(spec, folder)
     except ValueError as error:
         raise InputError(_located(str(error), (), source, lines)) from None
-
-
-def dump_spec(spec: SweepSpec) -> str:
-    """The sweep as YAML that `parse_spec` reads back to an equal sweep, every key written out."""
-    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
 
 
 def _parse_yaml(text: str, source: str) -> tuple[dict[str, Any], Lines]:

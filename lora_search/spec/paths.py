@@ -17,13 +17,18 @@ def resolve_paths(spec: SweepSpec, folder: Path) -> SweepSpec:
     Raises:
         ValueError: a path that must be local is not there, or a builtin is unknown; the message begins with the key.
     """
-    base = spec.base.model_copy(update={"model": _model(spec.base.model, folder)})
+    spec = resolve_base(spec, folder)
     data: dict[str, float | str] = {"path": _data("data.path", spec.data.path, folder)}
     for key in ("validation", "test"):
         value = getattr(spec.data, key)
         if isinstance(value, str):
             data[key] = _data(f"data.{key}", value, folder)
-    return spec.model_copy(update={"base": base, "data": spec.data.model_copy(update=data)})
+    return spec.model_copy(update={"data": spec.data.model_copy(update=data)})
+
+
+def resolve_base(spec: SweepSpec, folder: Path) -> SweepSpec:
+    """As `resolve_paths`, of the base alone."""
+    return spec.model_copy(update={"base": spec.base.model_copy(update={"model": _model(spec.base.model, folder)})})
 
 
 def _model(value: str, folder: Path) -> str:

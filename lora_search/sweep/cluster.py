@@ -63,7 +63,7 @@ def cluster(address: str | None, say: Say = lambda line: None) -> Iterator[None]
                     **options,
                 )
         except ConnectionError as error:
-            raise SweepError(f"--address {address}: no Ray cluster answers: {error}") from None
+            raise SweepError(f"no Ray cluster answers at {address} (of --address or RAY_ADDRESS): {error}") from None
         except Exception as error:  # of many kinds: ports, memory, a machine too busy to start it in time
             if address:
                 raise

@@ -13,12 +13,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lora_search.checkpoint import Shelf
 from lora_search.errors import InputError
+from lora_search.job import lasting
 from lora_search.results import Row, ended_count, read_events, trial_rows
 from lora_search.rundir import RunDirectory
 from lora_search.search.searcher import MEMORY
 from lora_search.search.study import decode
 from lora_search.space import trial_config
-from lora_search.spec import SweepSpec, load_spec
+from lora_search.spec import SweepSpec, recorded_spec
 from lora_search.tracking import RunRecord
 from lora_search.tracking.relay import REPORT_KEYS
 
@@ -45,12 +46,12 @@ def refuse_other_sweep(spec: SweepSpec, run: RunDirectory) -> None:
     Raises:
         InputError: the run directory is of another search space, other data or another base; it says what changed.
     """
-    before = dict(_flat(load_spec(run.spec).model_dump(mode="json")))
+    before = dict(_flat(recorded_spec(run.spec).model_dump(mode="json")))
     now = dict(_flat(spec.model_dump(mode="json")))
     changed = [
         f"{key}: found {_shown(now.get(key))}, was {_shown(before.get(key))}"
         for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
+        if lasting(before.get(key)) != lasting(now.get(key)) and not key.startswith(MAY_CHANGE)
     ]
     if not changed and now["training.steps"] < before["training.steps"]:
         raise InputError(

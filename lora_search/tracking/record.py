@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lora_search.results import read_events
 from lora_search.tracking.events import Observer, State
 
 
@@ -17,7 +18,8 @@ class RunRecord(Observer):
 
     Events: `start` (parameters), `report` (the report's figures, `history` an entry a step), `checkpoint` (step and
     path), `resume` (the step from which a trial goes on, and which later checkpoints were damaged), `end` (state,
-    reason). Every line has `event`, `trial` and `time`, in seconds since 1970.
+    reason). Every line has `event`, `trial` and `time`, in seconds since 1970, which never run back: where the clock
+    is put back, or that of the machine that goes on with a sweep is behind, they go on from the last line.
     """
 
     essential = True
@@ -25,6 +27,9 @@ class RunRecord(Observer):
     def __init__(self, file: Path, clock: Callable[[], float] = time.time) -> None:
         self._file = file.open("a", encoding="utf-8", buffering=1)  # a line is out as soon as it is whole
         self._clock = clock
+        self._last = max((float(event["time"]) for event in read_events(file)), default=0.0)
+        self._ahead_s = 0.0
+        """Of the times in the record, before our clock."""
 
     def trial_started(self, trial: int, parameters: Mapping[str, Any]) -> None:
         self._append("start", trial, parameters=parameters)
@@ -45,8 +50,14 @@ class RunRecord(Observer):
         self._file.close()
 
     def _append(self, event: str, trial: int, **fields: Any) -> None:
-        line = {"event": event, "trial": trial, "time": round(self._clock(), 3), **fields}
+        line = {"event": event, "trial": trial, "time": round(self._now(), 3), **fields}
         self._file.write(json.dumps(_finite(line), ensure_ascii=False) + "\n")
+
+    def _now(self) -> float:
+        now = self._clock() + self._ahead_s
+        self._ahead_s += max(0.0, self._last - now)
+        self._last = max(self._last, now)
+        return self._last
 
 
 def _finite(value: Any) -> Any:
