@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lora_search.data import TokenizedData, TokenSplit, collate, evaluation_batches, tokenize_data, training_rows
+from lora_search.data.rows import read_splits
 from lora_search.errors import InputError
 from lora_search.spec import Data
 
@@ -157,6 +158,82 @@ def test_every_kind_of_file_reads_the_same(tmp_path: Path, rows_file: str, kind:
     assert load(str(path)).fingerprint == load(rows_file).fingerprint
 
 
+AS_WRITTEN = [
+    "001",
+    "1.50",
+    "true",
+    "None",
+    "NA",
+    "1e3",
+    "2024-05-01",
+    "[1]",
+    "10:00",
+    "null",
+    '"quoted"',
+    " spaced ",
+    "",
+]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "folder of csv", "folder of jsonl"])
+def test_text_is_trained_on_as_it_is_written(tmp_path: Path, kind: str) -> None:
+    """Readers that guess types make 1 of 001, a missing value of None, and a time of day of a date."""
+    import pandas as pd
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    file = folder / f"train.{kind.split()[-1]}"
+    frame = pd.DataFrame({"prompt": AS_WRITTEN * 9, "completion": AS_WRITTEN * 9, "other": range(len(AS_WRITTEN) * 9)})
+    if file.suffix == ".jsonl":
+        frame.to_json(file, orient="records", lines=True)
+    elif file.suffix == ".json":
+        frame.to_json(file, orient="records")
+    elif file.suffix == ".csv":
+        frame.to_csv(file, index=False)
+    else:
+        frame.to_parquet(file)
+    data = Data(path=str(folder if "folder" in kind else file), template="{prompt}", validation=0.3, test=0.3)
+    splits = read_splits(data, tokenizer())
+    read = [row for part in (splits.train, splits.validation, splits.test) for row in part]
+    assert sorted(row[1].text for row in read) == sorted(AS_WRITTEN * 9)
+    assert all(row[0].text == row[1].text for row in read)
+
+
+def test_column_of_dates_stays_text(tmp_path: Path) -> None:
+    dates = [f"2024-05-{day:02d}" for day in range(1, 29)]
+    path = write(tmp_path / "a.jsonl", [{"prompt": str(i), "completion": day} for i, day in enumerate(dates)])
+    splits = read_splits(Data(path=path, validation=0.3, test=0.3), tokenizer())
+    assert {row[1].text for part in (splits.train, splits.validation, splits.test) for row in part} == set(dates)
+
+
+def test_numbers_in_json_stand_as_they_are_written(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(f'{{"prompt": {i}, "completion": {i}.50}}\n' for i in range(40)))
+    splits = read_splits(Data(path=str(file), template="{prompt}", validation=0.3, test=0.3), tokenizer())
+    read = {tuple(s.text for s in row) for part in (splits.train, splits.validation, splits.test) for row in part}
+    assert read == {(str(i), f"{i}.50") for i in range(40)}
+
+
+@pytest.mark.parametrize("value", [True, 0.5, "time"])
+def test_parquet_that_holds_no_text_is_refused(tmp_path: Path, value: Any) -> None:
+    import pandas as pd
+
+    value = pd.Timestamp("2024-05-01") if value == "time" else value
+    pd.DataFrame({"prompt": ["a"] * 5, "completion": [value] * 5}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"row 0 of .*a\.parquet: column 'completion' must be text.*found"):
+        load(str(tmp_path / "a.parquet"))
+
+
+def test_slice_of_a_split_is_read(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", distinct_rows(100))
+    write(tmp_path / "test.jsonl", distinct_rows(50))
+    for split, count in (("train[:50%]", 50), ("train[10:]+test", 140), ("test", 50)):
+        data = load(str(tmp_path), split=split, validation=0.2, test=0.2)
+        assert len(data.train) + len(data.validation) + len(data.test) == count
+    with pytest.raises(InputError, match="'dev'; it has train, test"):
+        load(str(tmp_path), split="dev")
+
+
 def test_duplicates_never_cross_from_one_split_to_another(tmp_path: Path) -> None:
     rows = distinct_rows(200)
     spaced = [{"prompt": row["prompt"], "completion": f" {row['completion']} "} for row in rows]
@@ -216,11 +293,26 @@ def test_fingerprint_changes_with_what_is_trained_on(rows_file: str) -> None:
         ('{"prompt": "a"}\n', {}, "column 'completion'"),
         ('{"prompt": "a", "completion": null}\n{"prompt": "a", "completion": "b"}\n', {}, "row 0 of"),
         ('{"prompt": "a", "comp\n', {}, "cannot read"),
+        ('{"prompt": "a", "completion": true}\n', {}, "row 0 of .* found True"),
+        ('{"prompt": "a", "completion": "\\ud800"}\n', {}, "row 0 of .*surrogates"),
+        ('{"prompt": "a", "completion": NaN}\n', {}, "line 1: no JSON"),
+        ("3\n", {}, "line 1: found 3"),
         ("", {}, "cannot read"),
         ('{"prompt": "a", "completion": "b"}\n', {}, "split"),
         ('{"prompt": "a", "completion": "b"}\n', {"format": "chat"}, "column 'messages'"),
     ],
-    ids=["no column", "null", "malformed", "empty", "one row", "no messages"],
+    ids=[
+        "no column",
+        "null",
+        "malformed",
+        "true",
+        "half a character",
+        "nan",
+        "no object",
+        "empty",
+        "one row",
+        "no messages",
+    ],
 )
 def test_what_cannot_be_used_is_said(tmp_path: Path, content: str, keys: dict[str, Any], said: str) -> None:
     file = tmp_path / "wrong.jsonl"

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_search.builtin import data_file
+from lora_search.data.source import READERS, Decimal, Source, read_source
 from lora_search.errors import InputError
 from lora_search.spec import Data
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
-
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
 @dataclass(frozen=True)
@@ -72,19 +71,17 @@ def _place(row: Row) -> float:
 
 
 def _rendered(data: Data, path: str, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-    dataset = _read(data, path)
-    if data.limit is not None and path == data.path:
-        dataset = dataset.select(range(min(data.limit, len(dataset))))
     columns = {
         "text": [data.columns.text],
         "prompt-completion": [data.columns.prompt, data.columns.completion],
         "chat": [data.columns.messages],
     }[data.format]
+    source = _read(data, path, columns)
     for column in columns:
-        if column not in dataset.column_names:
+        if column not in source.columns:
             raise InputError(
                 f"data.columns: format {data.format} reads column {column!r}, which {path} does not have; "
-                f"it has {', '.join(dataset.column_names)}"
+                f"it has {', '.join(source.columns)}"
             )
     render: Callable[[Mapping[str, Any]], Row] = {
         "text": lambda row: _text(data, row),
@@ -92,39 +89,38 @@ def _rendered(data: Data, path: str, tokenizer: PreTrainedTokenizerBase) -> list
         "chat": lambda row: _chat(data, row, tokenizer),
     }[data.format]
     rows = []
-    for number, row in enumerate(dataset.select_columns(columns)):
+    for number, row in enumerate(islice(source.rows, data.limit if path == data.path else None)):
         try:
-            rows.append(render(row))
+            rows.append(_encodable(render(row)))
         except ValueError as error:
             raise InputError(f"data.path: row {number} of {path}: {error}") from None
     return rows
 
 
-def _read(data: Data, path: str) -> Dataset:
-    """The data set at a path, through the `datasets` library."""
-    from datasets import Dataset, DatasetDict, load_dataset
+def _encodable(row: Row) -> Row:
+    """
+    Raises:
+        ValueError: JSON may hold half a surrogate pair, which is no text.
+    """
+    for segment in row:
+        segment.text.encode()
+    return row
+
+
+def _read(data: Data, path: str, columns: Sequence[str]) -> Source:
+    """The data set at a path."""
     from datasets.utils import disable_progress_bars
 
     disable_progress_bars()
     file = Path(str(data_file(path.removeprefix("builtin:"))) if path.startswith("builtin:") else path)
+    if file.is_file() and file.suffix not in READERS:
+        raise InputError(f"data.path: {path} is no known kind of file; allowed: {', '.join(READERS)}")
     try:
-        if file.is_file():
-            if file.suffix not in READERS:
-                raise InputError(f"data.path: {path} is no known kind of file; allowed: {', '.join(READERS)}")
-            read = load_dataset(READERS[file.suffix], data_files=str(file), split="train")
-        elif file.is_dir():
-            read = load_dataset(str(file), split=data.split)
-        else:
-            read = load_dataset(path, data.name, split=data.split)
-    except InputError:
-        raise
+        return read_source(file if file.exists() else path, data.name, data.split, columns)
     except Exception as error:  # datasets raises a different class for every reader and hub failure
         cause = error.__cause__ or error
         first = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise InputError(f"data.path: cannot read {path}: {first}") from error
-    if isinstance(read, DatasetDict) or not isinstance(read, Dataset):
-        raise InputError(f"data.split: {path} has no single split {data.split!r}")
-    return read
 
 
 def _text(data: Data, row: Mapping[str, Any]) -> Row:
@@ -163,7 +159,13 @@ def _template(tokenizer: PreTrainedTokenizerBase, messages: Iterable[Any], *, ad
 
 
 def _string(row: Mapping[str, Any], column: str) -> str:
-    value = row[column]
-    if value is None or isinstance(value, list | dict):
-        raise ValueError(f"column {column!r} must be text; found {value!r}"[:200])
-    return str(value)
+    """The text in a column; a whole number is its digits, a number in JSON is what is written there."""
+    value = row.get(column)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Decimal):
+        return value.written
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    found = "nothing" if value is None else repr(value)
+    raise ValueError(f"column {column!r} must be text, or a number in JSON; found {found}"[:200])

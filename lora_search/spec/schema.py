@@ -58,7 +58,10 @@ class Data(Section):
     """The data set and how its rows become token sequences."""
 
     path: str = Field(
-        "builtin:demo", min_length=1, description="JSONL, JSON, CSV, Parquet, a folder, a hub id, builtin:NAME"
+        "builtin:demo",
+        min_length=1,
+        description="JSONL, JSON, CSV, Parquet, a folder, a hub id, builtin:NAME; text stands as it is written, and so "
+        "does a number in JSON; of Parquet, whole numbers are read too, and nothing else that is no text",
     )
     name: str | None = Field(None, description="configuration of a hub data set")
     split: str = Field("train", description="split of a hub data set")
