@@ -129,6 +129,33 @@ def test_chat_trains_on_every_turn_of_the_assistant(tmp_path: Path) -> None:
         load(path, tokenizer(), format="chat")
 
 
+ALTERNATING = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + TEMPLATE
+)
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([{"role": "system", "content": "it"}, {"role": "assistant", "content": "sees"}], "System role not supported"),
+        (["the cat", "sees"], "message 0 must be a mapping.*'the cat'"),
+        ([None, {"role": "assistant", "content": "sees"}], "message 0 must be a mapping"),
+        ([{"role": "user"}, {"role": "assistant", "content": "sees"}], "no attribute 'content'"),
+        ([{"role": "user", "content": "it"}, {"role": "assistant"}], "no attribute 'content'"),
+        ("the cat", "must list messages; found 'the cat'"),
+        ([], "at least from the assistant"),
+    ],
+    ids=["refused role", "texts", "null", "no content", "no answer", "no list", "none"],
+)
+def test_chat_row_that_the_template_refuses_is_named(tmp_path: Path, messages: Any, said: str) -> None:
+    good = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sees"}]
+    path = write(tmp_path / "a.jsonl", [{"messages": good}, {"messages": messages}])
+    template = ALTERNATING.replace("m['content']", "m['content'] + ''")
+    with pytest.raises(InputError, match=rf"data\.path: row 1 of .*a\.jsonl: .*{said}") as caught:
+        load(path, tokenizer(template=template), format="chat")
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_columns_and_template_are_the_sweep_files(tmp_path: Path) -> None:
     rows = [{"question": f"the {a}", "answer": b} for a in WORDS for b in WORDS[:5]]
     path = write(tmp_path / "a.jsonl", rows)
@@ -265,6 +292,21 @@ def test_splits_may_be_files_of_their_own(tmp_path: Path, rows_file: str) -> Non
     data = load(rows_file, validation=other)
     assert len(data.validation) == len(WORDS)
     assert len(data.train) + len(data.test) == 300
+
+
+def test_row_that_stands_in_a_file_to_judge_by_is_not_trained_on(tmp_path: Path) -> None:
+    """Nor is a row that is tested by validated by."""
+    rows = distinct_rows(100)
+    spaced = [row | {"completion": f"{row['completion']} "} for row in rows]
+    path = write(tmp_path / "all.jsonl", rows)
+    validation = write(tmp_path / "validation.jsonl", spaced[:30])
+    test = write(tmp_path / "test.jsonl", rows[20:50])
+    data = load(path, validation=validation, test=test)
+    assert (len(data.train), len(data.validation), len(data.test), data.overlapping) == (50, 20, 30, 60)
+    data = load(path, validation=validation)
+    assert (len(data.train) + len(data.test), len(data.validation), data.overlapping) == (70, 30, 30)
+    with pytest.raises(InputError, match="none fell into the train split; 100 stand in"):
+        load(path, validation=path)
 
 
 def test_limit_reads_the_first_rows(rows_file: str) -> None:

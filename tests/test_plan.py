@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from lora_search.memory import corners
 from lora_search.placement import HostPlace
 from lora_search.plan import plan_sweep
 from lora_search.plan.devices import GPUS, this_machine
+from lora_search.plan.rows import row_facts
 from lora_search.plan.schedule import BEST_SHARE, Rung, schedule, simulate
 from lora_search.plan.work import base_work
 from lora_search.spec import dump_spec, load_spec
@@ -227,3 +229,34 @@ def test_wrong_input_is_told_once(
     assert printed.out == ""
     assert said in printed.err
     assert "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize(
+    ("rows", "damage", "said"),
+    [
+        ({"text": "the cat"}, "remove", "column 'prompt', which .* does not have; it has text"),
+        ({"prompt": "the cat", "completion": None}, "remove", "row 0 of .* 'completion'"),
+        ({"prompt": "the cat", "completion": "sees"}, "spoil", "tokenizer"),
+    ],
+    ids=["no column", "no text", "broken tokenizer"],
+)
+def test_plan_refuses_rows_that_run_refuses(
+    tiny: Path, tmp_path: Path, rows: dict[str, Any], damage: str, said: str
+) -> None:
+    """Without a tokenizer the lengths are assumed, but the data is looked at; one that is broken is told of."""
+    model = shutil.copytree(tiny / "model", tmp_path / "model")
+    for file in model.glob("token*"):
+        if damage == "remove":
+            file.unlink()
+        else:
+            file.write_text("{")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(rows) + "\n")
+    with pytest.raises(InputError, match=said):
+        row_facts(make_spec(tiny, base={"model": str(model)}, data={"path": str(tmp_path / "rows.jsonl")}))
+
+
+def test_rows_of_a_base_without_a_tokenizer_are_assumed(tiny: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny / "model", tmp_path / "model", ignore=shutil.ignore_patterns("token*"))
+    facts = row_facts(make_spec(tiny, base={"model": str(model)}))
+    assert (facts.measured, facts.longest) == (False, 32)
+    assert "no tokenizer" in facts.reason

@@ -9,6 +9,7 @@ from lora_search.data.batches import (
     rows_by_length,
     training_rows,
 )
+from lora_search.data.rows import check_rows
 from lora_search.data.tokens import TokenizedData, TokenSplit, tokenize_data
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "FlatRows",
     "TokenSplit",
     "TokenizedData",
+    "check_rows",
     "collate",
     "evaluation_batches",
     "flatten",

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_search.builtin import data_file
 from lora_search.data.source import READERS, Decimal, Source, read_source
@@ -28,6 +28,8 @@ class Segment:
 
 Row = tuple[Segment, ...]
 
+Made = TypeVar("Made")
+
 
 @dataclass(frozen=True)
 class Splits:
@@ -36,6 +38,8 @@ class Splits:
     train: list[Row]
     validation: list[Row]
     test: list[Row]
+    overlapping: int = 0
+    """Rows of data.path, and of a validation file, left out for their text stands in a file to validate or test by."""
 
 
 def read_splits(data: Data, tokenizer: PreTrainedTokenizerBase) -> Splits:
@@ -48,34 +52,65 @@ def read_splits(data: Data, tokenizer: PreTrainedTokenizerBase) -> Splits:
         InputError: the data set cannot be read, lacks a column, or leaves a split without rows.
     """
     rows = _rendered(data, data.path, tokenizer)
-    splits = Splits([], [], [])
+    given = {
+        key: _rendered(data, source, tokenizer)
+        for key, source in (("validation", data.validation), ("test", data.test))
+        if isinstance(source, str)
+    }
+    taken = {_key(row) for part in given.values() for row in part}
+    kept = [row for row in rows if _key(row) not in taken] if taken else rows
+    overlapping = len(rows) - len(kept)
+    if len(given) == 2:  # what is tested by stays untouched until the end: a test row that is validated by is no test
+        tested = {_key(row) for row in given["test"]}
+        left = [row for row in given["validation"] if _key(row) not in tested]
+        overlapping += len(given["validation"]) - len(left)
+        given["validation"] = left
+    splits = Splits([], given.get("validation", []), given.get("test", []), overlapping)
     test = data.test if isinstance(data.test, float) else 0.0
     validation = data.validation if isinstance(data.validation, float) else 0.0
-    for row in rows:
+    for row in kept:
         place = _place(row)
         part = splits.test if place < test else splits.validation if place < test + validation else splits.train
         part.append(row)
-    for part, source in ((splits.validation, data.validation), (splits.test, data.test)):
-        if isinstance(source, str):
-            part.extend(_rendered(data, source, tokenizer))
     for name, part in (("train", splits.train), ("validation", splits.validation), ("test", splits.test)):
         if not part:
-            raise InputError(f"data.path: of the {len(rows)} rows of {data.path} none fell into the {name} split")
+            found = f"data.path: of the {len(rows)} rows of {data.path} none fell into the {name} split"
+            raise InputError(found + f"; {overlapping} stand in a file to validate or test by" * (overlapping > 0))
     return splits
 
 
 def _place(row: Row) -> float:
-    """Where in [0, 1) the hash of a row's text lies; white space at its ends does not count."""
-    text = "\x00".join(segment.text.strip() for segment in row)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    """Where in [0, 1) the hash of a row's text lies."""
+    return int.from_bytes(hashlib.sha256(_key(row).encode()).digest()[:8], "big") / 2**64
+
+
+def _key(row: Row) -> str:
+    """What makes two rows the same; white space at a text's ends does not count."""
+    return "\x00".join(segment.text.strip() for segment in row)
+
+
+def check_rows(data: Data) -> None:
+    """What can be said of the rows without a tokenizer: each has its columns, and what they hold is of the format.
+
+    Raises:
+        InputError: as `read_splits`.
+    """
+    for path in (data.path, *(place for place in (data.validation, data.test) if isinstance(place, str))):
+        _each(data, path, lambda row: _readable(data, row))
 
 
 def _rendered(data: Data, path: str, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-    columns = {
-        "text": [data.columns.text],
-        "prompt-completion": [data.columns.prompt, data.columns.completion],
-        "chat": [data.columns.messages],
+    render: Callable[[Mapping[str, Any]], Row] = {
+        "text": lambda row: _text(data, row),
+        "prompt-completion": lambda row: _prompt_completion(data, row),
+        "chat": lambda row: _chat(data, row, tokenizer),
     }[data.format]
+    return _each(data, path, lambda row: _encodable(render(row)))
+
+
+def _each(data: Data, path: str, make: Callable[[Mapping[str, Any]], Made]) -> list[Made]:
+    """What `make` makes of every row of a file, folder or hub data set."""
+    columns = _columns(data)
     source = _read(data, path, columns)
     for column in columns:
         if column not in source.columns:
@@ -83,18 +118,29 @@ def _rendered(data: Data, path: str, tokenizer: PreTrainedTokenizerBase) -> list
                 f"data.columns: format {data.format} reads column {column!r}, which {path} does not have; "
                 f"it has {', '.join(source.columns)}"
             )
-    render: Callable[[Mapping[str, Any]], Row] = {
-        "text": lambda row: _text(data, row),
-        "prompt-completion": lambda row: _prompt_completion(data, row),
-        "chat": lambda row: _chat(data, row, tokenizer),
-    }[data.format]
-    rows = []
+    made = []
     for number, row in enumerate(islice(source.rows, data.limit if path == data.path else None)):
         try:
-            rows.append(_encodable(render(row)))
+            made.append(make(row))
         except ValueError as error:
             raise InputError(f"data.path: row {number} of {path}: {error}") from None
-    return rows
+    return made
+
+
+def _columns(data: Data) -> list[str]:
+    return {
+        "text": [data.columns.text],
+        "prompt-completion": [data.columns.prompt, data.columns.completion],
+        "chat": [data.columns.messages],
+    }[data.format]
+
+
+def _readable(data: Data, row: Mapping[str, Any]) -> None:
+    if data.format == "chat":
+        _messages(row, data.columns.messages)
+    else:
+        for column in _columns(data):
+            _string(row, column)
 
 
 def _encodable(row: Row) -> Row:
@@ -134,9 +180,7 @@ def _prompt_completion(data: Data, row: Mapping[str, Any]) -> Row:
 
 def _chat(data: Data, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Row:
     """What the chat template writes, the assistant's turns trained on."""
-    messages = row[data.columns.messages]
-    if not isinstance(messages, list) or not any(m.get("role") == "assistant" for m in messages):
-        raise ValueError(f"column {data.columns.messages!r} must list messages, one at least from the assistant")
+    messages = _messages(row, data.columns.messages)
     segments: list[Segment] = []
     written = ""
     for index, message in enumerate(messages):
@@ -151,10 +195,38 @@ def _chat(data: Data, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
     return tuple(segments)
 
 
-def _template(tokenizer: PreTrainedTokenizerBase, messages: Iterable[Any], *, add_generation_prompt: bool) -> str:
+def _messages(row: Mapping[str, Any], column: str) -> list[Mapping[str, Any]]:
+    messages = row.get(column)
+    if not isinstance(messages, list):
+        raise ValueError(f"column {column!r} must list messages; found {messages!r}"[:200])
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise ValueError(f"message {index} must be a mapping of role and content; found {message!r}"[:200])
+    if not any(message.get("role") == "assistant" for message in messages):
+        raise ValueError(f"column {column!r} must list messages, one at least from the assistant")
+    return messages
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], *, add_generation_prompt: bool) -> str:
+    """What the template writes.
+
+    Raises:
+        ValueError: there is no template, or it refuses these messages. A template is a program of the base's: it says
+            no by jinja2's own errors, or trips over what it does not expect, as a missing content.
+    """
     if not tokenizer.chat_template:
         raise ValueError("format chat needs a tokenizer with a chat template, and this base's has none")
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except (TemplateError, TypeError, AttributeError, KeyError, IndexError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"the base's chat template refuses its first {len(messages)} messages: {reason}"[:300]
+        ) from None
     return str(text)
 
 

@@ -56,6 +56,8 @@ class TokenizedData:
     """Rows cut at max_length."""
     dropped: int
     """Rows of which max_length left nothing to train on."""
+    overlapping: int = 0
+    """Rows left out for their text stands in a file that is validated or tested by."""
 
 
 def tokenize_data(data: Data, tokenizer: PreTrainedTokenizerBase) -> TokenizedData:
@@ -81,7 +83,14 @@ def tokenize_data(data: Data, tokenizer: PreTrainedTokenizerBase) -> TokenizedDa
         for array in (split.tokens_S, split.trained_S, split.offsets):
             digest.update(np.ascontiguousarray(array).tobytes())
     return TokenizedData(
-        train, validation, test, int(tokenizer.pad_token_id), digest.hexdigest(), counts["truncated"], counts["dropped"]
+        train,
+        validation,
+        test,
+        int(tokenizer.pad_token_id),
+        digest.hexdigest(),
+        counts["truncated"],
+        counts["dropped"],
+        splits.overlapping,
     )
 
 

@@ -33,19 +33,24 @@ def row_facts(spec: SweepSpec) -> RowFacts:
     """Tokenise the data and measure it.
 
     Raises:
-        InputError: the data is here, and is wrong.
+        InputError: the data or the base's tokenizer is here, and is wrong.
     """
-    from lora_search.data import tokenize_data
+    from lora_search.data import check_rows, tokenize_data
     from lora_search.model import load_tokenizer
 
     try:
         tokenizer = load_tokenizer(spec.base)
     except InputError:
-        return _assumed(spec, f"there is no tokenizer of {spec.base.model} here")
+        if _is_here(spec.base.model) and not _lacks_tokenizer(spec.base.model):
+            raise
+        tokenizer = None
     try:
+        if tokenizer is None:
+            check_rows(spec.data)
+            return _assumed(spec, f"there is no tokenizer of {spec.base.model} here")
         data = tokenize_data(spec.data, tokenizer)
     except InputError:
-        if spec.data.path.startswith("builtin:") or Path(spec.data.path).exists():
+        if _is_here(spec.data.path):
             raise
         return _assumed(spec, f"{spec.data.path} cannot be read here")
     lengths = data.train.lengths_N.astype(float)
@@ -58,6 +63,17 @@ def row_facts(spec: SweepSpec) -> RowFacts:
         validation_tokens=len(data.validation.tokens_S),
         measured=True,
         reason="",
+    )
+
+
+def _is_here(place: str) -> bool:
+    return place.startswith("builtin:") or Path(place).exists()
+
+
+def _lacks_tokenizer(model: str) -> bool:
+    """Whether a folder holds no file of a tokenizer: a plan needs its config.json alone."""
+    return not model.startswith("builtin:") and not any(
+        next(Path(model).glob(pattern), None) for pattern in ("*token*", "vocab*", "*.model", "spiece*")
     )
 
 

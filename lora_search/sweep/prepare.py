@@ -29,6 +29,7 @@ class DataSummary:
     train_tokens: int
     truncated: int
     dropped: int
+    overlapping: int
     fingerprint: str
 
 
@@ -63,6 +64,7 @@ def prepare(spec: SweepSpec, place: HostPlace) -> tuple[DataSummary, TokenizedDa
         len(data.train.tokens_S),
         data.truncated,
         data.dropped,
+        data.overlapping,
         data.fingerprint,
     )
     return summary, data

@@ -312,6 +312,8 @@ def _data_line(summary: DataSummary) -> str:
         line += f"; {summary.truncated:,} cut at max_length"
     if summary.dropped:
         line += f"; {summary.dropped:,} dropped, max_length leaves them nothing to train on"
+    if summary.overlapping:
+        line += f"; {summary.overlapping:,} left out, their text stands in a file to validate or test by"
     return line
 
 
