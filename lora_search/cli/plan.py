@@ -50,7 +50,7 @@ def _print(plan: Plan) -> None:
     one = "one device" if plan.gpus_per_host == 1 else f"{plan.gpus_per_host} GPUs of one host"
     console.print(f"\nTrials that fit together on {one}, without and with base.gradient_checkpointing", style="italic")
     console.print(_devices(plan))
-    for line in _unfit(plan):
+    for line in (*_unfit(plan), *([f"Careful: {plan.advice}."] if plan.advice else [])):
         console.print(line, style="bold red", markup=False)
     console.print("\nThe sweep", style="italic")
     console.print(_sweep(plan))

@@ -59,6 +59,11 @@ class TokenizedData:
     overlapping: int = 0
     """Rows left out for their text stands in a file that is validated or tested by."""
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row of all splits."""
+        return max(int(split.lengths_N.max()) for split in (self.train, self.validation, self.test))
+
 
 def tokenize_data(data: Data, tokenizer: PreTrainedTokenizerBase) -> TokenizedData:
     """Read, split and tokenise a data set. Deterministic: the same file, template and tokenizer, the same tokens.

@@ -75,8 +75,11 @@ def plan_sweep(spec: SweepSpec, gpus: int | None = None) -> Plan:
     Raises:
         InputError: the base, the data or a target set cannot be used.
     """
+    from lora_search.model import refuse_long_rows  # imports torch
+
     model = _skeleton(spec)
     rows = row_facts(spec)
+    advice = refuse_long_rows(model, rows.longest_tested) if rows.measured else None
     places = place_hosts([Node("here", os.cpu_count() or 1, gpu_count())], spec.hosts)
     hosts = len(places)
     per_host = most_trials(places[0], spec.hosts)
@@ -112,6 +115,7 @@ def plan_sweep(spec: SweepSpec, gpus: int | None = None) -> Plan:
         familiar=familiar_figures(partial(_skeleton, spec)),
         sweep=sweep,
         refused=_refused(spec, memories, found, here),
+        advice=advice,
     )
 
 

@@ -27,6 +27,8 @@ class RowFacts:
     measured: bool
     reason: str
     """Why not measured."""
+    longest_tested: int
+    """As `longest`, with the test split's."""
 
 
 def row_facts(spec: SweepSpec) -> RowFacts:
@@ -63,6 +65,7 @@ def row_facts(spec: SweepSpec) -> RowFacts:
         validation_tokens=len(data.validation.tokens_S),
         measured=True,
         reason="",
+        longest_tested=data.longest,
     )
 
 
@@ -80,5 +83,13 @@ def _lacks_tokenizer(model: str) -> bool:
 def _assumed(spec: SweepSpec, reason: str) -> RowFacts:
     length = spec.data.max_length
     return RowFacts(
-        length, length, length, ASSUMED_TARGETS, None, ASSUMED_VALIDATION_ROWS * length, measured=False, reason=reason
+        longest=length,
+        mean=length,
+        attended=length,
+        targets=ASSUMED_TARGETS,
+        train_rows=None,
+        validation_tokens=ASSUMED_VALIDATION_ROWS * length,
+        measured=False,
+        reason=reason,
+        longest_tested=length,
     )

@@ -101,3 +101,5 @@ class Plan:
     sweep: SweepPlan
     refused: str | None
     """What `run` says here of a trial that can never fit."""
+    advice: str | None
+    """Of rows longer than the base was made for."""

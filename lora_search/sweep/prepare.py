@@ -30,6 +30,8 @@ class DataSummary:
     truncated: int
     dropped: int
     overlapping: int
+    advice: str | None
+    """Of rows longer than the base was made for."""
     fingerprint: str
 
 
@@ -40,12 +42,11 @@ def prepare(spec: SweepSpec, place: HostPlace) -> tuple[DataSummary, TokenizedDa
         InputError: the base, the data or a target set cannot be used, or a trial can never fit.
     """
     from lora_search.data import tokenize_data
-    from lora_search.model import load_tokenizer
+    from lora_search.model import load_tokenizer, refuse_long_rows
     from lora_search.targets import module_tree, resolve, skeleton
 
-    tree = module_tree(
-        skeleton(spec.base.model, trust_remote_code=spec.base.trust_remote_code, revision=spec.base.revision)
-    )
+    model = skeleton(spec.base.model, trust_remote_code=spec.base.trust_remote_code, revision=spec.base.revision)
+    tree = module_tree(model)
     domain = spec.search.space.get("target_modules")
     dropout = spec.search.space.get("dropout")
     for target in domain.probes() if domain else (Lora().target_modules,):
@@ -56,6 +57,7 @@ def prepare(spec: SweepSpec, place: HostPlace) -> tuple[DataSummary, TokenizedDa
                 "adapts without dropout only; set dropout: 0"
             )
     data = tokenize_data(spec.data, load_tokenizer(spec.base))
+    advice = refuse_long_rows(model, data.longest)
     refuse_too_large(spec, place, data)
     summary = DataSummary(
         len(data.train),
@@ -65,6 +67,7 @@ def prepare(spec: SweepSpec, place: HostPlace) -> tuple[DataSummary, TokenizedDa
         data.truncated,
         data.dropped,
         data.overlapping,
+        advice,
         data.fingerprint,
     )
     return summary, data

@@ -137,6 +137,8 @@ def _run(
             summary = hosts.prepare(partial(prepare, spec), import_engine)
             refuse_other_data(before, summary.fingerprint)
             say(_data_line(summary))
+            if summary.advice is not None:
+                say(f"WARNING: {summary.advice}")
             ready = hosts.load()
             write_provenance(run.provenance, facts | {"data": asdict(summary), "hosts": ready})
             rows = search(spec, run, hosts, observers, say)

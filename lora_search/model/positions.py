@@ -1,0 +1,68 @@
+"""How long a row may be: a base with a table of positions has none for a token beyond its end."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from lora_search.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TABLE = re.compile(r"wpe|pos")
+"""What architectures call their table of positions: wpe, embed_positions, position_embeddings, positions_embed."""
+
+MARGIN = 8
+"""Rows that a table may have beyond the positions its config states, as OPT's first two."""
+
+
+def refuse_long_rows(model: PreTrainedModel, longest: int) -> str | None:
+    """Hold the longest row, in tokens, against the base's positions.
+
+    Args:
+        model: with or without weights.
+
+    Returns:
+        advice, where the base computes positions (rotary, ALiBi) but was made for shorter rows.
+
+    Raises:
+        InputError: the base looks positions up in a table that ends before the row does.
+    """
+    last = table_length(model)
+    if last is not None and longest > last:
+        raise InputError(
+            f"data.max_length: the longest row has {longest} tokens; allowed: at most {last}, for this base's table of "
+            "positions has no more; a longer row is cut at max_length"
+        )
+    stated = _stated(model)
+    if last is None and stated is not None and longest > stated:
+        return (
+            f"the longest row has {longest} tokens, and this base was made for {stated} (max_position_embeddings): "
+            "what it makes of the rest is its guess; data.max_length cuts rows"
+        )
+    return None
+
+
+def table_length(model: PreTrainedModel) -> int | None:
+    """Positions in the model's table, learned or laid out beforehand; None where positions are computed as needed."""
+    from torch import nn
+
+    stated = _stated(model)
+    if stated is None:
+        return None
+    for name, module in model.named_modules():
+        named = TABLE.search(name.rpartition(".")[2])
+        if isinstance(module, nn.Embedding) and named and stated <= module.num_embeddings <= stated + MARGIN:
+            before = module.padding_idx + 1 if module.padding_idx is not None else int(getattr(module, "offset", 0))
+            return module.num_embeddings - before
+    for name, buffer in model.named_buffers():  # GPT-J's and CodeGen's sines
+        if TABLE.search(name.rpartition(".")[2]) and buffer.dim() == 2 and buffer.shape[0] == stated:
+            return stated
+    return None
+
+
+def _stated(model: PreTrainedModel) -> int | None:
+    """What the config says; a base of text and pictures says it of its text."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
