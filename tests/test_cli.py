@@ -166,6 +166,18 @@ def test_last_line_cut_off_is_left_out(recorded: RunDirectory, capsys: pytest.Ca
     assert json.loads(capsys.readouterr().out)["trials"]["running"] == 2
 
 
+@pytest.mark.parametrize("name", ["42", "2026-11-24", "true", "1e3", "a.b"])
+def test_name_is_taken_as_it_stands(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What YAML would read as a number or a date is a name all the same; seen by the run directory that is taken."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "sweep.yaml").write_text("output: ~/runs\n")
+    (tmp_path / "runs" / name).mkdir(parents=True)
+    assert main(["run", str(tmp_path / "sweep.yaml"), "--name", name]) == 2
+    assert f"--name {name}: {tmp_path / 'runs' / name} exists already" in capsys.readouterr().err
+
+
 def test_taken_name_is_refused_and_a_default_one_numbered(tmp_path: Path) -> None:
     from lora_search.errors import InputError
 

@@ -99,6 +99,20 @@ WRONG: list[tuple[str, str, list[str]]] = [
     ("section without content", "training: 3\n", ["sweep.yaml:1: training", "found 3"]),
     ("name with a slash", "name: a/b\n", ["sweep.yaml:1: name", "'a/b'"]),
     ("either or", "hosts: {count: some}\n", ["hosts.count", "'some'", "auto"]),
+    ("endless bound", f"search: {{space: {{dropout: {{uniform: [0, {'9' * 400}]}}}}}}\n", ["space.dropout", "308"]),
+    ("endless log", f"search: {{space: {{dropout: {{log_uniform: [1, {'9' * 400}]}}}}}}\n", ["space.dropout", "308"]),
+    ("endless model", f"base: {{model: {'a' * 300}}}\n", ["sweep.yaml:1: base.model", "too long"]),
+    ("endless data", f"data: {{path: {'a' * 300}.jsonl}}\n", ["sweep.yaml:1: data.path", "too long"]),
+    ("nobody's model", "base: {model: ~nosuchuser/x}\n", ["sweep.yaml:1: base.model", "'~nosuchuser/x'", "home"]),
+    ("nobody's data", "data: {path: ~nosuchuser/x}\n", ["sweep.yaml:1: data.path", "'~nosuchuser/x'", "home"]),
+    ("nobody's output", "output: ~nosuchuser/x\n", ["sweep.yaml:1: output", "'~nosuchuser/x'", "home"]),
+    ("nul in output", 'output: "a\\0b"\n', ["sweep.yaml:1: output", "NUL"]),
+    ("nul in model", 'base: {model: "a\\0b"}\n', ["sweep.yaml:1: base.model", "NUL"]),
+    (
+        "hardly a reduction",
+        "search: {scheduler: {reduction_factor: 1.0000000000000002}}\n",
+        ["sweep.yaml:1: search.scheduler.reduction_factor", "1.1"],
+    ),
     ("share that is a list", "data: {test: [1]}\n", ["data.test", "[1]"]),
 ]
 
@@ -127,6 +141,8 @@ def test_every_mistake_is_listed_at_once() -> None:
         ("=3", ["key.path=value"]),
         ("name.first=x", ["--set name.first=x", "has no keys"]),
         ("training.steps=[1", ["--set", "not valid YAML"]),
+        ("training.steps=2020-13-45", ["--set training.steps=2020-13-45", "not valid YAML", "month"]),
+        ("training.steps=" + "9" * 5000, ["--set training.steps=999", "not valid YAML", "digits"]),
     ],
 )
 def test_wrong_override_is_told_as_one(override: str, said: list[str]) -> None:
@@ -152,6 +168,13 @@ def test_paths_are_found_beside_the_sweep_file(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("{}\n")
     (tmp_path / "sweep.yaml").write_text("data: {path: rows.jsonl}\n")
     assert load_spec(tmp_path / "sweep.yaml").data.path == str(tmp_path / "rows.jsonl")
+
+
+def test_output_is_expanded_where_it_begins_with_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert parse("output: ~/runs\n").output == "/home/somebody/runs"
+    assert parse("output: there/~/runs\n").output == "there/~/runs"
+    assert parse("output: s3://bucket/~runs?region=x\n").output == "s3://bucket/~runs?region=x"
 
 
 def test_hub_ids_are_left_alone() -> None:

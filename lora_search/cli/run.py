@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,8 @@ def run(sweep: str, overrides: Sequence[str], *, name: str | None, address: str 
     Args:
         resume: go on with the newest run of that name, where there is one.
     """
-    spec = load_spec(sweep, [*overrides, *([f"name={name}"] if name else [])])
+    # As JSON, which is YAML too: 42 and 2026-11-24 are names, not a number and a date.
+    spec = load_spec(sweep, [*overrides, *([f"name={json.dumps(name)}"] if name else [])])
     refuse_passing_output(spec.output)
     cluster, said_by = cluster_address(address)
     left = newest_run(spec.output, spec.name, exact=name is not None) if resume else None

@@ -132,6 +132,10 @@ def _range(kind: str, bounds: list[Any]) -> Uniform | LogUniform | IntUniform:
     if len(bounds) != 2 or len(numbers) != 2:
         raise ValueError(f"{kind} takes two numbers, as in {KINDS[kind]}; found {_short(bounds)}")
     low, high = numbers
+    try:
+        float(low), float(high)
+    except OverflowError:  # whole numbers of YAML have any length
+        raise ValueError(f"{kind} takes numbers of up to 308 digits; found {_short(bounds)}") from None
     if not low < high:
         raise ValueError(f"{kind} needs low below high; found {_short(bounds)}")
     if kind == "int_uniform":

@@ -166,6 +166,8 @@ def _lay_over(raw: dict[str, Any], lines: Lines, override: str) -> None:
         value = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
     except yaml.YAMLError as error:
         raise InputError(f"--set {shown}: the value is not valid YAML: {getattr(error, 'problem', error)}") from None
+    except (ValueError, OverflowError, RecursionError) as error:  # as in a file: a date that is none, a number too long
+        raise InputError(f"--set {shown[:80]}: the value is not valid YAML: {error}") from None
     place = raw
     for depth, key in enumerate(keys[:-1], start=1):
         below = place.setdefault(key, {})

@@ -23,7 +23,7 @@ def resolve_paths(spec: SweepSpec, folder: Path) -> SweepSpec:
         value = getattr(spec.data, key)
         if isinstance(value, str):
             data[key] = _data(f"data.{key}", value, folder)
-    return spec.model_copy(update={"data": spec.data.model_copy(update=data)})
+    return spec.model_copy(update={"data": spec.data.model_copy(update=data), "output": _output(spec.output)})
 
 
 def resolve_base(spec: SweepSpec, folder: Path) -> SweepSpec:
@@ -31,11 +31,16 @@ def resolve_base(spec: SweepSpec, folder: Path) -> SweepSpec:
     return spec.model_copy(update={"base": spec.base.model_copy(update={"model": _model(spec.base.model, folder)})})
 
 
+def _output(value: str) -> str:
+    """A folder that need not be there, as written but for a home; or a URI."""
+    return value if "://" in value else str(_expanded("output", value))
+
+
 def _model(value: str, folder: Path) -> str:
     if value.startswith(BUILTIN):
         _builtin("base.model", value, model_folder)
         return value
-    found = _find(value, folder)
+    found = _find("base.model", value, folder)
     if found is None:
         if _must_be_local(value):
             raise ValueError(_missing("base.model", value, folder, "a hub id, a local folder, or builtin:NAME"))
@@ -49,7 +54,7 @@ def _data(key: str, value: str, folder: Path) -> str:
     if value.startswith(BUILTIN):
         _builtin(key, value, data_file)
         return value
-    found = _find(value, folder)
+    found = _find(key, value, folder)
     if found is None:
         if _must_be_local(value) or value.endswith(DATA_SUFFIXES):
             raise ValueError(_missing(key, value, folder, "a data file or folder, a hub id, or builtin:NAME"))
@@ -57,12 +62,30 @@ def _data(key: str, value: str, folder: Path) -> str:
     return str(found)
 
 
-def _find(value: str, folder: Path) -> Path | None:
-    path = Path(value).expanduser()
+def _find(key: str, value: str, folder: Path) -> Path | None:
+    path = _expanded(key, value)
     for candidate in (Path.cwd() / path, folder / path):
-        if candidate.exists():
-            return candidate.resolve()
+        try:
+            if candidate.exists():
+                return candidate.resolve()
+        except OSError as error:  # longer than a file's name may be, or in a folder that may not be entered
+            raise ValueError(f"{key}: found {_short(value)}: {error.strerror}") from None
     return None
+
+
+def _expanded(key: str, value: str) -> Path:
+    """`value` with the home that a leading ~ means."""
+    if "\0" in value:
+        raise ValueError(f"{key}: found {_short(value)}: a path has no NUL character")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{key}: found {_short(value)}: there is no such user's home") from None
+
+
+def _short(value: str) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _must_be_local(value: str) -> bool:
