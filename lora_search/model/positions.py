@@ -33,7 +33,7 @@ def refuse_long_rows(model: PreTrainedModel, longest: int) -> str | None:
     if last is not None and longest > last:
         raise InputError(
             f"data.max_length: the longest row has {longest} tokens; allowed: at most {last}, for this base's table of "
-            "positions has no more; a longer row is cut at max_length"
+            f"positions has no more. data.max_length: {last} cuts longer rows"
         )
     stated = _stated(model)
     if last is None and stated is not None and longest > stated:
