@@ -337,7 +337,7 @@ def test_fingerprint_changes_with_what_is_trained_on(rows_file: str) -> None:
         ('{"prompt": "a", "comp\n', {}, "cannot read"),
         ('{"prompt": "a", "completion": true}\n', {}, "row 0 of .* found True"),
         ('{"prompt": "a", "completion": "\\ud800"}\n', {}, "row 0 of .*surrogates"),
-        ('{"prompt": "a", "completion": NaN}\n', {}, "line 1: no JSON"),
+        ('{"prompt": "a", "completion": NaN}\n', {}, "must be text, or a number in JSON; found nothing"),
         ("3\n", {}, "line 1: found 3"),
         ("", {}, "cannot read"),
         ('{"prompt": "a", "completion": "b"}\n', {}, "split"),
