@@ -5,9 +5,12 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +21,7 @@ import yaml
 from conftest import ROOT, adapter_losses
 
 from lora_search.cli import main
-from lora_search.export import FORMATS, describe
+from lora_search.export import FORMATS, LAYOUTS, describe
 from lora_search.results import run_rows
 from lora_search.rundir import RunDirectory, create_run
 from lora_search.spec import dump_spec, load_spec, parse_spec
@@ -378,6 +381,68 @@ def test_text_of_a_run_directory_never_becomes_code(run: RunDirectory, tmp_path:
         assert "\n" not in plain_yaml(value)
     assert "\n" not in code(HOSTILE)
     assert "`" not in code(HOSTILE)[1:-1]
+
+
+CODE = "+PWNED('touch /tmp/x')*''+"
+"""Stands outside of quotes wherever text that has gone in is read for places once more."""
+
+BETWEEN = '{{base}}{{revision}}{{> where}}\n{{> stop}}\n"); PWNED(1) #\n```\n- pwned: [1]\n${pwned}'
+
+
+@pytest.fixture(scope="module")
+def hostile_run(run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """The run as somebody else may have edited it: code in every text that an export repeats."""
+    from lora_search.builtin import model_folder
+
+    folder = tmp_path_factory.mktemp("hostile")
+    made = RunDirectory(shutil.copytree(run.path, folder / "run"))
+    model = shutil.copytree(model_folder("demo"), folder / f"model{BETWEEN}".replace("/", "_"))
+    prompts = [f"a prompt {number}" for number in range(40)]
+    rows = [json.dumps({f"p{BETWEEN}": prompt, f"c{CODE}": "an answer"}) for prompt in prompts]
+    data = folder / f"data{CODE}.jsonl".replace("/", "_")
+    data.write_text("\n".join(rows))
+    spec = yaml.safe_load(made.spec.read_text())
+    spec["base"] |= {"model": str(model), "revision": CODE}
+    columns = {"prompt": f"p{BETWEEN}", "completion": f"c{CODE}"}
+    spec["data"] |= {"path": str(data), "columns": columns, "template": "{prompt}" + BETWEEN}
+    spec["tracking"]["wandb"]["project"] = BETWEEN
+    made.spec.write_text(yaml.safe_dump(spec))
+    made.provenance.unlink()
+    return made
+
+
+@pytest.mark.parametrize("form", [*FORMATS, *LAYOUTS])
+def test_text_with_places_in_it_stays_text_in_every_format(
+    hostile_run: RunDirectory, tmp_path: Path, form: str
+) -> None:
+    base = load_spec(hostile_run.spec).base
+    chosen = ["--trials", "best"] if form in LAYOUTS else ["--trial", str(PRUNED)]
+    assert main(["export", str(hostile_run.path), *chosen, "--to", form, "--out", str(tmp_path / "out")]) == 0
+    texts: set[str] = set()
+    for script in (tmp_path / "out").glob("*.py"):
+        nodes = list(ast.walk(ast.parse(script.read_text())))
+        assert "PWNED" not in {node.id for node in nodes if isinstance(node, ast.Name)}
+        texts |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    for file in (tmp_path / "out").glob("*.yaml"):
+        texts |= set(scalars(yaml.safe_load(file.read_text())))
+    for shell in (tmp_path / "out").glob("*.sh"):
+        texts |= set(shlex.split(shell.read_text().removeprefix("#!/bin/sh\n")))
+    if form not in ("peft", "optuna", "wandb"):
+        assert base.model in texts
+    if form not in ("peft", "optuna", "torchtune"):
+        assert CODE in texts
+    page = (tmp_path / "out" / "README.md").read_text()
+    page = re.sub(r"^(````*)\w*\n(?s:.*?)\n\1$", "", page, flags=re.MULTILINE)
+    assert "\n- pwned" not in page
+
+
+def scalars(value: Any) -> Iterator[str]:
+    """The text of a YAML document: its values, and no key that is not ours."""
+    if isinstance(value, str):
+        yield value
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from scalars(one)
+    assert not (isinstance(value, dict) and "pwned" in value)
 
 
 @pytest.mark.parametrize(

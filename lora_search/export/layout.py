@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
@@ -154,7 +155,8 @@ def _page(title: str, spec: SweepSpec, names: Mapping[str, ServedAdapter], comma
             row.get("target_modules"),
         ]
         lines.append(f"| {name} | " + " | ".join(_code(value) for value in shown) + " |")
-    lines += ["", "Run in this folder:", "", "```sh", harmless(command), "```", ""]
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0))  # the base's name may be anybody's
+    lines += ["", "Run in this folder:", "", f"{fence}sh", harmless(command), fence, ""]
     for note in notes:
         lines += [note, ""]
     return "\n".join(lines)
