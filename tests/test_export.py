@@ -215,6 +215,32 @@ def test_sweep_file_is_this_one_configuration(run: RunDirectory, tmp_path: Path)
     assert f"trained for {STOPPED}" in (out / "README.md").read_text()
 
 
+@pytest.mark.parametrize("searched", [True, False])
+def test_schedule_is_the_one_that_the_trial_had(run: RunDirectory, tmp_path: Path, searched: bool) -> None:
+    """Where the steps are searched, and where a resumed sweep has gone on with more of them."""
+    other = RunDirectory(shutil.copytree(run.path, tmp_path / "other"))
+    spec = yaml.safe_load(other.spec.read_text())
+    if searched:
+        spec["search"]["space"]["steps"] = {"choice": [STEPS, 2 * STEPS]}
+    else:
+        spec["training"]["steps"] = 2 * STEPS
+    other.spec.write_text(yaml.safe_dump(spec))
+    events = [json.loads(line) for line in other.trials.read_text().splitlines()]
+    for event in events:
+        if searched and event["event"] == "start":
+            event["parameters"]["steps"] = STEPS
+    other.trials.write_text("".join(json.dumps(event) + "\n" for event in events))
+    trained = describe(other, load_spec(other.spec), run_rows(other), run_rows(other)[PRUNED])
+    assert (trained.steps, trained.planned_steps, trained.stopped_early) == (STOPPED, STEPS, True)
+    script = (export(other, "transformers", tmp_path / "script", PRUNED) / "train.py").read_text()
+    assert f"\nSTEPS = {STOPPED} " in script
+    assert f"\nPLANNED_STEPS = {STEPS} " in script
+    alone = load_spec(export(other, "yaml", tmp_path / "alone", PRUNED) / "sweep.yaml")
+    assert alone.max_steps == alone.training.steps == STEPS
+    narrowed = yaml.safe_load((export(other, "wandb", tmp_path / "wandb") / "sweep.yaml").read_text())["parameters"]
+    assert narrowed.get("steps") == ({"value": STEPS} if searched else None)
+
+
 @pytest.mark.slow
 def test_sweep_file_runs_again_with_the_same_loss(run: RunDirectory, tmp_path: Path) -> None:
     out = export(run, "yaml", tmp_path / "out")

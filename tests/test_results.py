@@ -68,6 +68,26 @@ def test_trials_have_a_row_each_with_documented_dtypes(tmp_path: Path) -> None:
     }
 
 
+def test_searched_steps_stand_beside_those_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from lora_search.cli import main
+
+    events = [
+        START | {"trial": trial, "parameters": PARAMETERS | {"steps": steps}} for trial, steps in enumerate((30, 60))
+    ]
+    run = write_run(
+        tmp_path / "run",
+        [*events, report(1, 10, 1.5, steps_total=60)],
+        "search: {space: {steps: {choice: [30, 60]}}}\n",
+    )
+    trials = open_run(run).trials
+    assert list(trials["steps"]) == [0, 10]
+    assert list(trials["steps_total"]) == [30, 60]  # known from the start
+    assert main(["results", str(run)]) == 0
+    table = capsys.readouterr().out
+    assert "steps_total" in table
+    assert table.count(" 60 ") == 1
+
+
 def test_reports_have_a_row_each_in_their_order(tmp_path: Path) -> None:
     reports = open_run(write_run(tmp_path / "run")).reports
     assert list(reports["trial"]) == [1, 0, 0]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_search.best.conclude import Conclusion
-from lora_search.results import ranked_rows
+from lora_search.results import column, ranked_rows
 from lora_search.rundir import RunDirectory
 from lora_search.spec import SweepSpec
 
@@ -32,7 +32,7 @@ def model_card(
     states = {state: sum(row["state"] == state for row in rows) for state in ("completed", "stopped", "failed")}
     quantised = "4-bit NF4 with double quantisation" if spec.base.quantization == "nf4" else "unquantised"
     ranked = ranked_rows(rows, spec.search.metric, spec.search.mode)
-    settings = [name for name in spec.search.space if name in best]
+    settings = [column(name) for name in spec.search.space if column(name) in best]
     return "\n".join(
         [
             "---",

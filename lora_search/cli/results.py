@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_search.cli.out import local_path
 from lora_search.errors import InputError, SweepError, harmless
-from lora_search.results import Row, best_row, read_events, render, rows_frame, run_rows, trial_rows
+from lora_search.results import Row, best_row, column, read_events, render, rows_frame, run_rows, trial_rows
 from lora_search.rundir import RunDirectory, find_run, is_locked
 from lora_search.space import planned_trials
 from lora_search.spec import SweepSpec, recorded_spec
@@ -119,7 +119,7 @@ def _print_table(spec: SweepSpec, rows: list[Row], file: Path | None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    searched = [name for name in spec.search.space if name not in COLUMNS and name != "alpha_ratio"]
+    searched = [column(name) for name in spec.search.space if column(name) not in (*COLUMNS, "alpha_ratio")]
     metric = spec.search.metric
     table = Table()
     for name in (*COLUMNS, *searched, metric):

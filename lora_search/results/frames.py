@@ -33,7 +33,7 @@ COLUMNS: Mapping[str, Column] = {
     "state": Column("string", "", "running, completed, stopped (by the scheduler) or failed"),
     "step": Column("Int64", "optimiser steps", "of this report"),
     "steps": Column("Int64", "optimiser steps", "done by the last report"),
-    "steps_total": Column("Int64", "optimiser steps", "that the trial has if nothing stops it"),
+    "steps_total": Column("Int64", "optimiser steps", "that the trial has if nothing stops it, searched or not"),
     "eval_loss": Column("float64", "nats a target token", "over the validation split"),
     "perplexity": Column("float64", "", "exp(eval_loss)"),
     "token_accuracy": Column("float64", "share", "validation target tokens that are the most likely one"),
