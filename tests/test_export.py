@@ -363,6 +363,16 @@ def test_scripts_are_python(run: RunDirectory, tmp_path: Path, form: str) -> Non
         assert "{{" not in text.replace("{{}}", "")
 
 
+@pytest.mark.parametrize("form", ["transformers", "trl", "unsloth", "llamafactory", "wandb"])
+def test_script_trains_on_one_gpu_as_the_trial_did(run: RunDirectory, tmp_path: Path, form: str) -> None:
+    """The Trainer multiplies the batch by the GPUs it sees; the choice comes before anything that imports torch."""
+    script = (export(run, form, tmp_path / "out") / "train.py").read_text()
+    imported = [line.split()[1] for line in script.splitlines() if line.startswith(("import ", "from "))]
+    first = next(name for name in imported if name not in sys.stdlib_module_names)
+    chosen = script.index('os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")')
+    assert chosen < re.search(rf"^(import|from) {first}\b", script, re.MULTILINE).start()  # type: ignore[union-attr]
+
+
 def test_alpha_that_is_no_whole_number_and_rslora_are_kept_or_said(run: RunDirectory, tmp_path: Path) -> None:
     from lora_search.export.axolotl import write
     from lora_search.export.transformers import write as write_script
