@@ -264,7 +264,8 @@ def test_adapter_loads_with_peft_and_has_the_reported_loss(run: RunDirectory, tm
 def test_study_opens_with_optuna_alone_and_is_the_same(run: RunDirectory, tmp_path: Path) -> None:
     from lora_search.journal import open_study
 
-    out = export(run, "optuna", tmp_path / "out")
+    out = export(run, "optuna", tmp_path / "a?mode=memory" / "b?mode=memory#c")
+    out = shutil.move(out, tmp_path / "out")
     code = (
         "import json, optuna, sys; (name,) = optuna.get_all_study_names(sys.argv[1]);"
         "study = optuna.load_study(study_name=name, storage=sys.argv[1]);"

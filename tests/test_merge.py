@@ -110,6 +110,32 @@ def test_failed_merge_leaves_nothing_half_done(merged: tuple[SweepSpec, Path, Me
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+@pytest.mark.parametrize("by_shards", [True, False])
+def test_number_that_the_dtype_cannot_hold_is_refused(
+    merged: tuple[SweepSpec, Path, Merged], tiny: Path, tmp_path: Path, by_shards: bool
+) -> None:
+    """Though the adapter does not change it."""
+    from safetensors.torch import load_file, save_file
+
+    spec, folder, _ = merged
+    model = Path(shutil.copytree(tiny / "model", tmp_path / "model"))
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][0] = 1e5
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    base = spec.base.model_copy(update={"model": str(model)})
+
+    def merge() -> None:
+        options = Options(onto="original", dtype="float16", verify=False)
+        if by_shards:
+            merge_adapter(base, folder / "adapter", None, None, tmp_path / "out", CPU, options)
+        else:
+            merge_whole(base, folder / "adapter", [], tmp_path / "out", torch.float16, CPU)
+
+    with pytest.raises(SweepError, match=r"norm\.weight: is not finite after the merge in float16"):
+        merge()
+    assert not (tmp_path / "out").exists()
+
+
 def test_unquantised_base_merges_one_way(tiny: Path, tmp_path: Path) -> None:
     spec = make_spec(tiny, base={"quantization": "none"})
     data, loss = trained_adapter(spec, tmp_path / "adapter", use_rslora=True, target_modules="mlp")

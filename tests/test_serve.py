@@ -590,6 +590,40 @@ def test_vllm_layout_has_its_command(run: Path, tmp_path: Path) -> None:
     assert subprocess.run(["sh", "-n", str(out / "serve.sh")]).returncode == 0
 
 
+@pytest.mark.parametrize("form", ["vllm", "peft-multi"])
+def test_layout_keeps_trust_and_says_how_prompts_stand(run: Path, tmp_path: Path, form: str) -> None:
+    from lora_search.rundir import find_run
+
+    spec = load_spec(run / "sweep.yaml")
+    notes = {"prompt-completion": "as they stood in training: `", "chat": "the tokenizer's chat template"}
+    for kind, note in (notes | {"text": "the beginning of one"}).items():
+        base = spec.base.model_copy(update={"trust_remote_code": kind == "chat"})
+        data = spec.data.model_copy(update={"format": kind})
+        other = spec.model_copy(update={"base": base, "data": data})
+        out = tmp_path / kind
+        write_layout(find_run(str(run)), other, open_run(run).rows[:1], form, out)
+        page = (out / "README.md").read_text()
+        assert note in page
+        assert ("{prompt}" in page) == (kind == "prompt-completion")
+        script = (out / ("serve.sh" if form == "vllm" else "load_adapters.py")).read_text()
+        assert (("--trust-remote-code" if form == "vllm" else "CODE = True") in script) == (kind == "chat")
+
+
+@pytest.mark.parametrize(("option", "names"), [(["--trial", "1"], {"trial-1"}), ([], None)])
+def test_layout_of_one_trial_holds_that_one(
+    run: Path, tmp_path: Path, option: list[str], names: set[str] | None
+) -> None:
+    from lora_search.cli import main
+
+    out = tmp_path / "out"
+    assert main(["export", str(run), "--to", "peft-multi", *option, "--out", str(out)]) == 0
+    expected = names if best_of(run) != "trial-1" else {"best"}
+    found = {path.name for path in (out / "adapters").iterdir()}
+    assert found == expected if names else len(found) == 3
+    both = ["--trial", "1", "--trials", "0"]
+    assert main(["export", str(run), "--to", "peft-multi", *both, "--out", str(tmp_path / "no")]) == 2
+
+
 def test_built_in_base_goes_with_the_adapters(run: Path, tmp_path: Path) -> None:
     from lora_search.rundir import RunDirectory
 

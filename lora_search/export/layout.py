@@ -97,6 +97,7 @@ def _vllm(spec: SweepSpec, names: Mapping[str, ServedAdapter], out: Path, base: 
     command = [
         *("vllm", "serve", base or spec.base.model),
         *(["--revision", spec.base.revision] if spec.base.revision and base is None else []),
+        *(["--trust-remote-code"] if spec.base.trust_remote_code else []),
         *(["--quantization", "bitsandbytes"] if spec.base.quantization == "nf4" else []),
         *("--enable-lora", "--max-lora-rank", str(vllm_rank([int(configs[name]["r"]) for name in able]))),
         *("--max-loras", str(len(able))),
@@ -105,10 +106,8 @@ def _vllm(spec: SweepSpec, names: Mapping[str, ServedAdapter], out: Path, base: 
     (out / "serve.sh").write_text(f"#!/bin/sh\nexec {shlex.join(command)}\n", encoding="utf-8")
     (out / "serve.sh").chmod(0o755)
     notes = [
-        "Requests choose by `model`: the base's own name, or "
-        + ", ".join(f"`{name}`" for name in able)
-        + ". Give prompts as they stood in training: "
-        + _code(json.dumps(spec.data.template)),
+        "Requests choose by `model`: the base's own name, or " + ", ".join(f"`{name}`" for name in able) + ".",
+        _prompt_note(spec, "`/v1/chat/completions` writes"),
     ]
     if spec.base.quantization == "nf4":
         notes.append(
@@ -125,19 +124,31 @@ def _peft(spec: SweepSpec, names: Mapping[str, ServedAdapter], out: Path, base: 
     values = {
         "base": base or spec.base.model,
         "revision": None if base else spec.base.revision,
+        "trust_remote_code": spec.base.trust_remote_code,
         "nf4": spec.base.quantization == "nf4",
+        "chat": spec.data.format == "chat",
         "names": list(names),
     }
     (out / "load_adapters.py").write_text(fill("load_adapters.py.txt", values), encoding="utf-8")
     first = next(iter(names))
-    template = _code(json.dumps(spec.data.template))
     notes = [
         "The script loads the base once and all adapters beside it, and switches with `set_adapter(NAME)`; "
         "`disable_adapter()` is the base. PEFT's `adapter_names=[...]` in `generate` answers a batch of rows with an "
         "adapter each.",
-        f"Give prompts as they stood in training: {template}",
+        _prompt_note(spec, "the script writes"),
     ]
     return _page("Adapters for PEFT", spec, names, f'python load_adapters.py --model {first} "the prompt"', notes)
+
+
+def _prompt_note(spec: SweepSpec, writer: str) -> str:
+    """How a prompt has to be given to stand as in training."""
+    match spec.data.format:
+        case "chat":
+            return f"The adapters were trained on chats: {writer} a user's message by the tokenizer's chat template."
+        case "text":
+            return "The adapters were trained on texts as they are: a prompt is the beginning of one."
+        case _:
+            return f"Give prompts as they stood in training: {_code(json.dumps(spec.data.template))}"
 
 
 def _page(title: str, spec: SweepSpec, names: Mapping[str, ServedAdapter], command: str, notes: Sequence[str]) -> str:
