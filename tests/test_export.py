@@ -401,8 +401,9 @@ HOSTILE = "a\"); import os; os.system('touch /tmp/x') #\n```\n| x |"
 
 
 def test_text_of_a_run_directory_never_becomes_code(run: RunDirectory, tmp_path: Path) -> None:
+    from lora_search.errors import cell
     from lora_search.export.fill import plain_yaml, python
-    from lora_search.export.page import code
+    from lora_search.export.page import code, code_cell
     from lora_search.export.script import where
 
     spec = load_spec(run.spec)
@@ -418,6 +419,8 @@ def test_text_of_a_run_directory_never_becomes_code(run: RunDirectory, tmp_path:
         assert "\n" not in plain_yaml(value)
     assert "\n" not in code(HOSTILE)
     assert "`" not in code(HOSTILE)[1:-1]
+    assert code_cell(".*(q_proj|v_proj)") == "`.*(q_proj\\|v_proj)`"
+    assert cell("a|b\nc\\d\x1b") == "a\\|b c\\\\d\\\\x1b"
 
 
 CODE = "+PWNED('touch /tmp/x')*''+"
@@ -512,9 +515,13 @@ def test_wrong_input_exits_2_with_one_message(
     assert (taken / "file").read_text() == "mine"
 
 
-def test_empty_folder_is_filled(run: RunDirectory, tmp_path: Path) -> None:
+def test_empty_folder_is_filled(run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And stays the folder that it is: it may be the working directory."""
     (tmp_path / "empty").mkdir()
-    assert (export(run, "yaml", tmp_path / "empty") / "README.md").is_file()
+    monkeypatch.chdir(tmp_path / "empty")
+    export(run, "yaml", Path())
+    for folder in (Path(), tmp_path / "empty"):
+        assert sorted(file.name for file in folder.iterdir()) == ["README.md", "sweep.yaml"]
 
 
 def test_other_data_than_the_sweeps_is_refused(

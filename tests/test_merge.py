@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from lora_search.errors import InputError, SweepError
 from lora_search.merge import Merged, Options, merge_adapter
 from lora_search.merge.published import published_weights
 from lora_search.merge.shards import ShardMerge
+from lora_search.merge.staging import staging
 from lora_search.merge.whole import merge_whole
 from lora_search.model import load_base, load_tokenizer
 from lora_search.space import trial_config
@@ -134,6 +137,32 @@ def test_number_that_the_dtype_cannot_hold_is_refused(
     with pytest.raises(SweepError, match=r"norm\.weight: is not finite after the merge in float16"):
         merge()
     assert not (tmp_path / "out").exists()
+
+
+def test_merges_to_one_folder_never_meet(tmp_path: Path) -> None:
+    """One is making it, and the others are told so, also in the moment in which one is done and the next begins."""
+    inside, met, refused = threading.Lock(), [], []
+
+    def merge(number: int) -> None:
+        for _ in range(200):
+            try:
+                with staging(tmp_path / "out") as folder:
+                    if not inside.acquire(blocking=False):
+                        met.append(number)
+                        continue
+                    (folder / f"part-{number}").mkdir()
+                    if [path.name for path in folder.iterdir() if path.name != ".lock"] != [f"part-{number}"]:
+                        met.append(number)
+                    inside.release()
+            except SweepError:
+                refused.append(number)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(merge, number) for number in range(4)]:
+            done.result()
+    assert not met
+    assert len(refused) < 4 * 200
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unquantised_base_merges_one_way(tiny: Path, tmp_path: Path) -> None:

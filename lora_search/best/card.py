@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import yaml
+
 from lora_search.best.conclude import Conclusion
+from lora_search.errors import cell
 from lora_search.results import column, ranked_rows
 from lora_search.rundir import RunDirectory
 from lora_search.spec import SweepSpec
@@ -36,7 +39,7 @@ def model_card(
     return "\n".join(
         [
             "---",
-            f"base_model: {spec.base.model}",
+            yaml.safe_dump({"base_model": spec.base.model}, width=10**9).rstrip(),
             "library_name: peft",
             "tags: [lora, lora-search]",
             "---",
@@ -133,4 +136,4 @@ def signed(share: float) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    return ", ".join(value) if isinstance(value, list) else str(value)
+    return cell(", ".join(value) if isinstance(value, list) else str(value))

@@ -14,7 +14,7 @@ from lora_search.builtin import model_folder
 from lora_search.checkpoint import ADAPTER_CONFIG
 from lora_search.errors import InputError, harmless
 from lora_search.export.fill import fill
-from lora_search.export.page import code
+from lora_search.export.page import code, code_cell
 from lora_search.export.write import PAGE, complete_or_absent
 from lora_search.results import Row, best_row, run_rows
 from lora_search.rundir import RunDirectory
@@ -165,7 +165,7 @@ def _page(title: str, spec: SweepSpec, names: Mapping[str, ServedAdapter], comma
             row.get("alpha"),
             row.get("target_modules"),
         ]
-        lines.append(f"| {name} | " + " | ".join(_code(value) for value in shown) + " |")
+        lines.append(f"| {name} | " + " | ".join(_code_cell(value) for value in shown) + " |")
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0))  # the base's name may be anybody's
     lines += ["", "Run in this folder:", "", f"{fence}sh", harmless(command), fence, ""]
     for note in notes:
@@ -175,6 +175,10 @@ def _page(title: str, spec: SweepSpec, names: Mapping[str, ServedAdapter], comma
 
 def _code(value: Any) -> str:
     return code(f"{value:.6g}" if isinstance(value, float) else value)
+
+
+def _code_cell(value: Any) -> str:
+    return code_cell(f"{value:.6g}" if isinstance(value, float) else value)
 
 
 def _config(out: Path, name: str) -> dict[str, Any]:

@@ -121,8 +121,8 @@ def _text(value: Any) -> str | None:
     return ", ".join(value) if isinstance(value, list) else json.dumps(value)
 
 
-def render(rows: list[Row], form: Literal["csv", "json"]) -> str:
-    """Rows as text: JSON is a list of objects."""
+def render(rows: list[Row], form: Literal["csv", "json"], *, ascii_only: bool = False) -> str:
+    """Rows as text: JSON is a list of objects, what is not ASCII spelled out in it where that is asked for."""
     if form == "json":
-        return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(rows, indent=2, ensure_ascii=ascii_only) + "\n"
     return str(rows_frame(rows).to_csv(index=False))
