@@ -191,8 +191,8 @@ def stub(folder: Path, events: list[dict[str, Any]]) -> Path:
 FAILED = [LOST[0], event("end", 0, 101.0, state="failed", reason="out of memory")]
 EDGES = {"no trials": [], "one trial begun": LOST[:1], "one report": LOST[:1] + LOST[2:3], "all failed": FAILED}
 HUGE = [
-    event("start", 0, 1e308, parameters={"rank": 2**62, "dropout": 1e308}),
-    event("start", 1, -1e308, parameters={"rank": "x", "target_modules": ["a", "b"], "learning_rate": -1}),
+    event("start", 0, 2.0**33 - 1, parameters={"rank": 2**62, "dropout": 1e308}),
+    event("start", 1, 0.0, parameters={"rank": "x", "target_modules": ["a", "b"], "learning_rate": -1}),
     event("report", 0, 0.0, step=2**62, steps_total=2**62, eval_loss=1e308, tokens=2**62, host="h"),
     event("report", 1, 0.0, step=0, eval_loss=-1e308, seconds=-1.0),
     event("end", 1, 0.0, state="stopped", reason=None),
