@@ -29,6 +29,11 @@ class Interrupted(SweepError):
     """The sweep was told to stop, by SIGINT or SIGTERM, and has stopped cleanly (exit status 130)."""
 
 
+def cell(text: str) -> str:
+    """Text as a cell of a Markdown table holds it: one line, and no bar that would end the cell."""
+    return harmless(" ".join(text.split())).replace("\\", "\\\\").replace("|", "\\|")
+
+
 def harmless(text: str) -> str:
     """Text as a terminal may show it: what would steer the terminal is spelled out. Lines stay lines."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
 import itertools
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -27,6 +29,9 @@ RECORDS = ("sweep.yaml", "provenance.json", "trials.jsonl", "study.journal")
 CARD = "README.md"
 
 REPORT = "report.html"
+
+PATIENCE_S = 0.5
+"""How long the lock is waited for: who only looks whether it is held takes it for a moment."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +190,7 @@ def run_identity(folder: Path) -> str | None:
     """What no other run directory is called, wherever it is moved; None where it has no provenance."""
     try:
         found = json.loads((folder / "provenance.json").read_text(encoding="utf-8")).get("id")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
     return found if isinstance(found, str) else None
 
@@ -203,7 +208,7 @@ def locked(run: RunDirectory) -> Iterator[Callable[[], bool]]:
         return
     lock = FileLock(run.lock)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=PATIENCE_S)
     except Timeout:
         raise InputError(f"{run.path}: another lora-search run is writing to it") from None
     try:
@@ -217,12 +222,18 @@ def is_locked(run: RunDirectory) -> bool:
     if run.uri is not None:
         return is_leased(run.folder)
     try:
-        with locked(run):
-            return False
-    except InputError:
-        return True
-    except OSError:  # somebody else's, which we may only read
+        file = os.open(run.lock, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError:  # nobody has written yet; or it is somebody else's, of whom we may not know
         return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who look do not see each other
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks, where nobody holds one
+        return False
+    finally:
+        os.close(file)
+    return False
 
 
 def find_run(run: str, output: Path = Path("runs")) -> RunDirectory:
@@ -235,12 +246,23 @@ def find_run(run: str, output: Path = Path("runs")) -> RunDirectory:
     """
     if is_uri(run):
         return _find_in_store(run)
-    for path in (Path(run).expanduser(), output / run):
-        if (path / "sweep.yaml").is_file():
-            return RunDirectory(path)
+    try:
+        for path in (at_home(run), output / run):
+            if (path / "sweep.yaml").is_file():
+                return RunDirectory(path)
+    except OSError as error:  # a name that is too long, or a folder that may not be read
+        raise InputError(f"RUN: found {run[:80]!r}, which cannot be read: {error.strerror or error}") from None
     known = sorted(path.parent.name for path in output.glob("*/sweep.yaml"))
     there = f"{output} has {', '.join(known)}" if known else f"{output} has no runs"
     raise InputError(f"RUN: found {run!r}, which is neither a run directory nor the name of one; {there}")
+
+
+def at_home(path: str) -> Path:
+    """A path whose `~` or `~user` is the home, where there is such a user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def _find_in_store(uri: str) -> RunDirectory:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +21,7 @@ import yaml
 from conftest import ROOT, adapter_losses
 
 from lora_search.cli import main
-from lora_search.export import FORMATS, describe
+from lora_search.export import FORMATS, LAYOUTS, describe
 from lora_search.results import run_rows
 from lora_search.rundir import RunDirectory, create_run
 from lora_search.spec import dump_spec, load_spec, parse_spec
@@ -212,6 +215,32 @@ def test_sweep_file_is_this_one_configuration(run: RunDirectory, tmp_path: Path)
     assert f"trained for {STOPPED}" in (out / "README.md").read_text()
 
 
+@pytest.mark.parametrize("searched", [True, False])
+def test_schedule_is_the_one_that_the_trial_had(run: RunDirectory, tmp_path: Path, searched: bool) -> None:
+    """Where the steps are searched, and where a resumed sweep has gone on with more of them."""
+    other = RunDirectory(shutil.copytree(run.path, tmp_path / "other"))
+    spec = yaml.safe_load(other.spec.read_text())
+    if searched:
+        spec["search"]["space"]["steps"] = {"choice": [STEPS, 2 * STEPS]}
+    else:
+        spec["training"]["steps"] = 2 * STEPS
+    other.spec.write_text(yaml.safe_dump(spec))
+    events = [json.loads(line) for line in other.trials.read_text().splitlines()]
+    for event in events:
+        if searched and event["event"] == "start":
+            event["parameters"]["steps"] = STEPS
+    other.trials.write_text("".join(json.dumps(event) + "\n" for event in events))
+    trained = describe(other, load_spec(other.spec), run_rows(other), run_rows(other)[PRUNED])
+    assert (trained.steps, trained.planned_steps, trained.stopped_early) == (STOPPED, STEPS, True)
+    script = (export(other, "transformers", tmp_path / "script", PRUNED) / "train.py").read_text()
+    assert f"\nSTEPS = {STOPPED} " in script
+    assert f"\nPLANNED_STEPS = {STEPS} " in script
+    alone = load_spec(export(other, "yaml", tmp_path / "alone", PRUNED) / "sweep.yaml")
+    assert alone.max_steps == alone.training.steps == STEPS
+    narrowed = yaml.safe_load((export(other, "wandb", tmp_path / "wandb") / "sweep.yaml").read_text())["parameters"]
+    assert narrowed.get("steps") == ({"value": STEPS} if searched else None)
+
+
 @pytest.mark.slow
 def test_sweep_file_runs_again_with_the_same_loss(run: RunDirectory, tmp_path: Path) -> None:
     out = export(run, "yaml", tmp_path / "out")
@@ -235,7 +264,8 @@ def test_adapter_loads_with_peft_and_has_the_reported_loss(run: RunDirectory, tm
 def test_study_opens_with_optuna_alone_and_is_the_same(run: RunDirectory, tmp_path: Path) -> None:
     from lora_search.journal import open_study
 
-    out = export(run, "optuna", tmp_path / "out")
+    out = export(run, "optuna", tmp_path / "a?mode=memory" / "b?mode=memory#c")
+    out = shutil.move(out, tmp_path / "out")
     code = (
         "import json, optuna, sys; (name,) = optuna.get_all_study_names(sys.argv[1]);"
         "study = optuna.load_study(study_name=name, storage=sys.argv[1]);"
@@ -334,6 +364,16 @@ def test_scripts_are_python(run: RunDirectory, tmp_path: Path, form: str) -> Non
         assert "{{" not in text.replace("{{}}", "")
 
 
+@pytest.mark.parametrize("form", ["transformers", "trl", "unsloth", "llamafactory", "wandb"])
+def test_script_trains_on_one_gpu_as_the_trial_did(run: RunDirectory, tmp_path: Path, form: str) -> None:
+    """The Trainer multiplies the batch by the GPUs it sees; the choice comes before anything that imports torch."""
+    script = (export(run, form, tmp_path / "out") / "train.py").read_text()
+    imported = [line.split()[1] for line in script.splitlines() if line.startswith(("import ", "from "))]
+    first = next(name for name in imported if name not in sys.stdlib_module_names)
+    chosen = script.index('os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")')
+    assert chosen < re.search(rf"^(import|from) {first}\b", script, re.MULTILINE).start()  # type: ignore[union-attr]
+
+
 def test_alpha_that_is_no_whole_number_and_rslora_are_kept_or_said(run: RunDirectory, tmp_path: Path) -> None:
     from lora_search.export.axolotl import write
     from lora_search.export.transformers import write as write_script
@@ -361,8 +401,9 @@ HOSTILE = "a\"); import os; os.system('touch /tmp/x') #\n```\n| x |"
 
 
 def test_text_of_a_run_directory_never_becomes_code(run: RunDirectory, tmp_path: Path) -> None:
+    from lora_search.errors import cell
     from lora_search.export.fill import plain_yaml, python
-    from lora_search.export.page import code
+    from lora_search.export.page import code, code_cell
     from lora_search.export.script import where
 
     spec = load_spec(run.spec)
@@ -378,6 +419,70 @@ def test_text_of_a_run_directory_never_becomes_code(run: RunDirectory, tmp_path:
         assert "\n" not in plain_yaml(value)
     assert "\n" not in code(HOSTILE)
     assert "`" not in code(HOSTILE)[1:-1]
+    assert code_cell(".*(q_proj|v_proj)") == "`.*(q_proj\\|v_proj)`"
+    assert cell("a|b\nc\\d\x1b") == "a\\|b c\\\\d\\\\x1b"
+
+
+CODE = "+PWNED('touch /tmp/x')*''+"
+"""Stands outside of quotes wherever text that has gone in is read for places once more."""
+
+BETWEEN = '{{base}}{{revision}}{{> where}}\n{{> stop}}\n"); PWNED(1) #\n```\n- pwned: [1]\n${pwned}'
+
+
+@pytest.fixture(scope="module")
+def hostile_run(run: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """The run as somebody else may have edited it: code in every text that an export repeats."""
+    from lora_search.builtin import model_folder
+
+    folder = tmp_path_factory.mktemp("hostile")
+    made = RunDirectory(shutil.copytree(run.path, folder / "run"))
+    model = shutil.copytree(model_folder("demo"), folder / f"model{BETWEEN}".replace("/", "_"))
+    prompts = [f"a prompt {number}" for number in range(40)]
+    rows = [json.dumps({f"p{BETWEEN}": prompt, f"c{CODE}": "an answer"}) for prompt in prompts]
+    data = folder / f"data{CODE}.jsonl".replace("/", "_")
+    data.write_text("\n".join(rows))
+    spec = yaml.safe_load(made.spec.read_text())
+    spec["base"] |= {"model": str(model), "revision": CODE}
+    columns = {"prompt": f"p{BETWEEN}", "completion": f"c{CODE}"}
+    spec["data"] |= {"path": str(data), "columns": columns, "template": "{prompt}" + BETWEEN}
+    spec["tracking"]["wandb"]["project"] = BETWEEN
+    made.spec.write_text(yaml.safe_dump(spec))
+    made.provenance.unlink()
+    return made
+
+
+@pytest.mark.parametrize("form", [*FORMATS, *LAYOUTS])
+def test_text_with_places_in_it_stays_text_in_every_format(
+    hostile_run: RunDirectory, tmp_path: Path, form: str
+) -> None:
+    base = load_spec(hostile_run.spec).base
+    chosen = ["--trials", "best"] if form in LAYOUTS else ["--trial", str(PRUNED)]
+    assert main(["export", str(hostile_run.path), *chosen, "--to", form, "--out", str(tmp_path / "out")]) == 0
+    texts: set[str] = set()
+    for script in (tmp_path / "out").glob("*.py"):
+        nodes = list(ast.walk(ast.parse(script.read_text())))
+        assert "PWNED" not in {node.id for node in nodes if isinstance(node, ast.Name)}
+        texts |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    for file in (tmp_path / "out").glob("*.yaml"):
+        texts |= set(scalars(yaml.safe_load(file.read_text())))
+    for shell in (tmp_path / "out").glob("*.sh"):
+        texts |= set(shlex.split(shell.read_text().removeprefix("#!/bin/sh\n")))
+    if form not in ("peft", "optuna", "wandb"):
+        assert base.model in texts
+    if form not in ("peft", "optuna", "torchtune"):
+        assert CODE in texts
+    page = (tmp_path / "out" / "README.md").read_text()
+    page = re.sub(r"^(````*)\w*\n(?s:.*?)\n\1$", "", page, flags=re.MULTILINE)
+    assert "\n- pwned" not in page
+
+
+def scalars(value: Any) -> Iterator[str]:
+    """The text of a YAML document: its values, and no key that is not ours."""
+    if isinstance(value, str):
+        yield value
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from scalars(one)
+    assert not (isinstance(value, dict) and "pwned" in value)
 
 
 @pytest.mark.parametrize(
@@ -410,9 +515,13 @@ def test_wrong_input_exits_2_with_one_message(
     assert (taken / "file").read_text() == "mine"
 
 
-def test_empty_folder_is_filled(run: RunDirectory, tmp_path: Path) -> None:
+def test_empty_folder_is_filled(run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And stays the folder that it is: it may be the working directory."""
     (tmp_path / "empty").mkdir()
-    assert (export(run, "yaml", tmp_path / "empty") / "README.md").is_file()
+    monkeypatch.chdir(tmp_path / "empty")
+    export(run, "yaml", Path())
+    for folder in (Path(), tmp_path / "empty"):
+        assert sorted(file.name for file in folder.iterdir()) == ["README.md", "sweep.yaml"]
 
 
 def test_other_data_than_the_sweeps_is_refused(

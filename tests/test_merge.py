@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from lora_search.errors import InputError, SweepError
 from lora_search.merge import Merged, Options, merge_adapter
 from lora_search.merge.published import published_weights
 from lora_search.merge.shards import ShardMerge
+from lora_search.merge.staging import staging
 from lora_search.merge.whole import merge_whole
 from lora_search.model import load_base, load_tokenizer
 from lora_search.space import trial_config
@@ -108,6 +111,58 @@ def test_failed_merge_leaves_nothing_half_done(merged: tuple[SweepSpec, Path, Me
     with pytest.raises(Exception, match=r"."):
         merge_adapter(spec.base, tmp_path / "adapter", data, 1.0, tmp_path / "merged", CPU)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("by_shards", [True, False])
+def test_number_that_the_dtype_cannot_hold_is_refused(
+    merged: tuple[SweepSpec, Path, Merged], tiny: Path, tmp_path: Path, by_shards: bool
+) -> None:
+    """Though the adapter does not change it."""
+    from safetensors.torch import load_file, save_file
+
+    spec, folder, _ = merged
+    model = Path(shutil.copytree(tiny / "model", tmp_path / "model"))
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][0] = 1e5
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    base = spec.base.model_copy(update={"model": str(model)})
+
+    def merge() -> None:
+        options = Options(onto="original", dtype="float16", verify=False)
+        if by_shards:
+            merge_adapter(base, folder / "adapter", None, None, tmp_path / "out", CPU, options)
+        else:
+            merge_whole(base, folder / "adapter", [], tmp_path / "out", torch.float16, CPU)
+
+    with pytest.raises(SweepError, match=r"norm\.weight: is not finite after the merge in float16"):
+        merge()
+    assert not (tmp_path / "out").exists()
+
+
+def test_merges_to_one_folder_never_meet(tmp_path: Path) -> None:
+    """One is making it, and the others are told so, also in the moment in which one is done and the next begins."""
+    inside, met, refused = threading.Lock(), [], []
+
+    def merge(number: int) -> None:
+        for _ in range(200):
+            try:
+                with staging(tmp_path / "out") as folder:
+                    if not inside.acquire(blocking=False):
+                        met.append(number)
+                        continue
+                    (folder / f"part-{number}").mkdir()
+                    if [path.name for path in folder.iterdir() if path.name != ".lock"] != [f"part-{number}"]:
+                        met.append(number)
+                    inside.release()
+            except SweepError:
+                refused.append(number)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(merge, number) for number in range(4)]:
+            done.result()
+    assert not met
+    assert len(refused) < 4 * 200
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unquantised_base_merges_one_way(tiny: Path, tmp_path: Path) -> None:

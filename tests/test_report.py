@@ -191,8 +191,8 @@ def stub(folder: Path, events: list[dict[str, Any]]) -> Path:
 FAILED = [LOST[0], event("end", 0, 101.0, state="failed", reason="out of memory")]
 EDGES = {"no trials": [], "one trial begun": LOST[:1], "one report": LOST[:1] + LOST[2:3], "all failed": FAILED}
 HUGE = [
-    event("start", 0, 1e308, parameters={"rank": 2**62, "dropout": 1e308}),
-    event("start", 1, -1e308, parameters={"rank": "x", "target_modules": ["a", "b"], "learning_rate": -1}),
+    event("start", 0, 2.0**33 - 1, parameters={"rank": 2**62, "dropout": 1e308}),
+    event("start", 1, 0.0, parameters={"rank": "x", "target_modules": ["a", "b"], "learning_rate": -1}),
     event("report", 0, 0.0, step=2**62, steps_total=2**62, eval_loss=1e308, tokens=2**62, host="h"),
     event("report", 1, 0.0, step=0, eval_loss=-1e308, seconds=-1.0),
     event("end", 1, 0.0, state="stopped", reason=None),
@@ -263,3 +263,22 @@ def test_report_needs_neither_ray_nor_torch(tmp_path: Path) -> None:
     )
     said = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True, check=True)
     assert said.stdout.splitlines()[-1] == "[]"
+
+
+def test_searched_steps_are_shown_as_planned_not_as_done(tmp_path: Path) -> None:
+    folder = write_searched(tmp_path / "run", 12)
+    sweep = yaml.safe_load((folder / "sweep.yaml").read_text())
+    sweep["search"]["space"]["steps"] = {"choice": [90, 180]}
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    events = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
+    for event in events:
+        planned = 90 * (1 + event["trial"] % 2)
+        event |= {"steps_total": planned} if event["event"] == "report" else {}
+        event |= {"parameters": event["parameters"] | {"steps": planned}} if event["event"] == "start" else {}
+    (folder / "trials.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    found = document(open_run(folder))
+    (axis,) = (parameter for parameter in found["parameters"] if parameter["name"] == "steps_total")
+    assert axis["categories"] == ["90", "180"]
+    assert [trial["parameters"]["steps_total"] for trial in found["trials"]] == [90, 180] * 6
+    assert "steps_total" in {entry["name"] for entry in found["importance"]}
+    assert "planned steps" in dict(found["best"]["settings"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,129 @@ def test_trials_have_a_row_each_with_documented_dtypes(tmp_path: Path) -> None:
     assert {name: str(dtype) for name, dtype in trials.dtypes.items()} == {
         name: COLUMNS[str(name)].dtype for name in trials
     }
+
+
+def test_searched_steps_stand_beside_those_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from lora_search.cli import main
+
+    events = [
+        START | {"trial": trial, "parameters": PARAMETERS | {"steps": steps}} for trial, steps in enumerate((30, 60))
+    ]
+    run = write_run(
+        tmp_path / "run",
+        [*events, report(1, 10, 1.5, steps_total=60)],
+        "search: {space: {steps: {choice: [30, 60]}}}\n",
+    )
+    trials = open_run(run).trials
+    assert list(trials["steps"]) == [0, 10]
+    assert list(trials["steps_total"]) == [30, 60]  # known from the start
+    assert main(["results", str(run)]) == 0
+    table = capsys.readouterr().out
+    assert "steps_total" in table
+    assert table.count(" 60 ") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        *((["results", "{run}", "--format", form, "--out", "{file}/x"], 2, "x") for form in ("csv", "json", "table")),
+        *((["results", "{run}", "--format", form, "--out", "{no}/x"], 2, "be written") for form in ("csv", "parquet")),
+        (["merge", "{run}", "--out", "{file}/a/b"], 2, "cannot be made: Not a directory"),
+        (["merge", "{run}", "--out", "n" * 300], 2, "cannot be made: File name too long"),
+        (["export", "{run}", "--to", "yaml", "--out", "n" * 300], 2, "cannot be read: File name too long"),
+        (["status", "~nosuchuser/run"], 2, "neither a run directory"),
+        (["status", "n" * 300], 2, "cannot be read: File name too long"),
+        (["results", "{folder}"], 1, "trials.jsonl: cannot be read: Is a directory"),
+        (["results", "{late}"], 1, "trials.jsonl:1: time: found 1e+300"),
+        (["report", "{deep}"], 1, "provenance.json: "),
+        (["report", "{deeper}"], 1, "provenance.json: not JSON"),
+    ],
+)
+def test_plain_mistake_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], status: int, said: str
+) -> None:
+    from lora_search.cli import main
+
+    places = {name: tmp_path / name for name in ("run", "file", "no", "folder", "late", "deep", "deeper")}
+    places["file"].write_text("")
+    for name in ("run", "folder", "late", "deep", "deeper"):
+        events = [EVENTS[0] | {"time": 1e300}] if name == "late" else EVENTS
+        write_run(places[name], events, "search: {space: {rank: {choice: [8, 64]}}}\n")
+    (places["folder"] / "trials.jsonl").unlink()
+    (places["folder"] / "trials.jsonl").mkdir()
+    for name, depth in (("deep", 600), ("deeper", 200_000)):
+        (places[name] / "provenance.json").write_text('{"a":' * depth + "1" + "}" * depth)
+    assert main([argument.format(**places) for argument in arguments]) == status
+    told = capsys.readouterr().err.splitlines()
+    assert said in told[-1]
+    assert len([line for line in told if not line.startswith("lora-search: merging")]) == 1
+
+
+def test_number_without_end_in_a_conclusion_is_passed_over(tmp_path: Path) -> None:
+    from lora_search.cli import main
+
+    run = write_run(tmp_path / "run")
+    conclusion = {"trial": 0, "test_loss": 10**400, "validation_loss": 1.0}
+    (run / "provenance.json").write_text(json.dumps({"conclusion": conclusion}))
+    assert main(["report", str(run)]) == 0
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("form", ["csv", "json", "table"])
+def test_control_sequences_do_not_reach_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    from lora_search.cli import main
+
+    hostile = "\x1b]0;owned\x07\x9b31mx"
+    events = [START | {"trial": 0, "parameters": PARAMETERS | {"target_modules": hostile}}]
+    run = write_run(tmp_path / "run", events)
+    assert main(["results", str(run), "--format", form]) == 0
+    piped = capsys.readouterr().out
+    assert (hostile in piped) == (form == "csv")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", shown := Terminal())
+        assert main(["results", str(run), "--format", form]) == 0
+    assert "owned" in shown.getvalue()
+    assert not set("\x07\x9b") & set(shown.getvalue())
+    assert "\x1b]" not in shown.getvalue()
+    if form == "json":
+        assert json.loads(shown.getvalue())[0]["target_modules"] == hostile
+
+
+def test_table_of_a_metric_to_be_maximal_ends_with_what_has_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lora_search.cli import main
+
+    starts = [START | {"trial": trial, "parameters": PARAMETERS} for trial in range(5)]
+    told = {0: 0.5, 2: 0.75, 3: 0.5}
+    reports = [report(trial, 10, 1.0, token_accuracy=share) for trial, share in told.items()]
+    sweep = "search: {metric: token_accuracy}\n"
+    assert main(["results", str(write_run(tmp_path / "run", [*starts, *reports], sweep))]) == 0
+    rows = [line.split()[1] for line in capsys.readouterr().out.splitlines() if "running" in line]
+    assert rows == ["2", "0", "3", "1", "4"]
+
+
+def test_who_looks_at_the_lock_is_not_seen_by_others(tmp_path: Path) -> None:
+    import fcntl
+
+    from lora_search.rundir import RunDirectory, is_locked, locked
+
+    run = RunDirectory(write_run(tmp_path / "run"))
+    assert not is_locked(run)
+    with locked(run):
+        assert is_locked(run)
+    with run.lock.open() as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        assert not is_locked(run)
+        threading.Timer(0.1, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
+        with locked(run):
+            assert is_locked(run)
 
 
 def test_reports_have_a_row_each_in_their_order(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -241,7 +242,7 @@ def test_sampling_follows_its_seed(client: openai.OpenAI) -> None:
     assert len({ask(seed=seed, temperature=1.5) for seed in range(6)}) > 1
     assert len({ask(temperature=1.5) for _ in range(6)}) > 1
     nucleus_of_one = ask(seed=1, temperature=1.0, top_p=1e-6)
-    assert nucleus_of_one == ask(temperature=0)
+    assert nucleus_of_one == ask(temperature=0) == ask(temperature=1e-40)
 
 
 def test_stop_string_ends_an_answer(client: openai.OpenAI, greedy: dict[tuple[str, str], str]) -> None:
@@ -353,6 +354,63 @@ def test_connection_that_breaks_off_ends_alone(server: str) -> None:
             connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
             connection.recv(10)
     assert raw(server, "GET", "/healthz")[0] == 200
+
+
+def test_abandoned_requests_hold_nobody_up(server: str) -> None:
+    host, port = server.removeprefix("http://").split(":")
+    body = json.dumps({"model": "base", "prompt": PROMPTS, "max_tokens": 60, "temperature": 0}).encode()
+    kind = {"Content-Type": "application/json"}
+    begun = time.monotonic()
+    assert raw(server, "POST", "/v1/completions", body, **kind)[0] == 200
+    whole = time.monotonic() - begun
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+    for _ in range(12):
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    begun = time.monotonic()
+    short = json.dumps({"model": "base", "prompt": "a", "max_tokens": 1}).encode()
+    assert raw(server, "POST", "/v1/completions", short, **kind)[0] == 200
+    assert time.monotonic() - begun < 4 * whole + 1  # all twelve would take three times as long
+
+
+def test_fault_after_a_stream_on_the_same_connection_has_its_own_status(server: str) -> None:
+    host, port = server.removeprefix("http://").split(":")
+    body = b'{"model": "base", "prompt": "the cat", "max_tokens": 3, "stream": true}'
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body + b"BREW / HTTP/1.1\r\n\r\n")
+        said = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert said.partition(b"data: [DONE]\n\n\r\n0\r\n\r\n")[2].startswith(b"HTTP/1.1 501 ")
+
+
+def test_only_the_request_decides_how_tokens_are_chosen_and_how_long(
+    run: Path, tmp_path: Path, greedy: dict[tuple[str, str], str]
+) -> None:
+    """What the base's generation_config.json says of penalties is not in force; nobody's answer is not made."""
+    from lora_search.results import run_rows
+    from lora_search.rundir import RunDirectory
+    from lora_search.serve import collect_adapters
+    from lora_search.serve.model import Sampling, ServedModel
+
+    folder = shutil.copytree(model_folder("demo"), tmp_path / "model")
+    file = folder / "generation_config.json"
+    settings = json.loads(file.read_text()) if file.exists() else {"eos_token_id": 2}
+    file.write_text(json.dumps(settings | {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1, "min_p": 0.9}))
+    spec = parse_spec(SWEEP, source="sweep.yaml", folder=run)
+    directory = RunDirectory(run)
+    adapters, _ = collect_adapters(directory, run_rows(directory)[:1], tmp_path / "adapters")
+    base = spec.base.model_copy(update={"model": str(folder)})
+    model = ServedModel(base, adapters, None, torch.device("cpu"))
+    for (name, prompt), answer in greedy.items():
+        if name in ("base", "trial-0"):
+            ids = model.tokenizer(prompt)["input_ids"]
+            assert model.answer(name, ids, Sampling(12, temperature=0.0)).text == answer
+    looks = iter([False] * 4)
+    said: list[str] = []
+    ids = model.tokenizer(PROMPTS[0])["input_ids"]
+    with pytest.raises(ConnectionError):
+        model.answer("base", ids, Sampling(200, seed=0), said.append, lambda: next(looks, True))
+    assert len(said) <= 4
 
 
 def test_page_loads_nothing_from_elsewhere(server: str) -> None:
@@ -530,6 +588,40 @@ def test_vllm_layout_has_its_command(run: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="exists already"):
         write_layout(find_run(str(run)), spec, open_run(run).rows[:1], "vllm", out)
     assert subprocess.run(["sh", "-n", str(out / "serve.sh")]).returncode == 0
+
+
+@pytest.mark.parametrize("form", ["vllm", "peft-multi"])
+def test_layout_keeps_trust_and_says_how_prompts_stand(run: Path, tmp_path: Path, form: str) -> None:
+    from lora_search.rundir import find_run
+
+    spec = load_spec(run / "sweep.yaml")
+    notes = {"prompt-completion": "as they stood in training: `", "chat": "the tokenizer's chat template"}
+    for kind, note in (notes | {"text": "the beginning of one"}).items():
+        base = spec.base.model_copy(update={"trust_remote_code": kind == "chat"})
+        data = spec.data.model_copy(update={"format": kind})
+        other = spec.model_copy(update={"base": base, "data": data})
+        out = tmp_path / kind
+        write_layout(find_run(str(run)), other, open_run(run).rows[:1], form, out)
+        page = (out / "README.md").read_text()
+        assert note in page
+        assert ("{prompt}" in page) == (kind == "prompt-completion")
+        script = (out / ("serve.sh" if form == "vllm" else "load_adapters.py")).read_text()
+        assert (("--trust-remote-code" if form == "vllm" else "CODE = True") in script) == (kind == "chat")
+
+
+@pytest.mark.parametrize(("option", "names"), [(["--trial", "1"], {"trial-1"}), ([], None)])
+def test_layout_of_one_trial_holds_that_one(
+    run: Path, tmp_path: Path, option: list[str], names: set[str] | None
+) -> None:
+    from lora_search.cli import main
+
+    out = tmp_path / "out"
+    assert main(["export", str(run), "--to", "peft-multi", *option, "--out", str(out)]) == 0
+    expected = names if best_of(run) != "trial-1" else {"best"}
+    found = {path.name for path in (out / "adapters").iterdir()}
+    assert found == expected if names else len(found) == 3
+    both = ["--trial", "1", "--trials", "0"]
+    assert main(["export", str(run), "--to", "peft-multi", *both, "--out", str(tmp_path / "no")]) == 2
 
 
 def test_built_in_base_goes_with_the_adapters(run: Path, tmp_path: Path) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import yaml
+
 from lora_search.best.conclude import Conclusion
-from lora_search.results import ranked_rows
+from lora_search.errors import cell
+from lora_search.results import column, ranked_rows
 from lora_search.rundir import RunDirectory
 from lora_search.spec import SweepSpec
 
@@ -32,11 +35,11 @@ def model_card(
     states = {state: sum(row["state"] == state for row in rows) for state in ("completed", "stopped", "failed")}
     quantised = "4-bit NF4 with double quantisation" if spec.base.quantization == "nf4" else "unquantised"
     ranked = ranked_rows(rows, spec.search.metric, spec.search.mode)
-    settings = [name for name in spec.search.space if name in best]
+    settings = [column(name) for name in spec.search.space if column(name) in best]
     return "\n".join(
         [
             "---",
-            f"base_model: {spec.base.model}",
+            yaml.safe_dump({"base_model": spec.base.model}, width=10**9).rstrip(),
             "library_name: peft",
             "tags: [lora, lora-search]",
             "---",
@@ -133,4 +136,4 @@ def signed(share: float) -> str:
 def _value(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    return ", ".join(value) if isinstance(value, list) else str(value)
+    return cell(", ".join(value) if isinstance(value, list) else str(value))

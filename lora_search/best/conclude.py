@@ -13,6 +13,7 @@ import yaml
 
 from lora_search.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, Shelf
 from lora_search.errors import InputError, SweepError
+from lora_search.results import PLANNED, sampled
 from lora_search.rundir import RunDirectory
 from lora_search.space import TrialConfig
 from lora_search.spec import SweepSpec
@@ -81,9 +82,14 @@ def _write_adapter(checkpoint: Checkpoint, out: Path) -> None:
 
 
 def write_config(spec: SweepSpec, parameters: Mapping[str, Any], file: Path) -> None:
-    """The best configuration as a sweep file of its own: a sweep of one trial, which runs again."""
+    """A configuration as a sweep file of its own: a sweep of one trial, which runs again.
+
+    Args:
+        parameters: the trial's row of results.
+    """
     alone = spec.model_dump(mode="json")
-    fixed = {name: value for name, value in parameters.items() if name in spec.search.space}
+    fixed = sampled(parameters, spec.search.space)
+    alone["training"]["steps"] = parameters.get(PLANNED) or spec.training.steps
     alone["name"] = f"{spec.name}-best"
     alone["search"] |= {"space": fixed, "enqueue": [], "trials": 1}
     alone["search"]["scheduler"] |= {"name": "none"}

@@ -201,7 +201,7 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         epilog="formats:\n" + "\n".join(f"  {name:13} {meaning}" for name, meaning in (FORMATS | LAYOUTS).items()),
     )
     _add_run(export)
-    export.add_argument("--trial", default="best", metavar="ID|best")
+    export.add_argument("--trial", metavar="ID|best", help="default: best")
     export.add_argument("--trials", metavar="A,B|topK", help=f"of {' and '.join(LAYOUTS)}; default: the best three")
     export.add_argument("--to", required=True, metavar="FORMAT", choices=FORMATS | LAYOUTS, help="one of those below")
     export.add_argument("--out", required=True, metavar="DIR", help="must not be there, or be empty")

@@ -93,8 +93,7 @@ def merge(arguments: argparse.Namespace) -> None:
     directory = find_run(arguments.run)
     spec = load_spec(directory.spec)
     require_trust(directory, spec, trusts_code=arguments.trust_remote_code)
-    if folder.exists():
-        raise InputError(f"--out {folder}: exists already; name a folder that does not")
+    _require_free(folder)
     if arguments.gguf and (beside := folder.with_name(f"{folder.name}.gguf")).exists():
         raise InputError(f"--gguf: {beside} exists already; name another --out")
     rows = run_rows(directory)
@@ -114,9 +113,12 @@ def merge(arguments: argparse.Namespace) -> None:
     options = Options(arguments.onto, arguments.dtype, not arguments.no_verify, tolerance, arguments.gguf)
     named = f"trial{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
     _say(f"merging {named} of {directory.place}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot be made: {error.strerror or error}") from None
     if arguments.no_verify:
         _say("WARNING: --no-verify: the merged model is NOT loaded, measured or compared")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     together: Together | None = None
     with redirect_stdout(sys.stderr):  # standard output is ours; libraries may print
         if arguments.trials is None:
@@ -127,7 +129,7 @@ def merge(arguments: argparse.Namespace) -> None:
     if together is not None and not together.combined:
         named = together.name
     if arguments.json:
-        print(json.dumps(_document(folder, numbers, merged, together), indent=2, ensure_ascii=False))
+        print(json.dumps(_document(folder, numbers, merged, together), indent=2, ensure_ascii=sys.stdout.isatty()))
     else:
         print(harmless("\n".join(_lines(folder, named, merged, together))))
     if not merged.within_tolerance:
@@ -135,6 +137,20 @@ def merge(arguments: argparse.Namespace) -> None:
             f"WARNING: the merged model's validation loss differs from the adapter's by {merged.drift:+.2%}, more than "
             f"--tolerance {tolerance:g}; it is at {folder}"
         )
+
+
+def _require_free(folder: Path) -> None:
+    """A folder is to be made.
+
+    Raises:
+        InputError: it is there, or cannot be.
+    """
+    try:
+        is_taken = folder.exists()
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot be made: {error.strerror or error}") from None
+    if is_taken:
+        raise InputError(f"--out {folder}: exists already; name a folder that does not")
 
 
 def _recipe(arguments: argparse.Namespace) -> tuple[list[float] | None, list[str] | None, float]:

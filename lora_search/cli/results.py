@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_search.cli.out import local_path
 from lora_search.errors import InputError, SweepError, harmless
-from lora_search.results import Row, best_row, read_events, render, rows_frame, run_rows, trial_rows
+from lora_search.results import Row, best_row, column, read_events, render, rows_frame, run_rows, trial_rows
 from lora_search.rundir import RunDirectory, find_run, is_locked
 from lora_search.space import planned_trials
 from lora_search.spec import SweepSpec, recorded_spec
@@ -20,7 +20,11 @@ COLUMNS = ("trial", "state", "steps", "rank", "alpha", "dropout", "target_module
 
 
 def results(run: str, form: str, out: str | None) -> None:
-    """Print the trials, or write them to a file."""
+    """Print the trials, or write them to a file.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     file = None if out is None else local_path(out)
     directory = find_run(run)
     try:
@@ -28,7 +32,7 @@ def results(run: str, form: str, out: str | None) -> None:
     except OSError as error:
         if file is None:
             raise
-        raise InputError(f"--out {file}: cannot be written: {error}") from None
+        raise InputError(f"--out {file}: cannot be written: {error.strerror or error}") from None
 
 
 def _write(directory: RunDirectory, rows: list[Row], form: str, file: Path | None) -> None:
@@ -44,9 +48,10 @@ def _write(directory: RunDirectory, rows: list[Row], form: str, file: Path | Non
     elif form == "table":
         _print_table(recorded_spec(directory.spec), rows, file)
     else:
-        text = render(rows, "csv" if form == "csv" else "json")
+        is_shown = file is None and sys.stdout.isatty()  # a terminal does what control characters say
+        text = render(rows, "csv" if form == "csv" else "json", ascii_only=is_shown)
         if file is None:
-            sys.stdout.write(text)
+            sys.stdout.write(harmless(text) if is_shown else text)
         else:
             file.write_text(text, encoding="utf-8")
 
@@ -119,14 +124,14 @@ def _print_table(spec: SweepSpec, rows: list[Row], file: Path | None) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    searched = [name for name in spec.search.space if name not in COLUMNS and name != "alpha_ratio"]
+    searched = [column(name) for name in spec.search.space if column(name) not in (*COLUMNS, "alpha_ratio")]
     metric = spec.search.metric
     table = Table()
     for name in (*COLUMNS, *searched, metric):
         table.add_column(name, justify="left" if name in ("state", "target_modules") else "right", overflow="fold")
     best = best_row(rows, metric, spec.search.mode)
-    order = sorted(rows, key=lambda row: (row.get(metric) is None, row.get(metric) or 0, row["trial"]))
-    for row in order if spec.search.mode == "min" else reversed(order):
+    sign = 1 if spec.search.mode == "min" else -1
+    for row in sorted(rows, key=lambda row: (row.get(metric) is None, sign * (row.get(metric) or 0), row["trial"])):
         style = "bold" if best and row["trial"] == best["trial"] else ""
         table.add_row(*(escape(_cell(row.get(name))) for name in (*COLUMNS, *searched, metric)), style=style)
     if file is None:

@@ -21,6 +21,8 @@ from lora_search.export.trained import Trained
 CHECKED = "0.19.0"
 FILE = "config.yaml"
 PLUGIN = "stop_early.py"
+ONE_GPU = "CUDA_VISIBLE_DEVICES=0"
+"""The trial's batch is one device's; Axolotl would train on every GPU, with so many times as large a one."""
 CHECKPOINTING = "gradient_checkpointing_kwargs: {use_reentrant: false}\n"
 
 
@@ -66,12 +68,13 @@ def write(trained: Trained, out: Path) -> Page:
             f"Axolotl's `lora_alpha` is a whole number: {whole} stands for {trained.alpha!r}, which makes the "
             f"adapter's scaling {whole / trained.alpha - 1:+.2%} of the trial's."
         )
+    limits.append(f"The trial's batch is one device's, so that `{ONE_GPU}` stands in the command.")
     if trained.warmup_steps == 1:
         limits.append("Axolotl makes 2 of one warm-up step; the trial had one.")
     files = {FILE: "the configuration"} | base_file(trained)
     return Page(
         title="Train again with Axolotl",
-        commands=[f"PYTHONPATH=. axolotl train {FILE}" if trained.stopped_early else f"axolotl train {FILE}"],
+        commands=[f"{ONE_GPU} {'PYTHONPATH=. ' if trained.stopped_early else ''}axolotl train {FILE}"],
         files=files | ({PLUGIN: "the plugin that ends training early"} if trained.stopped_early else {}),
         made_for={"axolotl": CHECKED},
         rows=rows,

@@ -1,7 +1,8 @@
 """Templates of exported files: text with places for values and for parts.
 
 `{{name}}` becomes a value, written so that the file's language reads exactly it: a run directory may be somebody
-else's, and no text in it may become code. `{{> name}}` becomes a part: a template of that name, or text made by us.
+else's, and no text in it may become code. `{{> name}}` becomes a part: a template of that name, whose places are filled
+too, or text made by us, whose are not.
 """
 
 from __future__ import annotations
@@ -16,25 +17,31 @@ import yaml
 
 FOLDER = Path(__file__).parent / "templates"
 
-PART = re.compile(r"^\{\{> (\w+)\}\}\n", re.MULTILINE)
-VALUE = re.compile(r"\{\{(\w+)\}\}")
+PLACE = re.compile(r"^\{\{> (?P<part>\w+)\}\}\n|\{\{(?P<value>\w+)\}\}", re.MULTILINE)
 
 
 def fill(template: str, values: Mapping[str, Any], parts: Mapping[str, str] | None = None) -> str:
     """A template of `templates/` by its file name, complete.
 
+    Args:
+        parts: text made by us, by its name; it goes in as it is, for there are values in it.
+
     Raises:
         KeyError: the template has a place that is not in `values`.
     """
     write = python if template.endswith(".py.txt") else plain_yaml
-    text = _part("", {**(parts or {}), "": _read(template)})
-    return VALUE.sub(lambda found: write(values[found[1]]), text)
+    made = parts or {}
 
+    def filled(file: str) -> str:
+        return PLACE.sub(put, _read(file))  # in one pass: what has gone in may hold braces of its own
 
-def _part(name: str, parts: Mapping[str, str]) -> str:
-    """A part, with the parts in it."""
-    text = parts[name] if name in parts else _read(f"{name}.py.txt")
-    return PART.sub(lambda found: _part(found[1], parts), text)
+    def put(place: re.Match[str]) -> str:
+        part = place["part"]
+        if part is None:
+            return write(values[place["value"]])
+        return made[part] if part in made else filled(f"{part}.py.txt")
+
+    return filled(template)
 
 
 def _read(name: str) -> str:
@@ -44,7 +51,8 @@ def _read(name: str) -> str:
 def python(value: Any) -> str:
     """A literal: a long list has a line for each value."""
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False)  # reads as Python, with the quotes that Python code is wont to use
+        text = json.dumps(value, ensure_ascii=False)  # reads as Python, with the quotes that Python code is wont to use
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     if not isinstance(value, list):
         return repr(value)
     inside = [python(one) for one in value]

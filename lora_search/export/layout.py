@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from lora_search.builtin import model_folder
 from lora_search.checkpoint import ADAPTER_CONFIG
 from lora_search.errors import InputError, harmless
 from lora_search.export.fill import fill
-from lora_search.export.page import code
+from lora_search.export.page import code, code_cell
 from lora_search.export.write import PAGE, complete_or_absent
 from lora_search.results import Row, best_row, run_rows
 from lora_search.rundir import RunDirectory
@@ -96,6 +97,7 @@ def _vllm(spec: SweepSpec, names: Mapping[str, ServedAdapter], out: Path, base: 
     command = [
         *("vllm", "serve", base or spec.base.model),
         *(["--revision", spec.base.revision] if spec.base.revision and base is None else []),
+        *(["--trust-remote-code"] if spec.base.trust_remote_code else []),
         *(["--quantization", "bitsandbytes"] if spec.base.quantization == "nf4" else []),
         *("--enable-lora", "--max-lora-rank", str(vllm_rank([int(configs[name]["r"]) for name in able]))),
         *("--max-loras", str(len(able))),
@@ -104,10 +106,8 @@ def _vllm(spec: SweepSpec, names: Mapping[str, ServedAdapter], out: Path, base: 
     (out / "serve.sh").write_text(f"#!/bin/sh\nexec {shlex.join(command)}\n", encoding="utf-8")
     (out / "serve.sh").chmod(0o755)
     notes = [
-        "Requests choose by `model`: the base's own name, or "
-        + ", ".join(f"`{name}`" for name in able)
-        + ". Give prompts as they stood in training: "
-        + _code(json.dumps(spec.data.template)),
+        "Requests choose by `model`: the base's own name, or " + ", ".join(f"`{name}`" for name in able) + ".",
+        _prompt_note(spec, "`/v1/chat/completions` writes"),
     ]
     if spec.base.quantization == "nf4":
         notes.append(
@@ -124,19 +124,31 @@ def _peft(spec: SweepSpec, names: Mapping[str, ServedAdapter], out: Path, base: 
     values = {
         "base": base or spec.base.model,
         "revision": None if base else spec.base.revision,
+        "trust_remote_code": spec.base.trust_remote_code,
         "nf4": spec.base.quantization == "nf4",
+        "chat": spec.data.format == "chat",
         "names": list(names),
     }
     (out / "load_adapters.py").write_text(fill("load_adapters.py.txt", values), encoding="utf-8")
     first = next(iter(names))
-    template = _code(json.dumps(spec.data.template))
     notes = [
         "The script loads the base once and all adapters beside it, and switches with `set_adapter(NAME)`; "
         "`disable_adapter()` is the base. PEFT's `adapter_names=[...]` in `generate` answers a batch of rows with an "
         "adapter each.",
-        f"Give prompts as they stood in training: {template}",
+        _prompt_note(spec, "the script writes"),
     ]
     return _page("Adapters for PEFT", spec, names, f'python load_adapters.py --model {first} "the prompt"', notes)
+
+
+def _prompt_note(spec: SweepSpec, writer: str) -> str:
+    """How a prompt has to be given to stand as in training."""
+    match spec.data.format:
+        case "chat":
+            return f"The adapters were trained on chats: {writer} a user's message by the tokenizer's chat template."
+        case "text":
+            return "The adapters were trained on texts as they are: a prompt is the beginning of one."
+        case _:
+            return f"Give prompts as they stood in training: {_code(json.dumps(spec.data.template))}"
 
 
 def _page(title: str, spec: SweepSpec, names: Mapping[str, ServedAdapter], command: str, notes: Sequence[str]) -> str:
@@ -153,8 +165,9 @@ def _page(title: str, spec: SweepSpec, names: Mapping[str, ServedAdapter], comma
             row.get("alpha"),
             row.get("target_modules"),
         ]
-        lines.append(f"| {name} | " + " | ".join(_code(value) for value in shown) + " |")
-    lines += ["", "Run in this folder:", "", "```sh", harmless(command), "```", ""]
+        lines.append(f"| {name} | " + " | ".join(_code_cell(value) for value in shown) + " |")
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0))  # the base's name may be anybody's
+    lines += ["", "Run in this folder:", "", f"{fence}sh", harmless(command), fence, ""]
     for note in notes:
         lines += [note, ""]
     return "\n".join(lines)
@@ -162,6 +175,10 @@ def _page(title: str, spec: SweepSpec, names: Mapping[str, ServedAdapter], comma
 
 def _code(value: Any) -> str:
     return code(f"{value:.6g}" if isinstance(value, float) else value)
+
+
+def _code_cell(value: Any) -> str:
+    return code_cell(f"{value:.6g}" if isinstance(value, float) else value)
 
 
 def _config(out: Path, name: str) -> dict[str, Any]:

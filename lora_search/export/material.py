@@ -155,6 +155,6 @@ def _fingerprint(provenance: Path) -> str | None:
         found = json.loads(provenance.read_text(encoding="utf-8"))["data"]["fingerprint"]
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SweepError(f"{provenance}: is no provenance of a sweep: {type(error).__name__}: {error}") from None
     return str(found)

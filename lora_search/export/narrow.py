@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from lora_search.results import Row, ranked_rows
+from lora_search.results import Row, ranked_rows, sampled
 from lora_search.spec import Choice, Domain, Fixed, IntUniform, LogUniform
 
 SHARE = 4
@@ -28,7 +28,8 @@ def best_quarter(rows: Sequence[Row], metric: str, mode: Literal["min", "max"]) 
 
 def narrowed(space: Mapping[str, Domain], best: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """W&B's `parameters` of a space around these trials."""
-    return {name: _parameter(domain, [row[name] for row in best]) for name, domain in space.items()}
+    values = [sampled(row, space) for row in best]
+    return {name: _parameter(domain, [value[name] for value in values]) for name, domain in space.items()}
 
 
 def word(value: Any) -> Any:

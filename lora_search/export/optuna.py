@@ -35,9 +35,10 @@ def write(trained: Trained, out: Path) -> Page:
             optuna.copy_study(
                 from_study_name=study.study_name,
                 from_storage=study._storage,
-                to_storage=f"sqlite:///{out / FILE}",
+                to_storage=f"sqlite:///{Path(folder) / FILE}",  # `out` may hold what means something in a URL
                 to_study_name=trained.spec.name,  # the journal's own may be anybody's text
             )
+            shutil.move(Path(folder) / FILE, out / FILE)
         except SweepError:
             raise
         except Exception as error:  # whatever Optuna makes of a journal that is not its own

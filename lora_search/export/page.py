@@ -57,8 +57,13 @@ def render(page: Page, trained: Trained) -> str:
 def code(value: Any) -> str:
     """A value that may be anybody's as inline code of a page: one line, and no way out of it."""
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    shown = "".join(c if c.isprintable() and c not in "`|" else " " for c in text)
+    shown = "".join(c if c.isprintable() and c != "`" else " " for c in text)
     return f"`{shown.strip() or ' '}`"
+
+
+def code_cell(value: Any) -> str:
+    """The same in a cell of a table, where a bar would end the cell, though it stands in code."""
+    return code(value).replace("|", "\\|")
 
 
 def _table(trained: Trained) -> list[str]:
@@ -76,7 +81,7 @@ def _table(trained: Trained) -> list[str]:
     }
     if trained.eval_loss is not None:
         figures["validation loss, nats a token"] = f"{trained.eval_loss:.4f}"
-    return ["| | |", "| --- | --- |", *(f"| {name} | {code(value)} |" for name, value in figures.items())]
+    return ["| | |", "| --- | --- |", *(f"| {name} | {code_cell(value)} |" for name, value in figures.items())]
 
 
 def _rows(file: RowFile, trained: Trained) -> str:

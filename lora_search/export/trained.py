@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from lora_search.errors import InputError, SweepError
-from lora_search.results import Row
+from lora_search.results import PLANNED, Row, sampled
 from lora_search.rundir import RunDirectory
 from lora_search.space import TrialConfig, trial_config
 from lora_search.spec import SweepSpec
@@ -68,7 +68,7 @@ class Trained:
 
     def sampled(self) -> dict[str, Any]:
         """The values of the searched parameters."""
-        return {name: self.row[name] for name in self.spec.search.space}
+        return sampled(self.row, self.spec.search.space)
 
 
 def describe(run: RunDirectory, spec: SweepSpec, rows: Sequence[Row], row: Row) -> Trained:
@@ -80,11 +80,13 @@ def describe(run: RunDirectory, spec: SweepSpec, rows: Sequence[Row], row: Row) 
     """
     if not row["steps"]:
         raise InputError(f"--trial {row['trial']}: has reported no step yet; {run.place} has it as {row['state']}")
-    missing = [name for name in spec.search.space if name not in row]
+    values = sampled(row, spec.search.space)
+    missing = [name for name in spec.search.space if name not in values]
     if missing:
         raise SweepError(f"{run.trials}: trial {row['trial']} has no {', '.join(missing)}, which {run.spec} searches")
     try:
-        config = trial_config(spec, {name: row[name] for name in spec.search.space})
+        planned = {"steps": row[PLANNED]} if row.get(PLANNED) else {}  # the sweep file's are another resumption's
+        config = trial_config(spec, planned | values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))

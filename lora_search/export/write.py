@@ -37,19 +37,31 @@ def export_trial(trained: Trained, form: str, out: Path) -> None:
 def complete_or_absent(out: Path) -> Iterator[Path]:
     """A folder to write in, which becomes `out` when all has gone well.
 
+    An empty `out` stays the folder that it is, for it may be somebody's working directory: it is given the files, the
+    page that tells of them last.
+
     Raises:
         InputError: `out` is taken.
         SweepError: it cannot be written.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    try:
+        is_taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be read: {error.strerror or error}") from None
+    if is_taken:
         raise InputError(f"--out {out}: exists already; name a folder that does not, or an empty one")
+    is_there = out.is_dir()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        part = Path(tempfile.mkdtemp(prefix=f".{out.name[:100]}.", dir=out if is_there else out.parent))
         try:
             yield part
-            part.chmod(0o755)  # mkdtemp keeps others out
-            part.replace(out)
+            if is_there:
+                for file in sorted(part.iterdir(), key=lambda file: file.name == PAGE):
+                    file.rename(out / file.name)
+            else:
+                part.chmod(0o755)  # mkdtemp keeps others out
+                part.replace(out)
         finally:
             shutil.rmtree(part, ignore_errors=True)
     except OSError as error:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
+
+from lora_search.errors import cell
 from lora_search.merge.update import adapter_config
 from lora_search.merge.values import Merged
 from lora_search.spec import Base
@@ -17,14 +20,14 @@ def merged_card(base: Base, adapter: Path, merged: Merged) -> str:
     quantised = "4-bit NF4 with double quantisation" if base.quantization == "nf4" else "unquantised"
     lines = [
         "---",
-        f"base_model: {base.model}",
+        yaml.safe_dump({"base_model": base.model}, width=10**9).rstrip(),
         "base_model_relation: finetune",
         "library_name: transformers",
         "pipeline_tag: text-generation",
         "tags: [lora, merged, lora-search]",
         "---",
         "",
-        f"# {base.model} with a LoRA adapter merged into it",
+        f"# {' '.join(base.model.split())} with a LoRA adapter merged into it",
         "",
         f"The adapter was trained on the base as {quantised}, and is merged onto the {merged.onto} weights.",
         *(f"Note: {note}." for note in merged.notes),
@@ -63,4 +66,4 @@ def _measured(merged: Merged) -> list[str]:
 
 
 def _value(value: object) -> str:
-    return ", ".join(map(str, sorted(value))) if isinstance(value, list) else str(value)
+    return cell(", ".join(map(str, sorted(value))) if isinstance(value, list) else str(value))

@@ -18,6 +18,7 @@ from torch import nn
 
 from lora_search.errors import InputError, SweepError
 from lora_search.memory.weights import quantised_names
+from lora_search.merge.finite import require_finite
 from lora_search.merge.names import Block, Names, parameter_names
 from lora_search.merge.published import CODES, Published, Stored, in_order, write_index, write_shard
 from lora_search.merge.update import Update
@@ -106,8 +107,8 @@ class ShardMerge:
                 continue
             change = changes.get(key)
             written = (tensor if change is None else change(tensor.to(torch.float32, copy=True))).to(dtype)
-            if change is not None and not torch.isfinite(written).all():
-                raise SweepError(f"{key}: is not finite after the merge in {str(dtype).removeprefix('torch.')}")
+            if change is not None or written.dtype != tensor.dtype:
+                require_finite(key, written if change is not None else tensor, written)
             if written.shape != stored.shape:
                 raise SweepError(
                     f"{key}: has the shape {tuple(written.shape)} in the adapter, {stored.shape} in the base"

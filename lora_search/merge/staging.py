@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -22,23 +22,48 @@ def staging(out: Path) -> Iterator[Path]:
     Raises:
         SweepError: `out` exists, or another process is making it.
     """
-    if out.exists():
-        raise SweepError(f"{out} exists already")
     folder = out.with_name(f".{out.name}.merging")
-    folder.mkdir(exist_ok=True)
     lock = FileLock(folder / LOCK)
+    _require_free(out)
     try:
-        lock.acquire(timeout=0)
+        _lock(folder, lock)
     except Timeout:
         raise SweepError(f"{out}: another process is merging to it") from None
+    except OSError as error:
+        raise SweepError(f"{out}: cannot be made: {error.strerror or error}") from None
     try:
-        for leftover in folder.iterdir():
-            if leftover.name != LOCK:
-                shutil.rmtree(leftover)
+        _require_free(out)
+        _empty(folder)
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _empty(folder)
+        (folder / LOCK).unlink(missing_ok=True)  # held until here: whoever comes next makes one of its own
+        with suppress(OSError):  # whoever comes next has
+            folder.rmdir()
         lock.release()
+
+
+def _require_free(out: Path) -> None:
+    if out.exists():
+        raise SweepError(f"{out} exists already")
+
+
+def _lock(folder: Path, lock: FileLock) -> None:
+    """Make the folder and take its lock; again where the one who is done removes the folder in between."""
+    for last in (False,) * 9 + (True,):
+        try:
+            folder.mkdir(exist_ok=True)
+            lock.acquire(timeout=0)
+            return
+        except (FileNotFoundError, FileExistsError):
+            if last:
+                raise
+
+
+def _empty(folder: Path) -> None:
+    for leftover in folder.iterdir():
+        if leftover.name != LOCK:
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def publish(part: Path, out: Path) -> None:

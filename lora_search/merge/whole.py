@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lora_search.errors import InputError
+from lora_search.merge.finite import require_finite
 from lora_search.model.load import load_weights, quiet
 from lora_search.model.precision import quantised_linears, round_trip_nf4
 from lora_search.spec import Base
@@ -34,6 +35,7 @@ def merge_whole(
 
     Raises:
         InputError: the adapter changes one of two parameters that are one in the base.
+        SweepError: `dtype` cannot hold a number of the merged model.
     """
     from peft import PeftModel
 
@@ -47,6 +49,9 @@ def merge_whole(
     adapted = PeftModel.from_pretrained(model, str(adapter))
     _refuse_tied(adapted, tied)
     merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+    for name, tensor in merged.state_dict().items():
+        if tensor.is_floating_point() and tensor.dtype != dtype:
+            require_finite(name, tensor, tensor.to(dtype))
     merged.to(dtype)
     merged.config.use_cache = True
     with quiet():

@@ -8,7 +8,7 @@ from typing import Literal
 
 from lora_search.report.standing import leaders
 from lora_search.report.values import number, text
-from lora_search.results import Row
+from lora_search.results import Row, column
 from lora_search.spec import Choice, Fixed, LogUniform, SweepSpec
 
 EDGE = 0.05
@@ -45,7 +45,7 @@ def _at_the_end(spec: SweepSpec, name: str, best: Sequence[Row]) -> Literal["top
     if isinstance(domain, Fixed):
         return None
     ends = [number(value) for value in domain.probes()]
-    values = [number(row.get(name)) for row in best]
+    values = [number(row.get(column(name))) for row in best]
     if any(value is None for value in ends) or any(value is None for value in values):
         return None
     low, high = min(value for value in ends if value is not None), max(value for value in ends if value is not None)
@@ -67,7 +67,7 @@ def _at_the_end(spec: SweepSpec, name: str, best: Sequence[Row]) -> Literal["top
 
 
 def _sentence(name: str, end: str, best: Sequence[Row], improving: bool) -> str:
-    values = sorted({row[name] for row in best})
+    values = sorted({row[column(name)] for row in best})
     where = f"{name} at the {end} of its range ({' to '.join(map(text, dict.fromkeys((values[0], values[-1]))))})"
     line = f"The best {len(best)} trials have {where}: a {'larger' if end == 'top' else 'smaller'} one may be better."
     if name == "rank" and end == "top" and improving:

@@ -15,7 +15,7 @@ from lora_search.report.front import front
 from lora_search.report.headline import METRICS, commands, headline, tested
 from lora_search.report.importance import importance, importance_finding
 from lora_search.report.occupancy import capacities, occupancy, occupancy_finding, stays
-from lora_search.report.parameters import ALWAYS, LABELS, Parameter, parameters
+from lora_search.report.parameters import LABELS, Parameter, parameters, shown_names
 from lora_search.report.progress import curves, progress, progress_finding, thinned
 from lora_search.report.savings import early_places, savings, savings_finding
 from lora_search.report.standing import STANDING, standing
@@ -54,7 +54,7 @@ def document(run: Run, *, finished: bool | None = None) -> dict[str, Any]:
     places = occupancy(stays(events, now), capacities(run.provenance.get("hosts")))
     weights = importance(placed, searched)
     fronts = {cost: front(rows, cost, metric, spec.search.mode) for cost in COSTS}
-    names = dict.fromkeys((*ALWAYS, *spec.search.space))
+    names = shown_names(spec)
     found_document = {
         "name": run.name,
         "state": state,
@@ -115,7 +115,7 @@ def _state(run: Run, finished: bool | None, concluded: bool) -> str:
     return "running" if is_locked(run.directory) else "interrupted"
 
 
-def _trial(row: Row, metric: str, names: Mapping[str, Any]) -> dict[str, Any]:
+def _trial(row: Row, metric: str, names: Sequence[str]) -> dict[str, Any]:
     """A row as the page needs it; parameters as text beside their numbers."""
     kept = "trial state steps steps_total trainable_parameters peak_memory_bytes tokens seconds host reason".split()
     return {
@@ -131,7 +131,7 @@ def _trial(row: Row, metric: str, names: Mapping[str, Any]) -> dict[str, Any]:
 def _best(run: Run, best: Row | None) -> dict[str, Any] | None:
     if best is None:
         return None
-    names = dict.fromkeys((*ALWAYS, *run.spec.search.space))
+    names = shown_names(run.spec)
     settings = [[LABELS.get(name, name.replace("_", " ")), text(best[name])] for name in names if name in best]
     settings += [["steps", text(best["steps"])], ["trainable parameters", f"{best.get('trainable_parameters') or 0:,}"]]
     return {
@@ -143,7 +143,7 @@ def _best(run: Run, best: Row | None) -> dict[str, Any] | None:
     }
 
 
-def _fixed(names: Mapping[str, Any], searched: Sequence[Parameter], rows: Sequence[Row]) -> list[list[str]]:
+def _fixed(names: Sequence[str], searched: Sequence[Parameter], rows: Sequence[Row]) -> list[list[str]]:
     """Parameters of which all trials have the same value."""
     varied = {parameter.name for parameter in searched}
     return [[LABELS.get(n, n), text(rows[0][n])] for n in names if rows and n not in varied and n in rows[0]]

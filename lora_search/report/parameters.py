@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from lora_search.report.values import number, text
-from lora_search.results import Row
-from lora_search.spec import Choice, Fixed, LogUniform, SweepSpec
+from lora_search.results import PLANNED, Row, column
+from lora_search.spec import Choice, Domain, Fixed, LogUniform, SweepSpec
 
 ALWAYS = ("rank", "alpha", "dropout", "target_modules", "learning_rate")
 """Every trial has these, whether searched or not."""
@@ -22,6 +22,7 @@ LABELS = {
     "dropout": "dropout",
     "target_modules": "target set",
     "learning_rate": "learning rate",
+    PLANNED: "planned steps",
 }
 
 
@@ -30,6 +31,7 @@ class Parameter:
     """A parameter whose trials differ in it."""
 
     name: str
+    """Of its column in a row."""
     label: str
     scale: Literal["linear", "log", "category"]
     categories: list[str]
@@ -43,13 +45,20 @@ class Parameter:
 
 def parameters(spec: SweepSpec, rows: list[Row]) -> list[Parameter]:
     """The parameters in which trials differ, the usual five first."""
-    names = dict.fromkeys((*ALWAYS, *spec.search.space))
-    found = (_parameter(name, spec, [row[name] for row in rows if row.get(name) is not None]) for name in names)
+    domains = {column(name): domain for name, domain in spec.search.space.items()}
+    found = (
+        _parameter(name, domains.get(name), [row[name] for row in rows if row.get(name) is not None])
+        for name in shown_names(spec)
+    )
     return [parameter for parameter in found if parameter is not None]
 
 
-def _parameter(name: str, spec: SweepSpec, values: list[Any]) -> Parameter | None:
-    domain = spec.search.space.get(name)
+def shown_names(spec: SweepSpec) -> list[str]:
+    """What rows call the parameters that are shown: the usual five, and those that are searched."""
+    return list(dict.fromkeys((*ALWAYS, *map(column, spec.search.space))))
+
+
+def _parameter(name: str, domain: Domain | None, values: list[Any]) -> Parameter | None:
     searched = domain is not None and not isinstance(domain, Fixed)
     different = {text(value) for value in values}
     if len(different) < 2:

@@ -20,9 +20,13 @@ def plain(value: Any) -> Any:
 
 def number(value: Any) -> float | None:
     """A finite number, as one that may be somebody else's; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        found = float(value)
+    except OverflowError:  # JSON's whole numbers have no end
+        return None
+    return found if math.isfinite(found) else None
 
 
 def text(value: Any) -> str:

@@ -2,17 +2,29 @@
 
 from lora_search.results.events import read_events
 from lora_search.results.frames import COLUMNS, Column, render, rows_frame
-from lora_search.results.rows import Row, best_row, ended_count, ranked_rows, run_rows, trial_rows
+from lora_search.results.rows import (
+    PLANNED,
+    Row,
+    best_row,
+    column,
+    ended_count,
+    ranked_rows,
+    run_rows,
+    sampled,
+    trial_rows,
+)
 from lora_search.results.run import Run, open_run
 from lora_search.results.several import Runs, open_runs
 
 __all__ = [
     "COLUMNS",
+    "PLANNED",
     "Column",
     "Row",
     "Run",
     "Runs",
     "best_row",
+    "column",
     "ended_count",
     "open_run",
     "open_runs",
@@ -21,5 +33,6 @@ __all__ = [
     "render",
     "rows_frame",
     "run_rows",
+    "sampled",
     "trial_rows",
 ]

@@ -29,8 +29,8 @@ class _Event(TypedDict, total=False):
 
     event: Required[str]
     trial: Required[Annotated[int, Field(ge=0, lt=2**31)]]
-    time: Required[float]
-    """Seconds since 1970."""
+    time: Required[Annotated[float, Field(ge=0, lt=2**33)]]
+    """Seconds since 1970, before 2242: pandas knows no later time."""
 
 
 @with_config(CHECKED)
@@ -109,12 +109,14 @@ def read_events(file: Path, *, without: str | None = None) -> Iterator[Event]:
         without: a kind of event that is passed over, unread.
 
     Raises:
-        SweepError: a line before the last is no JSON, or a line is no event.
+        SweepError: the file cannot be read, a line before the last is no JSON, or a line is no event.
     """
     try:
         content = file.read_bytes()
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise SweepError(f"{file}: cannot be read: {error.strerror or error}") from None
     lines = content.removesuffix(b"\n").split(b"\n") if content else []  # splitlines() splits within strings too
     passed_over = None if without is None else OPENING + without.encode() + b'"'
     for number, line in enumerate(lines, start=1):

@@ -33,7 +33,7 @@ COLUMNS: Mapping[str, Column] = {
     "state": Column("string", "", "running, completed, stopped (by the scheduler) or failed"),
     "step": Column("Int64", "optimiser steps", "of this report"),
     "steps": Column("Int64", "optimiser steps", "done by the last report"),
-    "steps_total": Column("Int64", "optimiser steps", "that the trial has if nothing stops it"),
+    "steps_total": Column("Int64", "optimiser steps", "that the trial has if nothing stops it, searched or not"),
     "eval_loss": Column("float64", "nats a target token", "over the validation split"),
     "perplexity": Column("float64", "", "exp(eval_loss)"),
     "token_accuracy": Column("float64", "share", "validation target tokens that are the most likely one"),
@@ -121,8 +121,8 @@ def _text(value: Any) -> str | None:
     return ", ".join(value) if isinstance(value, list) else json.dumps(value)
 
 
-def render(rows: list[Row], form: Literal["csv", "json"]) -> str:
-    """Rows as text: JSON is a list of objects."""
+def render(rows: list[Row], form: Literal["csv", "json"], *, ascii_only: bool = False) -> str:
+    """Rows as text: JSON is a list of objects, what is not ASCII spelled out in it where that is asked for."""
     if form == "json":
-        return json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(rows, indent=2, ensure_ascii=ascii_only) + "\n"
     return str(rows_frame(rows).to_csv(index=False))

@@ -11,12 +11,26 @@ from lora_search.rundir import RunDirectory
 Row = dict[str, Any]
 
 
+PLANNED = "steps_total"
+"""What a row calls the steps that a trial has if nothing stops it: its `steps` are those done."""
+
+
+def column(parameter: str) -> str:
+    """What a row calls a parameter: its own name, but PLANNED for `steps`."""
+    return PLANNED if parameter == "steps" else parameter
+
+
+def sampled(row: Mapping[str, Any], parameters: Iterable[str]) -> dict[str, Any]:
+    """A trial's values of some parameters, by their own names; without those that its row does not tell."""
+    return {name: row[column(name)] for name in parameters if row.get(column(name)) is not None}
+
+
 def trial_rows(events: Iterable[Event]) -> list[Row]:
     """One row a trial, in the order of their numbers, from its events.
 
     A row has trial, state (running, completed, stopped, failed), steps, the parameters by their own names, the last
     report's figures, the reason of a failure, and when it started and ended, in seconds since 1970. What is not known
-    yet is None.
+    yet is None. Searched `steps` are `steps_total`, as `column` says.
     """
     rows: dict[int, Row] = {}
     last: dict[int, Event] = {}
@@ -24,7 +38,8 @@ def trial_rows(events: Iterable[Event]) -> list[Row]:
         trial = event["trial"]
         if event["event"] == "start":
             row = rows.setdefault(trial, {"trial": trial, "state": "running", "steps": 0})
-            late = dict.fromkeys(FIGURES) | {"reason": None, "started": event["time"], "ended": None}
+            late = dict.fromkeys(FIGURES) | {PLANNED: _count(event["parameters"].get("steps"))}
+            late |= {"reason": None, "started": event["time"], "ended": None}
             rows[trial] = row | event["parameters"] | late | row
         elif trial not in rows:
             continue
@@ -33,8 +48,13 @@ def trial_rows(events: Iterable[Event]) -> list[Row]:
         elif event["event"] == "end":
             rows[trial].update(state=event["state"], reason=event["reason"], ended=event["time"])
     for trial, report in last.items():
-        rows[trial].update({"steps": report["step"]} | {key: report.get(key) for key in FIGURES})
+        planned = {PLANNED: report.get(PLANNED) or rows[trial][PLANNED]}
+        rows[trial].update({"steps": report["step"]} | {key: report.get(key) for key in FIGURES} | planned)
     return [rows[trial] for trial in sorted(rows)]
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63 else None
 
 
 def run_rows(run: RunDirectory) -> list[Row]:

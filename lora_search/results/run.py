@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+DEEPEST = 50
+"""Levels of provenance.json; what reads it calls itself at each."""
+
+
 class Run:
     """The results of one sweep. Reads each file once, when it is first asked for; `open_run` again to see more.
 
@@ -56,16 +60,21 @@ class Run:
         """Versions, seeds, devices, the data's fingerprint; `conclusion` once the best adapter is tested and merged.
 
         Raises:
-            SweepError: the file is no JSON.
+            SweepError: the file cannot be read, is no JSON, or is nested deeper than anything that we write.
         """
         try:
             found = json.loads(self.directory.provenance.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
-        except ValueError as error:
+        except OSError as error:
+            reason = error.strerror or error
+            raise SweepError(f"{self.directory.provenance}: cannot be read: {reason}") from None
+        except (ValueError, RecursionError) as error:
             raise SweepError(f"{self.directory.provenance}: not JSON: {error}") from None
         if not isinstance(found, dict):
             raise SweepError(f"{self.directory.provenance}: found {str(found)[:80]}; should be a mapping")
+        if _is_deep(found):
+            raise SweepError(f"{self.directory.provenance}: is nested deeper than {DEEPEST} levels")
         return found
 
     @cached_property
@@ -118,3 +127,15 @@ def open_run(run: str | Path) -> Run:
         InputError: there is no run directory.
     """
     return Run(find_run(str(run)))
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)

@@ -12,6 +12,7 @@ from lora_search.results.frames import reports_frame, rows_frame
 from lora_search.results.published import METRIC, MODE, read_published
 from lora_search.results.rows import Row, best_row
 from lora_search.results.run import open_run
+from lora_search.rundir import at_home
 from lora_search.storage import is_uri
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def open_runs(*runs: str | Path) -> Runs:
 
 
 def _open(place: str) -> Iterator[_Source]:
-    path = Path(place).expanduser()
+    path = at_home(place)
     if is_uri(place) or (path / "sweep.yaml").is_file():
         yield _run(place)
     elif path.is_file() and path.suffix == ".json":

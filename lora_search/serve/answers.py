@@ -21,6 +21,9 @@ CHAT_TOKENS = 512
 
 Send = Callable[[dict[str, Any]], None]
 
+Gone = Callable[[], bool]
+"""Whether nobody waits for the answer any more."""
+
 
 @dataclass(frozen=True)
 class _Shape:
@@ -60,18 +63,18 @@ class Endpoints:
         about = {"run": self._spec.name, "metric": metric, "chat": self.prompts.chat_format, "format": data.format}
         return {"object": "list", "data": listed, "lora_search": about | {"template": data.template}}
 
-    def complete(self, request: CompletionRequest, send: Send | None = None) -> dict[str, Any] | None:
+    def complete(self, request: CompletionRequest, send: Send | None, has_gone: Gone) -> dict[str, Any] | None:
         """POST /v1/completions: one choice a prompt; piece by piece to `send` where there is one."""
         prompts = [self.prompts.text_ids(p) if isinstance(p, str) else p for p in request.prompts]
-        return self._answer(COMPLETION, request, prompts, request.max_tokens or COMPLETION_TOKENS, send)
+        return self._answer(COMPLETION, request, prompts, request.max_tokens or COMPLETION_TOKENS, send, has_gone)
 
-    def chat(self, request: ChatRequest, send: Send | None = None) -> dict[str, Any] | None:
+    def chat(self, request: ChatRequest, send: Send | None, has_gone: Gone) -> dict[str, Any] | None:
         """POST /v1/chat/completions: the assistant's next turn."""
         prompt = self.prompts.chat_ids(request.messages)
         asked = request.max_completion_tokens or request.max_tokens
         limit = self._model.context_length
         room = CHAT_TOKENS if limit is None else min(CHAT_TOKENS, max(limit - len(prompt), 1))
-        return self._answer(CHAT, request, [prompt], asked or room, send)
+        return self._answer(CHAT, request, [prompt], asked or room, send, has_gone)
 
     def _answer(
         self,
@@ -80,6 +83,7 @@ class Endpoints:
         prompts: Sequence[Sequence[int]],
         max_tokens: int,
         send: Send | None,
+        has_gone: Gone,
     ) -> dict[str, Any] | None:
         sampling = Sampling(
             max_tokens,
@@ -92,7 +96,7 @@ class Endpoints:
         answers = []
         for index, prompt in enumerate(prompts):
             tell = None if send is None else _teller(shape, head, index, send)
-            answer = self._model.answer(request.model, prompt, sampling, tell)
+            answer = self._model.answer(request.model, prompt, sampling, tell, has_gone)
             answers.append(answer)
             if send is not None:
                 send(_piece(shape, head, index, "", answer.finish_reason))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import select
 import socket
 from collections.abc import Callable
 from http import HTTPStatus
@@ -88,6 +89,9 @@ class _Handler(BaseHTTPRequestHandler):
     sys_version = ""
     timeout = SILENCE_S
 
+    _streams = False
+    """Whether a stream has begun, and its status been sent."""
+
     def do_GET(self) -> None:
         self._guarded(self._get)
 
@@ -108,7 +112,6 @@ class _Handler(BaseHTTPRequestHandler):
         self._fault(RequestFault(int(code), message or HTTPStatus(code).phrase))
 
     def _guarded(self, answer: Callable[[str], None]) -> None:
-        self._streams = False
         try:
             require_own_site(self.headers.get("Host", ""), self.headers.get("Origin"), self.server.host)
             path = self.path.partition("?")[0]
@@ -125,6 +128,17 @@ class _Handler(BaseHTTPRequestHandler):
         except Exception as error:  # a fault in one request, whatever it is, must not end the server for others
             log.exception("a request failed")
             self._fault(RequestFault(500, f"the request failed: {type(error).__name__}: {str(error)[:300]}"))
+        finally:
+            self._streams = False  # the connection may be kept for another request
+
+    def _has_gone(self) -> bool:
+        """Whether the connection's other end is closed; does not wait, and takes nothing of what has come."""
+        try:
+            poll = select.poll()
+            poll.register(self.connection, select.POLLIN)
+            return bool(poll.poll(0)) and self.connection.recv(1, socket.MSG_PEEK) == b""
+        except (OSError, ValueError):  # a closed socket has no number to register
+            return True
 
     def _get(self, path: str) -> None:
         if path in FILES:
@@ -140,10 +154,10 @@ class _Handler(BaseHTTPRequestHandler):
         endpoints = self.server.endpoints
         if path == "/v1/completions":
             completion = parse_request(CompletionRequest, body)
-            self._answer(bool(completion.stream), lambda send: endpoints.complete(completion, send))
+            self._answer(bool(completion.stream), lambda send: endpoints.complete(completion, send, self._has_gone))
         else:
             chat = parse_request(ChatRequest, body)
-            self._answer(bool(chat.stream), lambda send: endpoints.chat(chat, send))
+            self._answer(bool(chat.stream), lambda send: endpoints.chat(chat, send, self._has_gone))
 
     def _answer(
         self, streams: bool, ask: Callable[[Callable[[dict[str, Any]], None] | None], dict[str, Any] | None]
@@ -170,7 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _fault(self, fault: RequestFault) -> None:
         try:
-            if getattr(self, "_streams", False):  # the status has long been sent
+            if self._streams:
                 self._event(json.dumps(fault.body()))
                 self._chunk(b"")
                 self.close_connection = True

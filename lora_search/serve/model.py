@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from lora_search.errors import SweepError
@@ -23,13 +23,19 @@ from lora_search.spec import Base
 WAITING = 64
 """Requests that may wait for the model; more are told to come back."""
 
+LOOK_S = 0.5
+"""How often one that waits looks whether whoever asked is still there."""
+
+GREEDY = 1e-6
+"""A temperature below it takes the most likely token: scores divided by it leave float32."""
+
 LAST_ANSWER_S = 20.0
 """How long `close` waits for the answer that is being made."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; temperature 0 takes the most likely one."""
+    """How tokens are chosen; temperature 0 takes the most likely one. Nothing of the base's own settings is added."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -66,13 +72,15 @@ class ServedModel:
         named += [(adapter.name, adapter) for adapter in adapters]
         self.adapters: Mapping[str, ServedAdapter | None] = {BASE: None, **dict(named)}
         """By the names that requests may use."""
-        self._model = _with_adapters(self.base, adapters)
         self._turn = threading.Lock()
         self._counting = threading.Lock()
         self._waiting = 0
         self._closing = threading.Event()
         ends = self.base.model.generation_config.eos_token_id
+        # What the base's own configuration says of penalties and the like would change answers behind Sampling's back.
+        self.base.model.generation_config = GenerationConfig(eos_token_id=ends)
         self._ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self._model = _with_adapters(self.base, adapters)
 
     @property
     def context_length(self) -> int | None:
@@ -82,19 +90,27 @@ class ServedModel:
         return found if isinstance(found, int) and found > 0 else None
 
     def answer(
-        self, name: str, prompt: Sequence[int], sampling: Sampling, tell: Callable[[str], None] | None = None
+        self,
+        name: str,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        tell: Callable[[str], None] | None = None,
+        has_gone: Callable[[], bool] = lambda: False,
     ) -> Answer:
         """Answer a prompt of token ids with the model of that name; waits for its turn.
 
         Args:
             tell: is told each further piece of the text; what it raises ends the answer.
+            has_gone: whether nobody waits for the answer any more; asked while it waits, and at each token.
 
         Raises:
+            ConnectionError: nobody waits for the answer any more.
             RequestFault: there is no such model, the prompt is empty or too long, or too many are waiting.
         """
         self._check(name, prompt, sampling)
-        with self._in_turn(), self._switched(name), self.base.autocast, torch.inference_mode(), _drawn(sampling.seed):
-            return self._generate(prompt, sampling, tell)
+        turn, draws = self._in_turn(has_gone), _drawn(sampling.seed)
+        with turn, self._switched(name), self.base.autocast, torch.inference_mode(), draws:
+            return self._generate(prompt, sampling, tell, has_gone)
 
     def close(self) -> None:
         """End the answer that is being made at its next token, and wait for that."""
@@ -126,16 +142,21 @@ class ServedModel:
             )
 
     @contextmanager
-    def _in_turn(self) -> Iterator[None]:
+    def _in_turn(self, has_gone: Callable[[], bool]) -> Iterator[None]:
         with self._counting:
             if self._waiting >= WAITING:
                 raise RequestFault(429, f"{self._waiting} requests are waiting; try again", code="rate_limit_exceeded")
             self._waiting += 1
         try:
-            with self._turn:
+            while not self._turn.acquire(timeout=LOOK_S):
+                _require_asker(has_gone)
+            try:
+                _require_asker(has_gone)
                 if self._closing.is_set():
                     raise RequestFault(503, "the server is stopping")
                 yield
+            finally:
+                self._turn.release()
         finally:
             with self._counting:
                 self._waiting -= 1
@@ -148,10 +169,19 @@ class ServedModel:
         with self._model.disable_adapter() if adapter is None else nullcontext():
             yield
 
-    def _generate(self, prompt: Sequence[int], sampling: Sampling, tell: Callable[[str], None] | None) -> Answer:
-        watch = _Watch(TextSoFar(self._decode, sampling.stops), self._ends, self._closing, tell)
+    def _generate(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        tell: Callable[[str], None] | None,
+        has_gone: Callable[[], bool],
+    ) -> Answer:
+        def must_end() -> bool:
+            return self._closing.is_set() or has_gone()
+
+        watch = _Watch(TextSoFar(self._decode, sampling.stops), self._ends, must_end, tell)
         choice: dict[str, Any] = {"do_sample": False}
-        if sampling.temperature > 0:
+        if sampling.temperature >= GREEDY:
             choice = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         ids = torch.tensor([list(prompt)], device=self.base.device)
         self._model.generate(
@@ -168,6 +198,8 @@ class ServedModel:
         is_done = watch.has_ended or watch.text.is_stopped or watch.text.token_count >= sampling.max_tokens
         if self._closing.is_set() and not is_done:
             raise RequestFault(503, "the server is stopping")
+        if not is_done:
+            _require_asker(has_gone)
         if tell is not None and (rest := watch.text.rest()):
             tell(rest)
         reason = "stop" if watch.has_ended or watch.text.is_stopped else "length"
@@ -181,13 +213,13 @@ class _Watch(BaseStreamer):  # type: ignore[misc]
     """Hears each token as it is made, in the thread that makes them, and says when it is enough."""
 
     def __init__(
-        self, text: TextSoFar, ends: set[int], closing: threading.Event, tell: Callable[[str], None] | None
+        self, text: TextSoFar, ends: set[int], must_end: Callable[[], bool], tell: Callable[[str], None] | None
     ) -> None:
         self.text = text
         self.has_ended = False
         """Whether the end token has come."""
         self._ends = ends
-        self._closing = closing
+        self._must_end = must_end
         self._tell = tell
         self._prompt_came = False
 
@@ -211,7 +243,7 @@ class _Watch(BaseStreamer):  # type: ignore[misc]
         class Enough(StoppingCriteria):  # type: ignore[misc]
             def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
                 # Asked before the streamer hears of the newest token: what is made after a stop string is left out.
-                enough = watch.text.is_stopped or watch._closing.is_set()
+                enough = watch.text.is_stopped or watch._must_end()
                 return torch.full((input_ids.shape[0],), enough, device=input_ids.device, dtype=torch.bool)
 
         return Enough()
@@ -219,6 +251,11 @@ class _Watch(BaseStreamer):  # type: ignore[misc]
     def _say(self, piece: str) -> None:
         if self._tell is not None:
             self._tell(piece)
+
+
+def _require_asker(has_gone: Callable[[], bool]) -> None:
+    if has_gone():
+        raise ConnectionError("nobody waits for the answer any more")
 
 
 def best_device() -> torch.device:
