@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCH := analysis/benchmarks
-WORKERS ?= 2
+WORKERS ?= 3
 
 .PHONY: demo test test-all lint bench browser clean
 

@@ -30,7 +30,7 @@ from lora_search.checkpoint import trial_folder
 from lora_search.errors import Interrupted, SweepError
 from lora_search.journal import JOURNAL, JOURNAL_LOCK
 from lora_search.report import document, page
-from lora_search.results import Row, Run, best_row, ended_count, run_rows
+from lora_search.results import Row, Run, best_row, ended_count, run_rows, sampled
 from lora_search.rundir import RunDirectory, locked
 from lora_search.search import StudySearcher, create_study
 from lora_search.search.asha import StepAsha
@@ -270,7 +270,7 @@ def conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts) -> Con
     run.best.mkdir(exist_ok=True)
     write_config(spec, best, run.best / "config.yaml")
     checkpoint = export_adapter(run, best["trial"], run.best / "adapter")
-    config = trial_config(spec, {name: best[name] for name in spec.search.space})
+    config = trial_config(spec, sampled(best, spec.search.space))
     tested, merged = hosts.finish(
         partial(test_adapter, config, checkpoint),
         partial(merge_best, spec, run, checkpoint, best["eval_loss"], hosts.places[-1].gpus > 0),
