@@ -180,7 +180,11 @@ def test_sweep_of_failures_only_says_so(ray: Any, tiny: Path) -> None:
     spec = make_spec(
         tiny,
         name="hopeless",
-        search={"space": {"learning_rate": 1e30, "alpha": 1e30}, "trials": 2, "enqueue": []},
+        search={
+            "space": {"learning_rate": 1e30, "alpha": 1e30, "dropout": {"uniform": [0.0, 0.1]}},
+            "trials": 2,
+            "enqueue": [],
+        },
         training={"max_grad_norm": 0.0, "warmup_ratio": 0.0},
     )
     with pytest.raises(SweepError, match="no trial of 2 came to a result"):

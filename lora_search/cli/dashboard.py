@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
@@ -44,4 +45,10 @@ def dashboard(run: str, port: int) -> None:
             raise InputError(f"--port {port}: cannot be listened on: {error}") from None
         with server:
             print(f"http://{LOOPBACK}:{server.server_port}/  the study as it is now; Ctrl-C ends", flush=True)
-            server.serve_forever()
+            # On a thread of its own: wsgiref takes an interruption in the middle of a request for a fault of the page.
+            serving = threading.Thread(target=server.serve_forever, daemon=True)
+            serving.start()
+            try:
+                serving.join()
+            finally:
+                server.shutdown()

@@ -35,7 +35,7 @@ def advice(
                 f"The best {len(best)} trials were still improving at their last steps: more training.steps may help."
             )
     if planned < spec.search.trials:
-        found.append(f"The grid holds {planned} configurations, fewer than search.trials asks for.")
+        found.append(f"The space holds {planned} configurations, fewer than search.trials asks for.")
     return found
 
 

@@ -137,6 +137,10 @@ def _run(
             summary = hosts.prepare(partial(prepare, spec), import_engine)
             refuse_other_data(before, summary.fingerprint)
             say(_data_line(summary))
+            if (planned := planned_trials(spec)) < spec.search.trials:
+                say(
+                    f"the space has {planned} configurations, and search.trials is {spec.search.trials}: each runs once"
+                )
             if summary.advice is not None:
                 say(f"WARNING: {summary.advice}")
             ready = hosts.load()
