@@ -121,8 +121,8 @@ def test_fused_experts_stay_as_they_are() -> None:
 
 
 def test_limits_are_the_engines_own() -> None:
-    from lora_search.engine.engine import EVALUATION_TOKENS
     from lora_search.engine.forward import LOGIT_BYTES
+    from lora_search.engine.measure import EVALUATION_TOKENS
     from lora_search.memory import values
 
     assert values.LOGIT_BYTES == LOGIT_BYTES

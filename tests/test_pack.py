@@ -20,7 +20,7 @@ from lora_search.best.conclude import loss_interval
 from lora_search.checkpoint import ADAPTER_WEIGHTS
 from lora_search.data import TokenSplit
 from lora_search.engine import Engine, Evaluation, StepMetrics, evaluate
-from lora_search.engine import engine as engine_module
+from lora_search.engine import finish as finish_module
 from lora_search.engine.adamw import step_together
 from lora_search.errors import OUT_OF_MEMORY, HostFailed, TrialFailed
 from lora_search.model import load_base
@@ -216,7 +216,7 @@ def test_tolerances_are_not_slack(engine: Engine, spec: SweepSpec) -> None:
 def short_of_memory(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """Makes a pass run out of memory where it holds more than so many trials."""
     train, measure = engine._packed.train, engine._packed.measure
-    tokens = engine._evaluation_tokens
+    tokens = engine._measure.tokens
 
     def limit(trials: int) -> None:
         def checked(run: Callable[[Pack], Any], pack: Pack) -> Any:
@@ -230,7 +230,7 @@ def short_of_memory(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
     yield limit
     engine.pack_limit = None
-    engine._evaluation_tokens = tokens
+    engine._measure.tokens = tokens
     for trial in engine.residents:
         engine.release(trial)
 
@@ -263,14 +263,14 @@ def test_optimiser_that_finds_no_memory_for_all_steps_some_at_a_time(
 ) -> None:
     configs = [trial_config(spec, {"rank": 4 + index, "seed": index, "dropout": 0.1}) for index in range(8)]
     undisturbed = five_losses(engine, configs, range(8))
-    together = engine_module.step_together
+    together = finish_module.step_together
 
     def short(optimizers: Sequence[torch.optim.AdamW]) -> None:
         if len(optimizers) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
         together(optimizers)
 
-    monkeypatch.setattr(engine_module, "step_together", short)
+    monkeypatch.setattr(finish_module, "step_together", short)
     assert five_losses(engine, configs, range(8)) == undisturbed
     assert engine.pack_limit == 2
     engine.pack_limit = None

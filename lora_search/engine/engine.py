@@ -6,29 +6,28 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
-import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
 from peft.functional import delete_adapter
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
-from torch import nn
 
 from lora_search.checkpoint import Checkpoint
-from lora_search.data import FlatRows, TokenizedData, TokenSplit, flatten, rows_by_length
-from lora_search.engine.adamw import clip_together, norms_together, step_together
-from lora_search.engine.adapter import FlatAdapter, Places
+from lora_search.data import TokenizedData
+from lora_search.engine.adapter import FlatAdapter
 from lora_search.engine.evaluate import Evaluation
-from lora_search.engine.forward import Measured, PackedBase
+from lora_search.engine.finish import finish
+from lora_search.engine.forward import PackedBase
 from lora_search.engine.lanes import Lanes
-from lora_search.engine.layers import AdapterPassage, DropoutSite, LinearSite, working_dtype
+from lora_search.engine.layers import AdapterPassage, working_dtype
+from lora_search.engine.measure import Measure
 from lora_search.engine.metrics import Report, StepMetrics, peak_memory_bytes
 from lora_search.engine.pack import Share
 from lora_search.engine.random import seeded
+from lora_search.engine.sites import attach_sites, introduce_siblings
 from lora_search.engine.trial import ResidentTrial, lora_config
-from lora_search.engine.trouble import in_words, is_out_of_memory, require_finite, too_large
+from lora_search.engine.trouble import free_memory, require_finite, trouble_of
 from lora_search.errors import TrialFailed
 from lora_search.memory.gauge import Gauge
 from lora_search.model import FrozenBase
@@ -36,9 +35,6 @@ from lora_search.space import TrialConfig
 from lora_search.targets import module_tree, resolve
 
 logger = logging.getLogger(__name__)
-
-EVALUATION_TOKENS = {"cpu": 2048, "cuda": 32_768}
-"""Tokens of a pass without gradients, over all trials in it."""
 
 
 class Engine:
@@ -64,12 +60,12 @@ class Engine:
         self._untrained: dict[str, Evaluation] = {}
         self.pack_limit: int | None = None
         """Most trials that go into one pass; None until memory has run out for the first time."""
-        self._evaluation_tokens = EVALUATION_TOKENS[base.device.type]
         self._lanes = Lanes(base.device, lanes)
-        self._sites = self._attach_sites()
-        self._places = {name: site.place for name, site in self._sites.items()}
+        sites = attach_sites(base, self._tree)
+        self._places = {name: site.place for name, site in sites.items()}
         self._packed = PackedBase(base, data.pad_token_id)
-        self._siblings = self._introduce_siblings()
+        self._siblings = introduce_siblings(sites.values(), self._packed.siblings())
+        self._measure = Measure(self._packed, self._lanes, data)
 
     @property
     def residents(self) -> tuple[str, ...]:
@@ -184,31 +180,27 @@ class Engine:
             shares = {name: trial.next_shares(self.data.train) for name, trial in group.items()}
             losses = self._accumulate(shares)
         except Exception as error:
-            failure = in_words(error)
-            memory = is_out_of_memory(error)
+            trouble = trouble_of(error)
         else:
-            return self._finish(group, shares, losses, time.perf_counter() - start)
+            return finish(group, shares, losses, time.perf_counter() - start, self._limit)
         finally:
             for trial in group.values():
                 trial.adapter.clear_gradients()
-        self._free_memory()  # outside of the handler: the exception holds the failed pass's frames and their tensors
+        free_memory(
+            self.base.device
+        )  # outside of the handler: the exception holds the failed pass's frames and their tensors
         if len(names) == 1:
-            step = group[names[0]].step + 1
-            return {names[0]: too_large(step, failure) if memory else TrialFailed(f"{failure} at step {step}")}
+            return {names[0]: trouble.failure(group[names[0]].step + 1)}
         half = (len(names) + 1) // 2
-        if memory:
+        if trouble.memory:
             self._limit(len(names), half)
         else:
-            logger.warning("%s with %d trials in one pass; they are tried apart", failure, len(names))
+            logger.warning("%s with %d trials in one pass; they are tried apart", trouble.words, len(names))
         return self._step_group(names[:half]) | self._step_group(names[half:])
 
     def _limit(self, together: int, most: int) -> None:
         self.pack_limit = min(most, self.pack_limit or most)
         logger.warning("out of memory with %d trials in one pass; from now on at most %d", together, self.pack_limit)
-
-    def _free_memory(self) -> None:
-        if self.base.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _accumulate(self, shares: dict[str, list[Share]]) -> dict[str, float]:
         """All forward and backward passes of a step; the trials' losses."""
@@ -220,51 +212,6 @@ class Engine:
             for name, loss in zip(now, self._packed.train(pack), strict=True):
                 losses[name] += loss
         return losses
-
-    def _finish(
-        self, group: dict[str, ResidentTrial], shares: dict[str, list[Share]], losses: dict[str, float], seconds: float
-    ) -> dict[str, StepMetrics | TrialFailed]:
-        """Check each trial's loss and gradient, and step its optimiser."""
-        start = time.perf_counter()
-        norms = dict(zip(group, norms_together([trial.adapter.gradients for trial in group.values()]), strict=True))
-        tokens = {name: sum(len(share.rows.tokens_N) for share in of_trial) for name, of_trial in shares.items()}
-        outcomes: dict[str, StepMetrics | TrialFailed] = {}
-        for name, trial in group.items():
-            try:
-                require_finite("loss", losses[name], trial.step + 1)
-                require_finite("gradient norm", norms[name], trial.step + 1)
-            except TrialFailed as failure:
-                outcomes[name] = failure
-        sound = {name: trial for name, trial in group.items() if name not in outcomes}
-        clip_together(
-            [trial.adapter.gradients for trial in sound.values()],
-            [norms[name] for name in sound],
-            [trial.config.training.max_grad_norm for trial in sound.values()],
-        )
-        for name in self._step_optimizers(list(sound)):
-            outcomes[name] = too_large(sound.pop(name).step + 1, "in its optimiser")
-        for name, trial in sound.items():
-            outcomes[name] = trial.stepped(losses[name], norms[name], tokens[name])
-        seconds += time.perf_counter() - start
-        for name, trial in group.items():
-            trial.window_seconds += seconds * tokens[name] / sum(tokens.values())
-        return outcomes
-
-    def _step_optimizers(self, names: list[str]) -> list[str]:
-        """Step the trials' optimisers, together where memory allows it; those for which it never does."""
-        try:
-            step_together([self._trials[name].optimizer for name in names])
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        else:
-            return []
-        self._free_memory()
-        if len(names) == 1:
-            return names
-        half = (len(names) + 1) // 2
-        self._limit(len(names), half)
-        return self._step_optimizers(names[:half]) + self._step_optimizers(names[half:])
 
     def report(self, trials: Sequence[str]) -> dict[str, Report | TrialFailed]:
         """Evaluate resident trials on the validation split, together, and close their windows since the last report."""
@@ -279,7 +226,7 @@ class Engine:
                 if isinstance(evaluation, TrialFailed):
                     raise evaluation
                 require_finite("validation loss", evaluation.loss, resident.step)
-                reports[name] = self._report(resident, evaluation)
+                reports[name] = resident.report(evaluation, peak_memory_bytes(self.base.devices))
             except TrialFailed as failure:
                 reports[name] = failure
             resident.window, resident.window_seconds = [], 0.0
@@ -287,36 +234,16 @@ class Engine:
             self._gauge.saw([trial.config for trial in self._trials.values()], peak_memory_bytes(self.base.devices))
         return reports
 
-    def _report(self, trial: ResidentTrial, evaluation: Evaluation) -> Report:
-        window, steps = trial.window, max(1, len(trial.window))
-        return Report(
-            step=trial.step,
-            steps_total=trial.config.training.steps,
-            eval_loss=evaluation.loss,
-            perplexity=evaluation.perplexity,
-            token_accuracy=evaluation.token_accuracy,
-            train_loss=sum(metrics.loss for metrics in window) / steps,
-            grad_norm=sum(metrics.grad_norm for metrics in window) / steps,
-            lr=window[-1].lr if window else 0.0,
-            tokens=trial.tokens,
-            tokens_per_second=sum(metrics.tokens for metrics in window) / max(trial.window_seconds, 1e-9),
-            seconds=trial.seconds,
-            peak_memory_bytes=peak_memory_bytes(self.base.devices),
-            trainable_parameters=trial.adapter.size,
-            history=tuple(window),
-        )
-
     def _evaluate_apart(self, trials: Sequence[str]) -> dict[str, Evaluation | TrialFailed]:
         """Evaluate together, and each by itself where that fails: one trial's fault is no other's."""
         try:
             return dict(self.evaluate(trials))
         except Exception as error:
-            failure, memory = in_words(error), is_out_of_memory(error)
-        self._free_memory()
+            trouble = trouble_of(error)
+        free_memory(self.base.device)
         if len(trials) > 1:
             return {name: outcome for trial in trials for name, outcome in self._evaluate_apart([trial]).items()}
-        step = self._trials[trials[0]].step
-        return {trials[0]: too_large(step, failure) if memory else TrialFailed(f"{failure} at step {step}")}
+        return {trials[0]: trouble.failure(self._trials[trials[0]].step)}
 
     def evaluate(
         self, trials: Sequence[str], split: str = "validation", *, by_row: bool = False
@@ -331,7 +258,7 @@ class Engine:
         together = [trial for trial in trials if self._shares_passes(trial)]
         for names in [together] * bool(together) + [[trial] for trial in trials if trial not in together]:
             self._activate(names)
-            measured = self._measure([self._trials[name].adapter for name in names], split, by_row)
+            measured = self._measure.split([self._trials[name].adapter for name in names], split, by_row)
             found |= dict(zip(names, measured, strict=True))
         return {trial: found[trial] for trial in trials}
 
@@ -340,54 +267,8 @@ class Engine:
         if split not in self._untrained:
             self.base.model.eval()
             self._activate([])
-            (self._untrained[split],) = self._measure([None], split, by_row=True)
+            (self._untrained[split],) = self._measure.split([None], split, by_row=True)
         return self._untrained[split]
-
-    def _measure(self, adapters: Sequence[FlatAdapter | None], split: str, by_row: bool) -> list[Evaluation]:
-        """The standing of each adapter on a split.
-
-        Where memory runs out, passes have fewer rows from here on, and where they have one of each, fewer adapters.
-        """
-        rows = {"validation": self.data.validation, "test": self.data.test}[split]
-        one_row_each = len(adapters) * int(rows.lengths_N.max())
-        while True:
-            try:
-                return self._measure_in_passes(adapters, rows, by_row)
-            except (MemoryError, RuntimeError) as error:
-                smallest = len(adapters) == 1 and self._evaluation_tokens < one_row_each
-                if smallest or not is_out_of_memory(error):
-                    raise
-            self._free_memory()
-            if self._evaluation_tokens < one_row_each:
-                half = len(adapters) // 2
-                return self._measure(adapters[:half], split, by_row) + self._measure(adapters[half:], split, by_row)
-            self._evaluation_tokens //= 2
-            logger.warning("out of memory in an evaluation; from now on %d tokens a pass", self._evaluation_tokens)
-
-    def _measure_in_passes(
-        self, adapters: Sequence[FlatAdapter | None], rows: TokenSplit, by_row: bool
-    ) -> list[Evaluation]:
-        tokens = max(1, self._evaluation_tokens // len(adapters))
-
-        def measure(picked: list[int]) -> tuple[list[Measured], FlatRows]:
-            batch = flatten(rows, picked)
-            return self._packed.measure(self._packed.pack([Share(batch, a) for a in adapters])), batch
-
-        groups = list(rows_by_length(rows, tokens))
-        pieces = list(self._lanes.map(measure, groups))
-        targets = sum(len(batch.targets_M) for _, batch in pieces)
-        found = []
-        for of_one in zip(*(piece for piece, _ in pieces), strict=True):
-            loss, hits = sum(measured.loss for measured in of_one), sum(measured.hits for measured in of_one)
-            evaluation = Evaluation(loss / targets, hits / targets, targets)
-            if by_row:
-                losses_N, targets_N = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
-                for measured, picked, (_, batch) in zip(of_one, groups, pieces, strict=True):
-                    losses_N[picked] = batch.sums_by_row(measured.losses_M.cpu().numpy())
-                    targets_N[picked] = batch.targets_by_row
-                evaluation = replace(evaluation, losses_N=losses_N, targets_N=targets_N)
-            found.append(evaluation)
-        return found
 
     @property
     def _has_active_experts(self) -> bool:
@@ -397,25 +278,3 @@ class Engine:
         """Have PEFT apply what it alone can: the adapters of fused experts, of one trial at a time."""
         if self._peft is not None and self._has_active_experts:
             self._peft.base_model.set_adapter([self._trials[t].name for t in trials if self._trials[t].adapts_experts])
-
-    def _attach_sites(self) -> dict[str, LinearSite]:
-        """Have packs run through every linear layer of the base; the layers by name."""
-        sites: dict[str, LinearSite] = {}
-        for place, module in enumerate(self._tree.modules):
-            if module.kind != "experts":
-                sites[module.name] = LinearSite(place, self.base.model.get_submodule(module.name), self.base)
-                sites[module.name].attach()
-        dropouts = [module for module in self.base.model.modules() if isinstance(module, nn.Dropout) and module.p > 0]
-        for index, dropout in enumerate(dropouts):
-            DropoutSite(len(self._tree.modules) + index, dropout).attach()
-        return sites
-
-    def _introduce_siblings(self) -> list[Places]:
-        """Tell every linear layer which others read its input; all layers, in groups."""
-        by_place = {site.place: site for site in self._sites.values()}
-        groups = self._packed.siblings()
-        for group in groups:
-            for place in group:
-                by_place[place].siblings = group
-        unseen = by_place.keys() - {place for group in groups for place in group}
-        return groups + [(place,) for place in sorted(unseen)]

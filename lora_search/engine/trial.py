@@ -17,8 +17,9 @@ from transformers import get_scheduler
 from lora_search.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, OPTIMIZER, TRIAL, Checkpoint, seal, verify
 from lora_search.data import TokenSplit, flatten, training_rows
 from lora_search.engine.adapter import FlatAdapter
+from lora_search.engine.evaluate import Evaluation
 from lora_search.engine.masks import Masks
-from lora_search.engine.metrics import StepMetrics
+from lora_search.engine.metrics import Report, StepMetrics
 from lora_search.engine.pack import Share
 from lora_search.space import TrialConfig
 from lora_search.targets import Targets
@@ -115,6 +116,26 @@ class ResidentTrial:
         metrics = StepMetrics(self.step, loss, grad_norm, lr, tokens)
         self.window.append(metrics)
         return metrics
+
+    def report(self, evaluation: Evaluation, peak_memory_bytes: int) -> Report:
+        """Its report since the last one."""
+        window, steps = self.window, max(1, len(self.window))
+        return Report(
+            step=self.step,
+            steps_total=self.config.training.steps,
+            eval_loss=evaluation.loss,
+            perplexity=evaluation.perplexity,
+            token_accuracy=evaluation.token_accuracy,
+            train_loss=sum(metrics.loss for metrics in window) / steps,
+            grad_norm=sum(metrics.grad_norm for metrics in window) / steps,
+            lr=window[-1].lr if window else 0.0,
+            tokens=self.tokens,
+            tokens_per_second=sum(metrics.tokens for metrics in window) / max(self.window_seconds, 1e-9),
+            seconds=self.seconds,
+            peak_memory_bytes=peak_memory_bytes,
+            trainable_parameters=self.adapter.size,
+            history=tuple(window),
+        )
 
     def snapshot(self) -> Checkpoint:
         """Everything that the rest of the trial follows from."""

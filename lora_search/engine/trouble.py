@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -17,25 +18,41 @@ def require_finite(what: str, value: float, step: int) -> None:
         raise TrialFailed(f"{what} is {value} at step {step}")
 
 
-def too_large(step: int, where: str) -> TrialFailed:
-    return TrialFailed(f"{OUT_OF_MEMORY} at step {step}, with no other trial in the pass: {where}")
+@dataclass(frozen=True)
+class Trouble:
+    """An error that is a trial's, or its memory's."""
+
+    words: str
+    memory: bool
+
+    def failure(self, step: int) -> TrialFailed:
+        """Of a trial that had it with no other in the pass."""
+        if self.memory:
+            return TrialFailed(f"{OUT_OF_MEMORY} at step {step}, with no other trial in the pass: {self.words}")
+        return TrialFailed(f"{self.words} at step {step}")
 
 
-def in_words(error: Exception) -> str:
-    """The error in a line, where it is a trial's.
+def trouble_of(error: Exception) -> Trouble:
+    """What a pass of one or several trials ended in.
 
     Raises:
         HostFailed: it is the device's: CUDA answers every call after such an error with the same one.
     """
     line = str(error).partition("\n")[0]
     if is_out_of_memory(error):
-        return line
+        return Trouble(line, memory=True)
     if isinstance(error, torch.AcceleratorError) or line.startswith(DEVICE_ERRORS):
         raise HostFailed(f"{type(error).__name__}: {line}") from error
-    return f"{type(error).__name__}: {line}"
+    return Trouble(f"{type(error).__name__}: {line}", memory=False)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Torch says it in a class of its own on a GPU, and in words on a CPU, as cuBLAS and the CUDA driver do."""
     words = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in str(error) for word in words)
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nobody holds; outside of the handler, whose exception holds the failed pass's tensors."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

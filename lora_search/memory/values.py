@@ -15,7 +15,7 @@ LOGIT_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 """Float32 logits that the engine holds at once (engine/forward.py)."""
 
 EVALUATION_TOKENS = {"cpu": 2048, "cuda": 32_768}
-"""Tokens of a pass without gradients, over all trials in it (engine/engine.py)."""
+"""Tokens of a pass without gradients, over all trials in it (engine/measure.py)."""
 
 RUNTIME_BYTES = 580 << 20
 """Resident size of a host's process on a CPU without base and trials: Python, torch, transformers, peft, bitsandbytes,
