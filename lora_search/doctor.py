@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_search.errors import SweepError
+from lora_search.machine import memory_bytes
 from lora_search.storage import Folder, is_uri
 from lora_search.versions import differences, versions
 
@@ -48,8 +49,7 @@ def _machine(output: str) -> Iterator[Check]:
         return
     yield from _devices()
     yield _attempt("NF4", _nf4)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield Check("cores and memory", "ok", f"{os.cpu_count()} cores, {memory / 2**30:.1f} GiB")
+    yield Check("cores and memory", "ok", f"{os.cpu_count()} cores, {memory_bytes() / 2**30:.1f} GiB")
     yield _attempt(f"output {output}", lambda: _writes(output))
     if not is_uri(output):
         free = shutil.disk_usage(_existing(Path(output))).free

@@ -128,6 +128,16 @@ def _create_in_store(output: str, name: str, exact: bool) -> RunDirectory:
     return _stored_run(folder.below(next(name for name in names if name not in taken)))
 
 
+def discard(run: RunDirectory) -> None:
+    """Remove a run directory with all that it holds."""
+    if run.uri is None:
+        shutil.rmtree(run.path)
+        return
+    for name in run.folder.names():
+        run.folder.remove(name)
+    shutil.rmtree(run.path.parent)  # of the copy here
+
+
 def newest_run(output: str | Path, name: str, *, exact: bool = False) -> RunDirectory | None:
     """The latest of a sweep's run directories `name`, `name-2`, `name-3`, ...; None where there is none.
 

@@ -92,6 +92,7 @@ def trial_events(trial: int, draw: random.Random, points: int) -> list[dict[str,
                 "seconds": 1.8 * point,
                 "trainable_parameters": 2560 * rank * (1 + SETS.index(target)),
                 "peak_memory_bytes": 700_000_000 + 100_000 * trial,
+                "trial_memory_bytes": (1 + SETS.index(target)) * 6_000_000 + 40_960 * rank,
                 "host": f"host-{trial % 2}",
             }
         )

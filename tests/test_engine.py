@@ -258,6 +258,7 @@ def test_report_has_every_figure(engine: Engine, tiny_spec: SweepSpec, tiny_data
     assert report.tokens == sum(step.tokens for step in report.history)
     assert report.tokens_per_second > 0
     assert report.peak_memory_bytes > 50 << 20
+    assert report.trial_memory_bytes is None  # without a gauge nobody plans
     assert [step.step for step in report.history] == [1, 2, 3]
     train(engine, "a", 1)
     assert [step.step for step in report_of(engine, "a").history] == [4]

@@ -19,12 +19,13 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, adapter_losses
+from trained_run import train_run
 
 from lora_search.cli import main
 from lora_search.export import FORMATS, LAYOUTS, describe
 from lora_search.results import run_rows
-from lora_search.rundir import RunDirectory, create_run
-from lora_search.spec import dump_spec, load_spec, parse_spec
+from lora_search.rundir import RunDirectory
+from lora_search.spec import load_spec, parse_spec
 
 STEPS, STOPPED = 24, 8
 
@@ -64,42 +65,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     import torch
     from optuna.trial import TrialState
 
-    from lora_search.checkpoint import Shelf
-    from lora_search.data import tokenize_data
-    from lora_search.engine import Engine
-    from lora_search.model import load_base, load_tokenizer
     from lora_search.search.study import create_study, distributions, encode
-    from lora_search.space import trial_config
-    from lora_search.tracking import RunRecord
 
     torch.set_num_threads(2)
     folder = tmp_path_factory.mktemp("export")
     spec = parse_spec(SWEEP, source="short.yaml", folder=folder)
-    made = create_run(folder, spec.name, exact=True)
-    made.spec.write_text(dump_spec(spec))
-    data = tokenize_data(spec.data, load_tokenizer(spec.base))
-    made.provenance.write_text(json.dumps({"id": "short", "data": {"fingerprint": data.fingerprint}}))
-    engine = Engine(load_base(spec.base, "cpu"), data)
-    record = RunRecord(made.trials)
+    made = train_run(spec, folder, TRIALS, every=STOPPED)
     study = create_study(spec, made.path)
-    for number, (sampled, _) in enumerate(TRIALS):
-        config = trial_config(spec, sampled)
-        record.trial_started(number, config.parameters() | sampled)
-        engine.admit(str(number), config)
+    for sampled, _ in TRIALS:
         study.enqueue_trial(encode(spec.search.space, sampled))
-    for step in range(1, STEPS + 1):
-        engine.step(engine.residents)
-        if step % STOPPED:
-            continue
-        for name, report in engine.report(engine.residents).items():
-            number = int(name)
-            record.trial_reported(number, {**report.to_dict(), "host": "host-0"})
-            Shelf(made.folder, number).put(engine.snapshot(name))
-            if step == TRIALS[number][1]:
-                state = "completed" if step == STEPS else "stopped"
-                record.trial_ended(number, state, None)
-                engine.release(name)
-    record.close()
     for row in run_rows(made):
         asked = study.ask(distributions(spec.search.space))
         asked.report(row["eval_loss"], row["steps"])

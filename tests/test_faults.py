@@ -315,11 +315,13 @@ def test_sweep_whose_driver_is_ended_goes_on_as_if_nothing_had_been(
     if number == signal.SIGKILL:
         return
     before = run.trials.read_bytes()
+    run.report.unlink()  # as where the process was ended before it was made
     third = subprocess.run(command(spec, "--resume"), capture_output=True, text=True)
     assert third.returncode == 0, third.stderr
     assert "nothing is left to do" in third.stderr
     assert third.stdout == second.stdout
     assert run.trials.read_bytes() == before
+    assert run.report.is_file()
 
     more = sequential(tiny, "ended", tmp_path, search={"trials": TRIALS + 2})
     fourth = subprocess.run(command(more, "--resume"), capture_output=True, text=True)
@@ -385,3 +387,4 @@ def test_second_run_on_one_run_directory_is_refused(tiny: Path, tmp_path: Path) 
     run = create_run(tmp_path, spec.name, exact=True)
     with locked(run), pytest.raises(InputError, match="another lora-search run is writing to it"):
         run_sweep(spec, run)
+    assert run.path.is_dir()  # it is the other's

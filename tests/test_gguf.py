@@ -28,23 +28,20 @@ from gguf_models import (
     write_sentencepiece,
     write_tokenizer,
 )
+from trained_run import train_run
 
 from lora_search.builtin import model_folder
-from lora_search.checkpoint import Shelf
 from lora_search.cli import main
 from lora_search.data import tokenize_data
-from lora_search.engine import Engine
 from lora_search.errors import InputError, SweepError
 from lora_search.merge import gguf_vocabulary
 from lora_search.merge.gguf import gguf_form
 from lora_search.merge.gguf_vocabulary import SPLITS
 from lora_search.merge.values import GGUF_ROUNDING
 from lora_search.merge.verify import FreshProcess, compare
-from lora_search.model import load_base, load_tokenizer
-from lora_search.rundir import RunDirectory, create_run
-from lora_search.space import trial_config
-from lora_search.spec import Base, dump_spec, load_spec
-from lora_search.tracking.record import RunRecord
+from lora_search.model import load_tokenizer
+from lora_search.rundir import RunDirectory
+from lora_search.spec import Base, load_spec
 
 pytest.importorskip("gguf", reason="needs the package gguf")
 
@@ -200,24 +197,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     rows = (model_folder("demo").parent / "data.jsonl").read_text(encoding="utf-8").splitlines()[:200]
     (folder / "data.jsonl").write_text("\n".join(rows), encoding="utf-8")
     data = {"path": str(folder / "data.jsonl"), "max_length": 256, "template": "{prompt}\n"}
-    spec = make_spec(folder, base={"model": "builtin:demo", "compute_dtype": "float32"}, data=data)
-    run = create_run(folder, "demo", exact=True)
-    run.spec.write_text(dump_spec(spec))
-    engine = Engine(load_base(spec.base, CPU), tokenize_data(spec.data, load_tokenizer(spec.base)))
-    record = RunRecord(run.trials, clock=lambda: 1000.0)
-    for number in range(2):
-        sampled = {"rank": 4, "learning_rate": 1e-2, "steps": 4, "dropout": 0.0, "target_modules": "all-linear"}
-        engine.admit(str(number), trial_config(spec, sampled))
-        for _ in range(4):
-            engine.step([str(number)])
-        loss = engine.evaluate([str(number)])[str(number)].loss
-        Shelf(run.folder, number).put(engine.snapshot(str(number)))
-        engine.release(str(number))
-        record.trial_started(number, sampled)
-        record.trial_reported(number, {"step": 4, "eval_loss": loss, "train_loss": loss, "host": "h"})
-        record.trial_ended(number, "completed", None)
-    record.close()
-    return run
+    spec = make_spec(folder, name="demo", base={"model": "builtin:demo", "compute_dtype": "float32"}, data=data)
+    sampled = {"rank": 4, "learning_rate": 1e-2, "steps": 4, "dropout": 0.0, "target_modules": "all-linear"}
+    return train_run(spec, folder, [(sampled, 4)] * 2, every=4, seconds=1000.0)
 
 
 def merge(run: RunDirectory, out: Path, *arguments: str) -> int:

@@ -16,6 +16,7 @@ FLOORS = {
     "builtin": 0,
     "spec": 0,
     "journal": 1,
+    "machine": 1,
     "rundir": 1,
     "job": 1,
     "lease": 1,

@@ -489,6 +489,7 @@ def test_gauge_admits_by_bytes_and_learns_from_what_it_sees(tiny_spec: SweepSpec
     assert gauge.room([large] * 3) >= 0 > gauge.room([large] * 6)
     assert gauge.room([small] * 4) > gauge.room([large] * 4)
     assert gauge.size(large) > gauge.size(small) > 0
+    assert gauge.trial_bytes(large) == memory.trial(largest).total > gauge.trial_bytes(small)
     assert Gauge(tiny_spec, memory, capacity, longest=32, most=3).size(large) == 0  # bytes will never matter
     gauge.saw([large] * 2, int(1.5 * memory.host([largest] * 2).total))
     assert gauge.correction == pytest.approx(1.5, rel=0.05)

@@ -14,18 +14,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_spec
+from trained_run import train_run
 
-from lora_search.checkpoint import Shelf
 from lora_search.cli import main
 from lora_search.cli.trials import chosen_trials
-from lora_search.data import tokenize_data
-from lora_search.engine import Engine
-from lora_search.model import load_base, load_tokenizer
 from lora_search.results import run_rows
-from lora_search.rundir import RunDirectory, create_run
-from lora_search.space import trial_config
-from lora_search.spec import dump_spec, load_spec
-from lora_search.tracking.record import RunRecord
+from lora_search.rundir import RunDirectory
+from lora_search.spec import load_spec
 
 TRIALS: list[dict[str, Any]] = [
     {"rank": 8, "learning_rate": 3e-2, "steps": 20},
@@ -40,25 +35,8 @@ TRIALS: list[dict[str, Any]] = [
 def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """A run directory of five trained trials, four of them of one rank, two hardly trained at all."""
     spec = make_spec(tiny, name="trained")
-    run = create_run(tmp_path_factory.mktemp("run"), "trained", exact=True)
-    run.spec.write_text(dump_spec(spec))
-    data = tokenize_data(spec.data, load_tokenizer(spec.base))
-    engine = Engine(load_base(spec.base, torch.device("cpu")), data)
-    record = RunRecord(run.trials, clock=lambda: 1000.0)
-    for number, sampled in enumerate(TRIALS):
-        name = str(number)
-        sampled = {"dropout": 0.0, "target_modules": "all-linear"} | sampled
-        engine.admit(name, trial_config(spec, sampled))
-        for _ in range(20):
-            engine.step([name])
-        loss = engine.evaluate([name])[name].loss
-        Shelf(run.folder, number).put(engine.snapshot(name))
-        engine.release(name)
-        record.trial_started(number, sampled)
-        record.trial_reported(number, {"step": 20, "eval_loss": loss, "train_loss": loss, "host": "h"})
-        record.trial_ended(number, "completed", None)
-    record.close()
-    return run
+    trials = [({"dropout": 0.0, "target_modules": "all-linear"} | sampled, 20) for sampled in TRIALS]
+    return train_run(spec, tmp_path_factory.mktemp("run"), trials, every=20, seconds=1000.0)
 
 
 def merge(run: RunDirectory, out: Path, *arguments: str) -> int:

@@ -20,8 +20,9 @@ from lora_search.placement import HostPlace
 from lora_search.plan import plan_sweep
 from lora_search.plan.devices import GPUS, this_machine
 from lora_search.plan.rows import row_facts
-from lora_search.plan.schedule import BEST_SHARE, Rung, schedule, simulate
+from lora_search.plan.schedule import BEST_SHARE, Rung, report_count, schedule, simulate
 from lora_search.plan.work import base_work
+from lora_search.space import report_steps, rungs, trial_config
 from lora_search.spec import dump_spec, load_spec
 from lora_search.sweep import capacity
 from lora_search.sweep.prepare import prepare
@@ -260,3 +261,11 @@ def test_rows_of_a_base_without_a_tokenizer_are_assumed(tiny: Path, tmp_path: Pa
     facts = row_facts(make_spec(tiny, base={"model": str(model)}))
     assert (facts.measured, facts.longest) == (False, 32)
     assert "no tokenizer" in facts.reason
+
+
+def test_reports_are_counted_as_a_trial_makes_them(tiny: Path) -> None:
+    scheduler = {"first_rung": 10, "reduction_factor": 3}
+    spec = make_spec(tiny, training={"steps": 100, "eval_every": 25}, search={"scheduler": scheduler})
+    made = report_steps(spec, trial_config(spec, {}))
+    for stopped in (*rungs(spec), 100):
+        assert report_count(spec, stopped) == sum(step <= stopped for step in made)

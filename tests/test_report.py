@@ -64,7 +64,7 @@ def test_savings_are_the_steps_and_seconds_that_stopped_trials_did_not_take() ->
 def test_front_holds_the_trials_that_none_beats_in_size_and_quality() -> None:
     assert front(ROWS, "trainable_parameters", "eval_loss", "min") == [1, 5]
     assert front(ROWS, "trainable_parameters", "eval_loss", "max") == [1, 2]
-    assert front(ROWS, "peak_memory_bytes", "eval_loss", "min") == []
+    assert front(ROWS, "trial_memory_bytes", "eval_loss", "min") == []
 
 
 def event(kind: str, trial: int, time: float, **more: Any) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def test_charts_have_a_mark_for_each_trial_and_report(visit: Callable[..., Page]
     assert drawn(page, "importance") == {"share": 5, "interval": 5}
     assert drawn(page, "savings") == {"went_on": told["rungs"], "stopped": told["rungs"]}
     assert drawn(page, "front-trainable_parameters")["trials"] == TRIALS
-    assert drawn(page, "front-peak_memory_bytes")["trials"] == TRIALS
+    assert drawn(page, "front-trial_memory_bytes")["trials"] == TRIALS
     drawn(page, "occupancy")
     assert page.locator("#slices .chart").count() == 6  # the five that were searched, and alpha
     page.select_option("#slice-step", "30")

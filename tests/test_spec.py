@@ -50,6 +50,7 @@ WRONG: list[tuple[str, str, list[str]]] = [
     ("quoted number", "training: {steps: '10'}\n", ["training.steps", "'10'", "integer"]),
     ("boolean for a number", "training: {steps: true}\n", ["training.steps", "True", "integer"]),
     ("zero steps", "training: {steps: 0}\n", ["training.steps", "found 0", "greater than or equal to 1"]),
+    ("a digit too many", "training: {steps: 100000000}\n", ["training.steps", "less than or equal to 10000000"]),
     ("unknown choice", "base: {quantization: int3}\n", ["base.quantization", "'int3'", "'nf4' or 'none'"]),
     ("empty choice", "search: {space: {rank: {choice: []}}}\n", ["search.space.rank", "choice is empty"]),
     ("repeated choice", "search: {space: {rank: {choice: [4, 4]}}}\n", ["search.space.rank", "4 twice"]),

@@ -273,6 +273,15 @@ def test_missing_bucket_is_said(store: Store, tiny: Path) -> None:
         create_run(store.uri("x").replace(BUCKET, "no-such-bucket"), "a", exact=False)
 
 
+def test_sweep_whose_input_is_wrong_leaves_nothing_in_the_store(ray: Any, store: Store, tiny: Path) -> None:
+    spec = make_spec(tiny, name="impossible", data={"columns": {"prompt": "question"}}, output=store.uri("wrong"))
+    run = create_run(spec.output, spec.name, exact=True)
+    with pytest.raises(InputError, match="question"):
+        run_sweep(spec, run)
+    assert Folder(store.uri("wrong")).names() == []
+    assert not run.path.exists()
+
+
 def test_sweep_lives_whole_in_the_store(
     whole: tuple[Store, Second, list[Row]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

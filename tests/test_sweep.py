@@ -206,7 +206,7 @@ def test_what_no_trial_could_do_ends_the_sweep_before_any_trial(
     run = create_run(Path(spec.output), spec.name, exact=False)
     with pytest.raises(InputError, match=message):
         run_sweep(spec, run)
-    assert not run.trials.exists()
+    assert not run.path.exists()
 
 
 def test_two_hosts_share_the_trials(ray: Any, tiny: Path) -> None:
@@ -252,3 +252,4 @@ def test_driver_never_imports_torch(tiny: Path, tmp_path: Path) -> None:
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip().splitlines()[-1] == "False"
+    assert all(row["trial_memory_bytes"] > 0 for row in run_rows(RunDirectory(tmp_path / "light")))

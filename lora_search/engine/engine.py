@@ -226,7 +226,11 @@ class Engine:
                 if isinstance(evaluation, TrialFailed):
                     raise evaluation
                 require_finite("validation loss", evaluation.loss, resident.step)
-                reports[name] = resident.report(evaluation, peak_memory_bytes(self.base.devices))
+                reports[name] = resident.report(
+                    evaluation,
+                    peak_memory_bytes=peak_memory_bytes(self.base.devices),
+                    trial_memory_bytes=None if self._gauge is None else self._gauge.trial_bytes(resident.config),
+                )
             except TrialFailed as failure:
                 reports[name] = failure
             resident.window, resident.window_seconds = [], 0.0

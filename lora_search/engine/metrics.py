@@ -50,6 +50,9 @@ class Report:
     """This trial's own training and evaluation time so far."""
     peak_memory_bytes: int
     """Most memory that the trial's host has held: of its fullest GPU, or resident in its process."""
+    trial_memory_bytes: int | None
+    """What this trial adds to its host by the plan: adapter, gradient, optimiser state, and the activations of a pass
+    over its longest rows. None where nobody plans by memory."""
     trainable_parameters: int
     history: tuple[StepMetrics, ...]
     """The steps since the last report."""

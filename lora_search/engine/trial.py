@@ -117,7 +117,7 @@ class ResidentTrial:
         self.window.append(metrics)
         return metrics
 
-    def report(self, evaluation: Evaluation, peak_memory_bytes: int) -> Report:
+    def report(self, evaluation: Evaluation, *, peak_memory_bytes: int, trial_memory_bytes: int | None) -> Report:
         """Its report since the last one."""
         window, steps = self.window, max(1, len(self.window))
         return Report(
@@ -133,6 +133,7 @@ class ResidentTrial:
             tokens_per_second=sum(metrics.tokens for metrics in window) / max(self.window_seconds, 1e-9),
             seconds=self.seconds,
             peak_memory_bytes=peak_memory_bytes,
+            trial_memory_bytes=trial_memory_bytes,
             trainable_parameters=self.adapter.size,
             history=tuple(window),
         )

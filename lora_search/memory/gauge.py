@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lora_search.machine import memory_bytes
 from lora_search.memory.corners import corners, largest
 from lora_search.memory.estimate import BaseMemory
 from lora_search.memory.values import TrialShape
@@ -41,6 +41,7 @@ class Gauge:
         self._most = most
         self._largest = largest(corners(spec, memory.tree, longest)).shape
         self._most_predicted = 0
+        self._trial_bytes: dict[TrialShape, int] = {}
 
     def room(self, configs: Sequence[TrialConfig]) -> int:
         """Bytes that a host with these trials has left, on its fullest GPU; negative where they do not fit together.
@@ -60,7 +61,14 @@ class Gauge:
         """Bytes that a trial adds to its host; 0 where as many of the largest fit as will ever be together."""
         if self.room_for_largest(self._most) >= 0:
             return 0
-        return self._memory.trial(self._shape(config)).total
+        return self.trial_bytes(config)
+
+    def trial_bytes(self, config: TrialConfig) -> int:
+        """Bytes of a trial by itself: its state, and a pass over its longest rows."""
+        shape = self._shape(config)
+        if shape not in self._trial_bytes:  # a fifth of a second each
+            self._trial_bytes[shape] = self._memory.trial(shape).total
+        return self._trial_bytes[shape]
 
     def saw(self, configs: Sequence[TrialConfig], peak: int) -> None:
         """Learn from the most bytes that the host has ever taken, the last time with these trials.
@@ -93,4 +101,4 @@ def usable_bytes(devices: Sequence[torch.device], hosts: int) -> int:
 
         free = [torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) for device in devices]
         return int(min(free) * (1 - GAPS))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // hosts
+    return memory_bytes() // hosts

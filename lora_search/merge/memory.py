@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
+from lora_search.machine import free_memory_bytes
 from lora_search.merge.published import published_weights
 from lora_search.merge.surroundings import base_folder
 from lora_search.spec import Base
@@ -35,11 +34,4 @@ def lack_of_memory(base: Base, device: torch.device) -> str | None:
 
 def free_bytes(device: torch.device) -> int | None:
     """Of a device's memory; None where the system does not tell."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    found = dict(line.split(":", 1) for line in lines)
-    return int(found["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in found else None
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory_bytes()

@@ -117,7 +117,7 @@ def schedule(spec: SweepSpec, seats: int) -> Schedule:
         high=ordered[-1 - len(ordered) // 20],
         unlearned=round(fmean(course.steps for course in unlearned)),
         most=trials * total,
-        reports=round(fmean(sum(_reports(spec, length) for length in course.lengths) for course in found)),
+        reports=round(fmean(sum(report_count(spec, length) for length in course.lengths) for course in found)),
         seats=seats,
         efficiency=expected / (seats * duration),
         alone=fmean(course.alone for course in found) / duration if seats > 1 else 0.0,
@@ -161,6 +161,8 @@ def _proposal(draw: random.Random, learning: bool, ended: int) -> float:
     return 1 - BEST_SHARE * (1 - quality) if learning and ended >= STARTUP_TRIALS else quality
 
 
-def _reports(spec: SweepSpec, length: int) -> int:
-    regular = set(range(spec.training.eval_every, length + 1, spec.training.eval_every))
-    return len(regular | {rung for rung in rungs(spec) if rung <= length} | {length})
+def report_count(spec: SweepSpec, length: int) -> int:
+    """How many of `report_steps` a trial of so many steps comes to, without listing them."""
+    every = spec.training.eval_every
+    others = {rung for rung in (*rungs(spec), length) if rung <= length and rung % every}
+    return length // every + len(others)

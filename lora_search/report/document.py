@@ -24,7 +24,7 @@ from lora_search.results import Row, Run, best_row
 from lora_search.rundir import is_locked
 from lora_search.space import planned_trials, rungs
 
-COSTS = ("trainable_parameters", "peak_memory_bytes")
+COSTS = ("trainable_parameters", "trial_memory_bytes")
 
 
 def document(run: Run, *, finished: bool | None = None) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def _state(run: Run, finished: bool | None, concluded: bool) -> str:
 
 def _trial(row: Row, metric: str, names: Sequence[str]) -> dict[str, Any]:
     """A row as the page needs it; parameters as text beside their numbers."""
-    kept = "trial state steps steps_total trainable_parameters peak_memory_bytes tokens seconds host reason".split()
+    kept = "trial state steps steps_total trainable_parameters trial_memory_bytes tokens seconds host reason".split()
     return {
         **{name: row.get(name) for name in kept},
         "value": number(row.get(metric)),
@@ -184,8 +184,8 @@ def _front_finding(fronts: Mapping[str, Sequence[int]], rows: Sequence[Row]) -> 
     more = f" and {len(trials) - 6} more" if len(trials) > 6 else ""
     return (
         f"No other trial is better than these with as few trainable parameters: {listed(named)}{more}. Every adapter "
-        "counts as it is, stopped or not. Memory is the most that the trial's host had held by then, with all the "
-        "trials it trained together."
+        "counts as it is, stopped or not. Memory is what the trial adds to its host by the plan: adapter, gradient, "
+        "optimiser state, and the activations of a pass over its longest rows."
     )
 
 

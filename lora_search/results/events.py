@@ -53,6 +53,7 @@ class _Report(_Event, total=False):
     tokens_per_second: float | None
     seconds: float | None
     peak_memory_bytes: Count | None
+    trial_memory_bytes: Count | None
     host: str | None
 
 

@@ -45,6 +45,7 @@ COLUMNS: Mapping[str, Column] = {
     "tokens_per_second": Column("float64", "tokens a second", "of the trial's own time since the report before"),
     "seconds": Column("float64", "seconds", "the trial's own training and evaluation time so far"),
     "peak_memory_bytes": Column("Int64", "bytes", "the most that the trial's host has held"),
+    "trial_memory_bytes": Column("Int64", "bytes", "of the trial by itself, by the plan: state and activations"),
     "host": Column("string", "", "that trained the trial last"),
     "reason": Column("string", "", "why the trial failed"),
     "started": Column("datetime64[us, UTC]", "", "when the trial began"),

@@ -21,6 +21,9 @@ METRIC_MODES: dict[str, Literal["min", "max"]] = {
     "train_loss": "min",
 }
 
+MOST_COUNT = 10_000_000
+"""Of steps, and of sequences: more is a mistake in writing."""
+
 Auto = Literal["auto"]
 Quantization = Literal["nf4", "none"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
@@ -118,10 +121,10 @@ class Training(Section):
     """How a trial is trained. Any of these keys may stand in `search.space` as well."""
 
     learning_rate: float = Field(2e-4, gt=0, description="the highest of the schedule")
-    steps: int = Field(90, ge=1, description="optimiser steps")
-    batch_size: int = Field(4, ge=1, description="sequences in one forward pass")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="forward passes in one optimiser step")
-    eval_every: int = Field(10, ge=1, description="optimiser steps between reports")
+    steps: int = Field(90, ge=1, le=MOST_COUNT, description="optimiser steps")
+    batch_size: int = Field(4, ge=1, le=MOST_COUNT, description="sequences in one forward pass")
+    gradient_accumulation_steps: int = Field(1, ge=1, le=MOST_COUNT, description="forward passes in one optimiser step")
+    eval_every: int = Field(10, ge=1, le=MOST_COUNT, description="optimiser steps between reports")
     warmup_ratio: float = Field(0.05, ge=0, le=1, description="share of the steps in which the learning rate rises")
     lr_schedule: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"

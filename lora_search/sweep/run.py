@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -27,11 +27,11 @@ from lora_search.best import (
     write_config,
 )
 from lora_search.checkpoint import trial_folder
-from lora_search.errors import Interrupted, SweepError
+from lora_search.errors import InputError, Interrupted, SweepError
 from lora_search.journal import JOURNAL, JOURNAL_LOCK
 from lora_search.report import document, page
 from lora_search.results import Row, Run, best_row, ended_count, run_rows, sampled
-from lora_search.rundir import RunDirectory, locked
+from lora_search.rundir import RunDirectory, discard, locked
 from lora_search.search import StudySearcher, create_study
 from lora_search.search.asha import StepAsha
 from lora_search.seat import Seat
@@ -89,13 +89,14 @@ def run_sweep(
         say: prints one line to the user.
 
     Raises:
-        InputError: the base, the data, a target set or the hosts cannot be used; or what is to be resumed is another
-            sweep, or runs.
+        InputError: the base, the data, a target set or the hosts cannot be used, and the new run directory is gone
+            again; or what is to be resumed is another sweep, or runs.
         Interrupted: by a signal; the sweep can be resumed.
         SweepError: no trial came to a result, all hosts were lost, or the run directory cannot be written to.
     """
     try:
-        with locked(run) as held, kept_uploaded(run, held):
+        unused = nullcontext() if resume else _discarded_unused(run)
+        with locked(run) as held, unused, kept_uploaded(run, held):
             return _run(spec, run, [*observers, Held(run, held)], address, resume, say)
     except OSError as error:
         if error.errno not in UNWRITABLE and not isinstance(error, StoreError):
@@ -111,6 +112,17 @@ def run_sweep(
             observer.close()
 
 
+@contextmanager
+def _discarded_unused(run: RunDirectory) -> Iterator[None]:
+    """Remove a run directory where the input is found wrong before any trial: mended, it begins anew by that name."""
+    try:
+        yield
+    except InputError:
+        if not run.trials.exists():
+            discard(run)
+        raise
+
+
 def _run(
     spec: SweepSpec, run: RunDirectory, observers: Sequence[Observer], address: str | None, resume: bool, say: Say
 ) -> Outcome:
@@ -119,6 +131,8 @@ def _run(
         refuse_other_sweep(spec, run)
         before = read_provenance(run.provenance)
         if (outcome := _concluded(spec, run, before)) is not None:
+            if run.report.name not in run.folder.names():  # the process was ended before it was made
+                _report(run, say)
             say("the sweep is finished; nothing is left to do")
             return outcome
         (run.path / JOURNAL_LOCK).unlink(missing_ok=True)  # of a process that was killed; ours is the only one

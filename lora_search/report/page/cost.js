@@ -2,7 +2,7 @@
 
 const COSTS = {
   trainable_parameters: { label: "trainable parameters", show: brief },
-  peak_memory_bytes: { label: "peak memory of the host", show: bytes },
+  trial_memory_bytes: { label: "memory of the trial", show: bytes },
 };
 
 function frontOption(cost) {
@@ -16,7 +16,7 @@ function frontOption(cost) {
     yAxis: axis(null),
     tooltip: { trigger: "item", formatter: (params) => {
       const trial = params.data && byNumber.get(params.data.trial);
-      return trial ? tip(trial, [["trainable parameters", figure(trial.trainable_parameters)], ["peak memory of the host", trial.peak_memory_bytes === null ? "–" : bytes(trial.peak_memory_bytes)], ["on the front", data.fronts[cost].includes(trial.trial) ? "yes" : "no"]]) : "";
+      return trial ? tip(trial, [["trainable parameters", figure(trial.trainable_parameters)], ["memory of the trial", trial.trial_memory_bytes === null ? "–" : bytes(trial.trial_memory_bytes)], ["on the front", data.fronts[cost].includes(trial.trial) ? "yes" : "no"]]) : "";
     } },
     series: [
       { id: "trials", ...points(rows.map((trial) => ({ value: [trial[cost], trial.value], trial }))) },
@@ -32,7 +32,7 @@ function frontChart() {
   if (!costs.length) made.append(element("p", { class: "nothing" }, "Nothing to draw yet."));
   else made.append(element("div", { class: "panels" }, ...costs.map((cost) => picture(`front-${cost}`, `${metric.label} against ${COSTS[cost].label}. ${data.findings.front}`, () => frontOption(cost)))));
   made.append(element("figcaption", {}, data.findings.front));
-  if (costs.length) made.append(tableBelow(() => ({ head: ["trial", metricTitle, "trainable parameters", "peak memory of the host, bytes", "on the front"], rows: data.trials.filter((trial) => trial.value !== null).map((trial) => [trial.trial, trial.value, trial.trainable_parameters, trial.peak_memory_bytes, costs.filter((cost) => data.fronts[cost].includes(trial.trial)).map((cost) => COSTS[cost].label).join(", ") || "no"]) }), "Quality against size and memory"));
+  if (costs.length) made.append(tableBelow(() => ({ head: ["trial", metricTitle, "trainable parameters", "memory of the trial, bytes", "on the front"], rows: data.trials.filter((trial) => trial.value !== null).map((trial) => [trial.trial, trial.value, trial.trainable_parameters, trial.trial_memory_bytes, costs.filter((cost) => data.fronts[cost].includes(trial.trial)).map((cost) => COSTS[cost].label).join(", ") || "no"]) }), "Quality against size and memory"));
   return made;
 }
 

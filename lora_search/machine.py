@@ -1,0 +1,79 @@
+"""This machine's memory, or what of it this process may have: a container's or a Slurm job's limit counts.
+
+Of Linux's control groups, version 1 and 2 (Linux, Documentation/admin-guide/cgroup-v1/memory.rst and cgroup-v2.rst).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+GROUPS = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
+MEMINFO = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """Of one control group."""
+
+    most: int
+    used: int
+    """Without what the kernel drops as soon as somebody needs room: its cache of files."""
+
+
+def memory_bytes() -> int:
+    """What this process and all others in its container or job may hold together."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([physical, *(limit.most for limit in _limits())])
+
+
+def free_memory_bytes() -> int | None:
+    """What can be had without swapping, and without being killed; None where the system does not tell."""
+    try:
+        lines = MEMINFO.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = dict(line.split(":", 1) for line in lines)
+    if "MemAvailable" not in found:
+        return None
+    available = int(found["MemAvailable"].split()[0]) * 1024
+    return min([available, *(max(0, limit.most - limit.used) for limit in _limits())])
+
+
+def _limits() -> Iterator[_Limit]:
+    """Of the groups that this process is in, and of those around them: each holds."""
+    try:
+        lines = OWN_GROUPS.read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            names = ("memory.max", "memory.current", "inactive_file")
+            root = GROUPS
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            root = GROUPS / "memory"
+        else:
+            continue
+        own = PurePosixPath(path)
+        for group in (own, *own.parents):  # within a container, only the last of them may be there to see
+            limit = _limit(root / str(group).lstrip("/"), *names)
+            if limit is not None:
+                yield limit
+
+
+def _limit(group: Path, most: str, used: str, cache: str) -> _Limit | None:
+    """None where a group has none, or cannot be read."""
+    try:
+        stat = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+        return _Limit(_number(group / most), max(0, _number(group / used) - int(stat.get(cache, 0))))
+    except (OSError, ValueError):  # "max" is no number
+        return None
+
+
+def _number(file: Path) -> int:
+    return int(file.read_text(encoding="ascii"))

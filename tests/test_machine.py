@@ -1,0 +1,90 @@
+"""What memory there is: the machine's, or less where a container or a job has a limit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import uuid
+from pathlib import Path
+
+import pytest
+
+from lora_search import machine
+from lora_search.machine import free_memory_bytes, memory_bytes
+
+GIB = 1 << 30
+
+
+def group(folder: Path, **files: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name.replace("__", ".")).write_text(f"{content}\n", encoding="ascii")
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own: str) -> Path:
+    """Control groups of our own making, of which this process is said to be in `own`."""
+    (tmp_path / "own").write_text(own, encoding="ascii")
+    monkeypatch.setattr(machine, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(machine, "GROUPS", tmp_path / "groups")
+    return tmp_path / "groups"
+
+
+def test_least_limit_around_a_process_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    groups = pretend(monkeypatch, tmp_path, "0::/job_7/step_0\n")
+    used = {"memory__current": GIB // 2, "memory__stat": f"anon 1\ninactive_file {GIB // 4}"}
+    group(groups / "job_7", memory__max=GIB, **used)
+    group(groups / "job_7" / "step_0", memory__max="max", **used)
+    assert memory_bytes() == GIB
+    assert free_memory_bytes() == GIB * 3 // 4
+
+
+def test_limit_of_the_first_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In a container, the group's own name is the host's, and its files stand at the top."""
+    groups = pretend(monkeypatch, tmp_path, "5:cpuset:/docker/1f\n4:memory,hugetlb:/docker/1f\n0::/\n")
+    stat = f"inactive_file 7\ntotal_inactive_file {GIB // 4}"
+    group(groups / "memory", memory__limit_in_bytes=GIB, memory__usage_in_bytes=GIB * 2, memory__stat=stat)
+    assert memory_bytes() == GIB
+    assert free_memory_bytes() == 0
+
+
+def test_without_a_limit_it_is_the_machine_s(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    groups = pretend(monkeypatch, tmp_path, "4:memory:/\n")
+    group(groups / "memory", memory__limit_in_bytes=2**63 - 4096, memory__usage_in_bytes=1, memory__stat="cache 0")
+    physical = memory_bytes()
+    assert physical > GIB
+    monkeypatch.setattr(machine, "OWN_GROUPS", tmp_path / "none")
+    assert memory_bytes() == physical
+    assert 0 < (free_memory_bytes() or 0) < physical
+
+
+def limited_group(most: int) -> Path:
+    """A control group of this machine; skips the test where none can be made."""
+    for root, file in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
+        made = Path(root) / f"lora-search-{uuid.uuid4().hex}"
+        try:
+            made.mkdir()
+        except OSError:
+            continue
+        try:
+            (made / file).write_text(str(most), encoding="ascii")
+            return made
+        except OSError:
+            made.rmdir()
+    pytest.skip("no control group can be made here: not root, or read-only")
+
+
+def test_real_limit() -> None:
+    """A process in a control group with 2 GiB, of which it holds 512 MiB."""
+    limited = limited_group(2 * GIB)
+    code = (
+        "import os, sys; open(sys.argv[1], 'w').write(str(os.getpid())); held = bytes(512 << 20).replace(b'\\0', b'x');"
+        "from lora_search.machine import *; print(memory_bytes(), free_memory_bytes())"
+    )
+    try:
+        command = [sys.executable, "-c", code, str(limited / "cgroup.procs")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    finally:
+        limited.rmdir()
+    total, free = map(int, done.stdout.split())
+    assert total == 2 * GIB
+    assert 0.9 * GIB < free < 1.55 * GIB
