@@ -27,7 +27,7 @@ from lora_search.results import open_run, read_events
 from lora_search.rundir import RunDirectory, create_run
 from lora_search.spec import SweepSpec, dump_spec
 from lora_search.storage import Folder
-from lora_search.sweep import run_sweep
+from lora_search.sweep.run import run_sweep
 from lora_search.tracking import Observer, RunRecord
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from lora_search.errors import InputError
 from lora_search.results import run_rows
 from lora_search.rundir import RunDirectory, create_run
 from lora_search.spec import dump_spec
-from lora_search.sweep import run_sweep
+from lora_search.sweep.run import run_sweep
 from lora_search.tracking import Observer
 
 if TYPE_CHECKING:

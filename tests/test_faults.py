@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +31,7 @@ from lora_search.results import Row, read_events, run_rows
 from lora_search.rundir import RunDirectory, create_run
 from lora_search.spec import dump_spec
 from lora_search.sweep import run as sweep_module
-from lora_search.sweep import run_sweep
+from lora_search.sweep.run import run_sweep
 from lora_search.tracking import Observer
 
 if TYPE_CHECKING:
@@ -88,18 +90,20 @@ def require_whole(run: RunDirectory, trials: int) -> None:
                 assert event["step"] >= saved[event["trial"]]
 
 
-class Strike(Observer):
-    """Does something once, when a trial has reported a step."""
+class Strikes(Observer):
+    """Does something, once each, when a trial has saved a step."""
 
-    def __init__(self, trial: int, step: int, do: Callable[[], None]) -> None:
-        self._at = (trial, step)
-        self._do: Callable[[], None] | None = do
+    def __init__(self, strikes: Mapping[tuple[int, int], Callable[[], None]]) -> None:
+        """
+        Args:
+            strikes: by trial and step.
+        """
+        self._strikes = dict(strikes)
         self.resumed: list[tuple[int, int, int]] = []
 
     def trial_saved(self, trial: int, step: int, path: str) -> None:
-        if (trial, step) == self._at and self._do is not None:
-            self._do()
-            self._do = None
+        if (strike := self._strikes.pop((trial, step), None)) is not None:
+            strike()
 
     def trial_resumed(self, trial: int, parameters: Mapping[str, Any], step: int, damaged: Any) -> None:
         self.resumed.append((trial, step, len(damaged)))
@@ -112,35 +116,24 @@ def kill(title: str) -> None:
         os.kill(victim, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("victim", ["ray::Host", "ray::Seat"])
-def test_sigkill_of_a_host_or_a_seat_loses_nothing(
-    ray: Any, tiny: Path, tmp_path: Path, undisturbed: list[Row], victim: str
-) -> None:
-    spec = sequential(tiny, "killed", tmp_path)
-    strike = Strike(0, 4, lambda: kill(victim))
-    outcome = run_sweep(spec, create_run(tmp_path, spec.name, exact=True), [strike])
-    require_whole(outcome.run, TRIALS)
-    assert strike.resumed == [(0, 4, 0)]
-    assert compared(outcome.rows) == undisturbed
-
-
-def test_damaged_checkpoint_is_noticed_and_the_one_before_is_used(
+def test_sigkill_of_host_and_seat_and_a_damaged_checkpoint_lose_nothing(
     ray: Any, tiny: Path, tmp_path: Path, undisturbed: list[Row]
 ) -> None:
-    spec = sequential(tiny, "damaged", tmp_path)
+    """Of the damaged one, the checkpoint before it is used."""
+    spec = sequential(tiny, "killed", tmp_path)
     run = create_run(tmp_path, spec.name, exact=True)
 
-    def strike() -> None:
+    def damage() -> None:
         weights = run.tune / "trial-0000" / "checkpoint_000006" / "adapter_model.safetensors"
         content = bytearray(weights.read_bytes())
         content[-1] ^= 1
         weights.write_bytes(content)
         kill("ray::Seat")
 
-    injected = Strike(0, 6, strike)
-    outcome = run_sweep(spec, run, [injected])
+    strikes = Strikes({(0, 2): lambda: kill("ray::Host"), (0, 4): lambda: kill("ray::Seat"), (0, 6): damage})
+    outcome = run_sweep(spec, run, [strikes])
     require_whole(run, TRIALS)
-    assert injected.resumed == [(0, 4, 1)]
+    assert strikes.resumed == [(0, 2, 0), (0, 4, 0), (0, 4, 1)]
     assert compared(outcome.rows) == undisturbed
 
 
@@ -234,7 +227,7 @@ def test_full_disk_ends_the_sweep_and_with_room_it_goes_on(
                     return
 
     with pytest.raises(SweepError, match=r"cannot be written to: .*No space left on device.*; mend it, then --resume"):
-        run_sweep(spec, run, [Strike(0, 4, fill)])
+        run_sweep(spec, run, [Strikes({(0, 4): fill})])
     filler.unlink()
     outcome = run_sweep(spec, run, resume=True)
     require_whole(run, TRIALS)
@@ -289,62 +282,74 @@ def wait_for(file: Path, what: str, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_sweep_whose_driver_is_ended_goes_on_as_if_nothing_had_been(
-    tiny: Path, tmp_path: Path, undisturbed: list[Row], number: signal.Signals
-) -> None:
-    spec = sequential(tiny, "ended", tmp_path)
-    run = RunDirectory(tmp_path / "ended")
-    process = subprocess.Popen(command(spec), stderr=subprocess.PIPE, text=True)
-    wait_for(run.trials, '"event": "report", "trial": 2', process)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=90)
-    assert process.returncode == (130 if number == signal.SIGTERM else -number), said
-    if number == signal.SIGKILL:  # and what it was writing is torn
-        with run.trials.open("a") as record, (run.path / "study.journal").open("a") as journal:
-            record.write('{"event": "report", "tri')
-            journal.write('{"op_code": 6, "worker')
-
-    second = subprocess.run(command(spec, "--resume"), capture_output=True, text=True)
-    assert second.returncode == 0, second.stderr
-    if number == signal.SIGKILL:
-        assert second.stderr.count("the last line was damaged, and is left out") == 2
-    require_whole(run, TRIALS)
-    assert compared(run_rows(run)) == undisturbed
-
-    if number == signal.SIGKILL:
-        return
-    before = run.trials.read_bytes()
-    run.report.unlink()  # as where the process was ended before it was made
-    third = subprocess.run(command(spec, "--resume"), capture_output=True, text=True)
-    assert third.returncode == 0, third.stderr
-    assert "nothing is left to do" in third.stderr
-    assert third.stdout == second.stdout
-    assert run.trials.read_bytes() == before
-    assert run.report.is_file()
-
-    more = sequential(tiny, "ended", tmp_path, search={"trials": TRIALS + 2})
-    fourth = subprocess.run(command(more, "--resume"), capture_output=True, text=True)
-    assert fourth.returncode == 0, fourth.stderr
-    require_whole(run, TRIALS + 2)
-    assert compared(run_rows(run))[:TRIALS] == undisturbed
-
-
-@pytest.mark.parametrize("phase", ["preparing the data", "testing and merging"])
-def test_sigterm_before_and_after_the_search_ends_the_sweep_and_it_goes_on(
-    tiny: Path, tmp_path: Path, phase: str
-) -> None:
-    spec = sequential(tiny, "warned", tmp_path, search={"trials": 1})
-    process = subprocess.Popen(command(spec), stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    assert any(phase in line for line in process.stderr)
+def warned(spec: SweepSpec, until: Callable[[subprocess.Popen[str]], object], *options: str) -> str:
+    """Run a sweep until something, and have it end by a signal that warns; what it said."""
+    process = subprocess.Popen(command(spec, *options), stderr=subprocess.PIPE, text=True)
+    until(process)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=90)
     assert process.returncode == 130, said
     assert "the same command with --resume goes on" in said
+    return said
+
+
+def says(what: str) -> Callable[[subprocess.Popen[str]], object]:
+    def said(process: subprocess.Popen[str]) -> None:
+        assert process.stderr is not None
+        assert any(what in line for line in process.stderr)
+
+    return said
+
+
+def test_sweep_that_is_warned_in_every_phase_goes_on_as_if_nothing_had_been(
+    ray: Any, tiny: Path, tmp_path: Path, undisturbed: list[Row]
+) -> None:
+    """SIGTERM while it prepares, in the middle, and while it merges; resumed each time, and then with more trials."""
+    spec = sequential(tiny, "ended", tmp_path)
+    run = RunDirectory(tmp_path / "ended")
+    warned(spec, says("preparing the data"))
+    said = warned(spec, partial(wait_for, run.trials, '"event": "report", "trial": 2'), "--resume")
+    assert re.search(rf"interrupted after \d of {TRIALS} trials", said)
+    warned(spec, says("testing and merging"), "--resume")
+    last = subprocess.run(command(spec, "--resume"), capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    require_whole(run, TRIALS)
+    assert compared(run_rows(run)) == undisturbed
+
+    before = run.trials.read_bytes()
+    run.report.unlink()  # as where the process was ended before it was made
+    again = subprocess.run(command(spec, "--resume"), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "nothing is left to do" in again.stderr
+    assert again.stdout == last.stdout
+    assert run.trials.read_bytes() == before
+    assert run.report.is_file()
+
+    more = sequential(tiny, "ended", tmp_path, search={"trials": TRIALS + 2})
+    outcome = run_sweep(more, run, resume=True)
+    require_whole(run, TRIALS + 2)
+    assert compared(outcome.rows)[:TRIALS] == undisturbed
+
+
+def test_sweep_whose_driver_is_killed_goes_on_as_if_nothing_had_been(
+    tiny: Path, tmp_path: Path, undisturbed: list[Row]
+) -> None:
+    """And what it was writing is torn."""
+    spec = sequential(tiny, "ended", tmp_path)
+    run = RunDirectory(tmp_path / "ended")
+    process = subprocess.Popen(command(spec), stderr=subprocess.PIPE, text=True)
+    wait_for(run.trials, '"event": "report", "trial": 2', process)
+    process.kill()
+    process.communicate(timeout=90)
+    with run.trials.open("a") as record, (run.path / "study.journal").open("a") as journal:
+        record.write('{"event": "report", "tri')
+        journal.write('{"op_code": 6, "worker')
+
     second = subprocess.run(command(spec, "--resume"), capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
-    require_whole(RunDirectory(tmp_path / "warned"), 1)
+    assert second.stderr.count("the last line was damaged, and is left out") == 2
+    require_whole(run, TRIALS)
+    assert compared(run_rows(run)) == undisturbed
 
 
 def test_fewer_steps_are_no_budget_to_resume_with(tiny: Path, tmp_path: Path) -> None:

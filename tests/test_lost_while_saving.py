@@ -22,7 +22,7 @@ from test_faults import require_whole
 from lora_search.checkpoint import ADAPTER_WEIGHTS, TRIAL
 from lora_search.results import read_events
 from lora_search.rundir import RunDirectory, create_run
-from lora_search.sweep import run_sweep
+from lora_search.sweep.run import run_sweep
 from lora_search.tracking import Observer
 
 if TYPE_CHECKING:
@@ -129,7 +129,8 @@ class Lightning(Observer):
         self.torn.append((slow.tear(), left))
 
 
-@pytest.mark.parametrize("file", [ADAPTER_WEIGHTS, pytest.param(TRIAL, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("file", [ADAPTER_WEIGHTS, TRIAL])
 def test_node_lost_while_it_writes_a_checkpoint_loses_nothing(
     nodes: Cluster, tiny: Path, tmp_path: Path, file: str
 ) -> None:

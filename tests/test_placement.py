@@ -13,7 +13,7 @@ from lora_search.errors import InputError
 from lora_search.placement import Node, place_hosts
 from lora_search.rundir import create_run
 from lora_search.spec import Hosts
-from lora_search.sweep import run_sweep
+from lora_search.sweep.run import run_sweep
 
 CASES: list[tuple[str, list[Node], dict[str, Any], list[tuple[str, int, int]]]] = [
     ("laptop", [Node("a", 2, 0)], {}, [("a", 1, 0), ("a", 1, 0)]),
@@ -53,6 +53,7 @@ def test_too_small_a_cluster_is_said(nodes: list[Node], hosts: dict[str, Any]) -
         place_hosts(nodes, Hosts(**hosts))
 
 
+@pytest.mark.slow
 def test_one_host_for_each_of_rays_gpus(tiny: Path) -> None:
     """A sweep on a cluster of two nodes with three logical GPUs: three hosts, and each of them trains."""
     import ray

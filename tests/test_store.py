@@ -30,7 +30,7 @@ from lora_search.results import Row, run_rows
 from lora_search.rundir import create_run, find_run, newest_run
 from lora_search.spec import load_spec
 from lora_search.storage import Folder, StoreError
-from lora_search.sweep import run_sweep
+from lora_search.sweep.run import run_sweep
 from lora_search.tracking import Observer
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from lora_search.spec import load_spec
 
 if TYPE_CHECKING:
     from lora_search.spec import SweepSpec
-    from lora_search.sweep import Outcome
+    from lora_search.sweep.run import Outcome
 
 
 def run(sweep: str, overrides: Sequence[str], *, name: str | None, address: str | None, resume: bool) -> None:
@@ -43,7 +43,7 @@ def run(sweep: str, overrides: Sequence[str], *, name: str | None, address: str 
             file=sys.stderr,
         )
     # Only now: Ray and Optuna take seconds to import, and a wrong sweep file has been told of by now.
-    from lora_search.sweep import run_sweep
+    from lora_search.sweep.run import run_sweep
     from lora_search.tracking.live import LiveView
     from lora_search.tracking.wandb import WandbRuns
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Annotated, Any, Literal, Required
 
@@ -97,6 +98,8 @@ ANY: TypeAdapter[Any] = TypeAdapter(_Event)
 OPENING = b'{"event": "'
 """How a line begins as we write it."""
 
+READ_AHEAD = 1 << 20
+
 HISTORY = b', "history": ['
 """How the steps between reports begin, which are last and most of their line; no string has unescaped quotes in it."""
 
@@ -112,21 +115,23 @@ def read_events(file: Path, *, without: str | None = None) -> Iterator[Event]:
     Raises:
         SweepError: the file cannot be read, a line before the last is no JSON, or a line is no event.
     """
+    passed_over = None if without is None else OPENING + without.encode() + b'"'
     try:
-        content = file.read_bytes()
+        with BufferedReader(file.open("rb", buffering=0), READ_AHEAD) as lines:
+            for number, line in enumerate(lines, start=1):
+                if passed_over is not None and line.startswith(passed_over):
+                    continue
+                event = _quickly(line)
+                if event is None:
+                    is_last = not line.endswith(b"\n") or not lines.peek(1)
+                    event = _carefully(line, f"{file}:{number}", is_last=is_last)
+                if event is None:
+                    return
+                yield event
     except FileNotFoundError:
         return
     except OSError as error:
         raise SweepError(f"{file}: cannot be read: {error.strerror or error}") from None
-    lines = content.removesuffix(b"\n").split(b"\n") if content else []  # splitlines() splits within strings too
-    passed_over = None if without is None else OPENING + without.encode() + b'"'
-    for number, line in enumerate(lines, start=1):
-        if passed_over is not None and line.startswith(passed_over):
-            continue
-        event = _quickly(line) or _carefully(line, f"{file}:{number}", is_last=number == len(lines))
-        if event is None:
-            return
-        yield event
 
 
 def _quickly(line: bytes) -> Event | None:
@@ -134,11 +139,12 @@ def _quickly(line: bytes) -> Event | None:
 
     Read and checked in one go, and the steps between reports not at all: `json.loads` takes ten times as long.
     """
+    line = line.removesuffix(b"\n")
     kind = line[len(OPENING) : line.find(b'"', len(OPENING))].decode(errors="replace")
     if not line.startswith(OPENING) or kind not in KINDS:
         return None
     history = line.find(HISTORY)
-    if history > 0 and line.find(b"]", history) == len(line) - 2:  # a list to the end of the line, without any in it
+    if history > 0 and line.find(b"]", history) == len(line) - 2:  # a list to the end, without any in it
         line = line[:history] + b"}"
     try:
         event: Event = KINDS[kind].validate_json(line)
