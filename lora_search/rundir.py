@@ -130,12 +130,9 @@ def _create_in_store(output: str, name: str, exact: bool) -> RunDirectory:
 
 def discard(run: RunDirectory) -> None:
     """Remove a run directory with all that it holds."""
-    if run.uri is None:
-        shutil.rmtree(run.path)
-        return
-    for name in run.folder.names():
-        run.folder.remove(name)
-    shutil.rmtree(run.path.parent)  # of the copy here
+    run.folder.remove_all()
+    if run.uri is not None:
+        shutil.rmtree(run.path.parent)  # of the copy here
 
 
 def newest_run(output: str | Path, name: str, *, exact: bool = False) -> RunDirectory | None:

@@ -121,17 +121,11 @@ class Folder:
 
     def remove(self, name: str) -> None:
         """Remove a file, or a folder with all it holds, from this one; nothing happens where it is not there."""
-        from pyarrow.fs import FileType
+        self._ask(lambda system, path: _remove(system, f"{path}/{name}"))
 
-        def remove(system: FileSystem, path: str) -> None:
-            match system.get_file_info(f"{path}/{name}").type:
-                case FileType.Directory:
-                    with suppress(FileNotFoundError):  # in Google's store a folder need not be an object of its own
-                        system.delete_dir(f"{path}/{name}")
-                case FileType.File:
-                    system.delete_file(f"{path}/{name}")
-
-        self._ask(remove)
+    def remove_all(self) -> None:
+        """Remove this folder itself, with all it holds."""
+        self._ask(_remove)
 
     def check(self) -> None:
         """Write a file, read it back and remove it.
@@ -183,3 +177,14 @@ def is_uri(place: str | Path) -> bool:
 
 def _is_local(system: FileSystem) -> bool:
     return bool(system.type_name == "local")
+
+
+def _remove(system: FileSystem, path: str) -> None:
+    from pyarrow.fs import FileType
+
+    match system.get_file_info(path).type:
+        case FileType.Directory:
+            with suppress(FileNotFoundError):  # in Google's store a folder need not be an object of its own
+                system.delete_dir(path)
+        case FileType.File:
+            system.delete_file(path)

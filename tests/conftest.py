@@ -83,6 +83,12 @@ def require_gives_back(folder: Folder, tmp_path: Path) -> None:
         folder.remove(name)
     assert folder.names() == []
 
+    below = folder.below("gone")
+    below.write("a", b"")
+    below.remove_all()
+    below.remove_all()
+    assert folder.names() == []
+
 
 def write_tiny_model(folder: Path) -> Path:
     """A random Llama of two layers with a word-level tokenizer, in Hugging Face format."""

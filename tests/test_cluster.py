@@ -145,6 +145,7 @@ def short_folder() -> Iterator[str]:
         yield folder
 
 
+@pytest.mark.slow
 def test_sweep_over_machines_of_their_own_network(
     short_folder: str, namespaces: tuple[str, str], tiny: Path, tmp_path: Path
 ) -> None:

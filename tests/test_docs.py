@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from lora_search.cli.main import _parser, main
+from lora_search.results import run_rows
+from lora_search.rundir import RunDirectory
 from lora_search.spec import load_spec
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,6 +66,15 @@ ELSEWHERE = {
 }
 """What a command holds that is run by other tests."""
 
+WATCHED_RUN = """
+import sys
+from lora_search.cli import main
+status = main(sys.argv[1:])
+print(*sys.modules)
+sys.exit(status)
+"""
+"""The command, which then says what its process has imported."""
+
 SMALL = ["--set", "search.trials=3", "--set", "training.steps=10", "--set", "data.limit=300"]
 
 
@@ -85,9 +96,22 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the sweeps of the repository and a finished run of the demo's, made small."""
     folder = tmp_path_factory.mktemp("world")
     shutil.copytree(ROOT / "sweeps", folder / "sweeps")
-    command = [sys.executable, "-m", "lora_search", "run", "sweeps/demo.yaml", *SMALL]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    command = [sys.executable, "-c", WATCHED_RUN, "run", "sweeps/demo.yaml", *SMALL]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (folder / "modules").write_text(done.stdout.splitlines()[-1], encoding="utf-8")
     return folder
+
+
+def test_driver_never_imports_torch(world: Path) -> None:
+    """Torch and its libraries take five seconds and 400 MB: whatever comes back from a host is plain."""
+    modules = (world / "modules").read_text(encoding="utf-8").split()
+    assert "ray" in modules
+    assert "torch" not in modules
+
+
+def test_memory_of_each_trial_is_told(world: Path) -> None:
+    assert all(row["trial_memory_bytes"] > 0 for row in run_rows(RunDirectory(world / "runs" / "demo")))
 
 
 def test_pages_show_commands() -> None:

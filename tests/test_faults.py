@@ -137,6 +137,7 @@ def test_sigkill_of_host_and_seat_and_a_damaged_checkpoint_lose_nothing(
     assert compared(outcome.rows) == undisturbed
 
 
+@pytest.mark.slow
 def test_trial_that_loses_every_seat_is_given_up_and_harms_no_other(ray: Any, tiny: Path, tmp_path: Path) -> None:
     """The machine's fault is tried again `hosts.max_retries` times."""
 
@@ -301,6 +302,7 @@ def says(what: str) -> Callable[[subprocess.Popen[str]], object]:
     return said
 
 
+@pytest.mark.slow
 def test_sweep_that_is_warned_in_every_phase_goes_on_as_if_nothing_had_been(
     ray: Any, tiny: Path, tmp_path: Path, undisturbed: list[Row]
 ) -> None:

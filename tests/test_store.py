@@ -20,7 +20,7 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import make_spec, require_gives_back
-from test_faults import SEQUENTIAL, TRIALS, Strike, compared, kill, require_whole
+from test_faults import SEQUENTIAL, TRIALS, Strikes, compared, kill, require_whole
 
 from lora_search.checkpoint import ADAPTER_WEIGHTS, Shelf, seal
 from lora_search.cli.main import main
@@ -413,10 +413,10 @@ def test_store_that_fails_for_a_while_loses_nothing(ray: Any, store: Store, tiny
         kill("ray::Seat")
 
     spec = sequential(tiny, "failing", store.uri("runs"))
-    first, second = Strike(0, 2, lambda: fail(status(500), 10)), Strike(0, 4, hang_and_kill)
-    outcome = run_sweep(spec, create_run(spec.output, spec.name, exact=True), [first, second])
+    strikes = Strikes({(0, 2): lambda: fail(status(500), 10), (0, 4): hang_and_kill})
+    outcome = run_sweep(spec, create_run(spec.output, spec.name, exact=True), [strikes])
     assert store.faults > 10
     run = find_run(outcome.run.place)
     require_whole(run, TRIALS)
-    assert second.resumed == [(0, 4, 0)]
+    assert strikes.resumed == [(0, 4, 0)]
     assert compared(run_rows(run)) == undisturbed
