@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
 import sys
+import time
 import uuid
 from pathlib import Path
 
 import pytest
 
-from lora_search import machine
+from lora_search import machine, open_run
 from lora_search.machine import free_memory_bytes, memory_bytes
+from lora_search.memory.gauge import BESIDE_BYTES, SEATS_BYTES
 
 GIB = 1 << 30
 
@@ -88,3 +93,42 @@ def test_real_limit() -> None:
     total, free = map(int, done.stdout.split())
     assert total == 2 * GIB
     assert 0.9 * GIB < free < 1.55 * GIB
+
+
+@pytest.mark.slow
+def test_sweep_keeps_to_the_limit_of_its_container(tmp_path: Path) -> None:
+    """Each of two hosts has room for one trial, where it would have two at once in the memory of a larger machine."""
+    limited = limited_group(4 * GIB)
+    big = {"path": "builtin:demo", "limit": 500, "max_length": 96}
+    sweep = {
+        "name": "limited",
+        "data": big,
+        "search": {
+            "space": {"rank": {"choice": [8, 10, 12, 16]}, "dropout": 0.1},
+            "trials": 4,
+            "scheduler": {"name": "none"},
+        },
+        "training": {"steps": 6, "batch_size": 64, "eval_every": 3},
+        "hosts": {"count": 2, "cpus_per_host": 1},
+        "tracking": {"wandb": {"mode": "disabled"}},
+        "output": str(tmp_path / "runs"),
+    }
+    (tmp_path / "sweep.yaml").write_text(json.dumps(sweep), encoding="utf-8")
+    code = (
+        "import os, sys; open(sys.argv.pop(1), 'w').write(str(os.getpid()));"
+        "from lora_search.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, str(limited / "cgroup.procs"), "run", str(tmp_path / "sweep.yaml")]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    finally:
+        for process in (limited / "cgroup.procs").read_text().split():
+            os.kill(int(process), signal.SIGKILL)
+        time.sleep(1)
+        limited.rmdir()
+    assert done.returncode == 0, done.stderr
+    assert "was lost" not in done.stderr
+    run = open_run(tmp_path / "runs" / "limited")
+    usable = (4 * GIB - BESIDE_BYTES) // 2 - SEATS_BYTES
+    assert list(run.trials["state"]) == ["completed"] * 4
+    assert run.trials["peak_memory_bytes"].max() < usable < run.trials["peak_memory_bytes"].max() * 1.5

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 GAPS = 0.04
 """Share of a GPU that torch's allocator cannot use because free pieces are too small."""
 
+BESIDE_BYTES, SEATS_BYTES = 700 << 20, 300 << 20
+"""Of a machine without GPUs: the sweep's own process with Ray's, and the seats of a host's two trials. In a run of the
+demo they took at most 505 and 543 MB (two hosts; proportional set size, each alone at its most 950 MB while Ray starts,
+when no host has loaded anything)."""
+
 BOUNDS = (0.5, 2.0)
 """Of the correction: beyond, something else than these trials has been measured."""
 
@@ -95,10 +100,10 @@ class Gauge:
 
 
 def usable_bytes(devices: Sequence[torch.device], hosts: int) -> int:
-    """What one of so many hosts on this machine may take: of each of its GPUs, or of the machine's memory."""
+    """What one of so many hosts on this machine may take: of each of its GPUs, or of what memory the sweep leaves."""
     if devices[0].type == "cuda":
         import torch
 
         free = [torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) for device in devices]
         return int(min(free) * (1 - GAPS))
-    return memory_bytes() // hosts
+    return max(0, (memory_bytes() - BESIDE_BYTES) // hosts - SEATS_BYTES)
