@@ -577,8 +577,9 @@ def test_vllm_layout_has_its_command(run: Path, tmp_path: Path) -> None:
     spec = spec.model_copy(update={"base": spec.base.model_copy(update={"model": "some/base; rm -rf"})})
     write_layout(find_run(str(run)), spec, open_run(run).rows[:3], "vllm", out)
     page = (out / "README.md").read_text()
-    command = (out / "serve.sh").read_text().splitlines()[1].removeprefix("exec ")
+    command = (out / "serve.sh").read_text().splitlines()[-1].removeprefix("exec ")
     assert command in page
+    assert page.count("pip install vllm-bnb-plugin") == 1 == (out / "serve.sh").read_text().count("vllm-bnb-plugin")
     assert command.startswith("vllm serve 'some/base; rm -rf' --quantization bitsandbytes --enable-lora")
     assert "--max-lora-rank 16 --max-loras 3 --lora-modules" in command
     for word in command.partition("--lora-modules ")[2].split():

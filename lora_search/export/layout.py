@@ -24,6 +24,9 @@ from lora_search.spec import SweepSpec
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank takes (vllm/config/lora.py, MaxLoRARanks; older versions lack some)."""
 
+VLLM_NF4 = "pip install vllm-bnb-plugin: from 0.27.2 on, vLLM has bitsandbytes in a plugin alone"
+"""See vllm-project/vllm#43529. Without it `vllm serve` ends with `Unknown quantization method: bitsandbytes`."""
+
 
 def write_layout(run: RunDirectory, spec: SweepSpec, trials: Sequence[Row], form: str, out: Path) -> list[str]:
     """Write `adapters/NAME/` for each trial, and README.md with how they are served, at `out`.
@@ -103,7 +106,8 @@ def _vllm(spec: SweepSpec, names: Mapping[str, ServedAdapter], out: Path, base: 
         *("--max-loras", str(len(able))),
         *("--lora-modules", *(f"{name}=adapters/{name}" for name in able)),
     ]
-    (out / "serve.sh").write_text(f"#!/bin/sh\nexec {shlex.join(command)}\n", encoding="utf-8")
+    hint = f"# {VLLM_NF4}\n" if spec.base.quantization == "nf4" else ""
+    (out / "serve.sh").write_text(f"#!/bin/sh\n{hint}exec {shlex.join(command)}\n", encoding="utf-8")
     (out / "serve.sh").chmod(0o755)
     notes = [
         "Requests choose by `model`: the base's own name, or " + ", ".join(f"`{name}`" for name in able) + ".",
@@ -112,8 +116,8 @@ def _vllm(spec: SweepSpec, names: Mapping[str, ServedAdapter], out: Path, base: 
     if spec.base.quantization == "nf4":
         notes.append(
             "The adapters were trained on the base in 4-bit NF4; `--quantization bitsandbytes` gives vLLM a 4-bit base "
-            "too. Without it vLLM serves the original weights, on which an adapter's loss is another one: "
-            "`lora-search merge` measures both."
+            f"too ({VLLM_NF4}). Without that option vLLM serves the original weights, on which an adapter's loss is "
+            "another one: `lora-search merge` measures both."
         )
     notes += [f"`{name}` is not in the command: it {reason}." for name, found in limits.items() for reason in found]
     notes.append("Whether vLLM takes LoRA for this architecture at all is in its list of supported models.")
