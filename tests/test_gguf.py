@@ -28,7 +28,7 @@ from gguf_models import (
     write_sentencepiece,
     write_tokenizer,
 )
-from trained_run import train_run
+from trained_run import DEMO_DATA, train_run
 
 from lora_search.builtin import model_folder
 from lora_search.cli import main
@@ -194,10 +194,7 @@ def test_missing_package_is_said_with_how_to_install_it(tmp_path: Path, monkeypa
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     """A run directory of two hardly trained trials on the demo model and some of its rows."""
     folder = tmp_path_factory.mktemp("demo")
-    rows = (model_folder("demo").parent / "data.jsonl").read_text(encoding="utf-8").splitlines()[:200]
-    (folder / "data.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    data = {"path": str(folder / "data.jsonl"), "max_length": 256, "template": "{prompt}\n"}
-    spec = make_spec(folder, name="demo", base={"model": "builtin:demo", "compute_dtype": "float32"}, data=data)
+    spec = make_spec(folder, name="demo", base={"model": "builtin:demo", "compute_dtype": "float32"}, data=DEMO_DATA)
     sampled = {"rank": 4, "learning_rate": 1e-2, "steps": 4, "dropout": 0.0, "target_modules": "all-linear"}
     return train_run(spec, folder, [(sampled, 4)] * 2, every=4, seconds=1000.0)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 import yaml
 from conftest import make_spec, processes
 from optuna.trial import TrialState
@@ -170,9 +171,10 @@ def test_failed_trial_says_why_and_harms_no_other(ray: Any, tiny: Path, tmp_path
     assert not [trial for trial in study.trials if not trial.state.is_finished()]
 
     unharmed = [({name: row[name] for name in space}, 8) for row in outcome.rows if row["learning_rate"] == 1e-3]
+    torch.set_num_threads(1)  # as the host: the last bits of a product may depend on how many it has
     alone = train_run(spec, tmp_path, unharmed, every=8)
     beside = {row["rank"]: row["eval_loss"] for row in outcome.rows if row["learning_rate"] == 1e-3}
-    assert {row["rank"]: row["eval_loss"] for row in run_rows(alone)} == pytest.approx(beside, rel=1e-5)
+    assert {row["rank"]: row["eval_loss"] for row in run_rows(alone)} == beside
 
 
 def test_sweep_of_failures_only_says_so(ray: Any, tiny: Path) -> None:
@@ -193,6 +195,7 @@ def test_sweep_of_failures_only_says_so(ray: Any, tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
+        ({"search": {"space": {"target_modules": {"choice": ["q_prooj"]}}}}, "q_proj"),
         ({"data": {"columns": {"prompt": "question"}}}, "question"),
         ({"hosts": {"count": 99}}, "hosts.count"),
     ],

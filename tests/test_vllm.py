@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_spec
-from trained_run import train_run
+from trained_run import DEMO_DATA, train_run
 
 from lora_search.builtin import model_folder
 from lora_search.cli import main
@@ -30,16 +30,13 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vllm")
-    rows = (model_folder("demo").parent / "data.jsonl").read_text(encoding="utf-8").splitlines()[:200]
-    (folder / "data.jsonl").write_text("\n".join(rows), encoding="utf-8")
-    data = {"path": str(folder / "data.jsonl"), "max_length": 256, "template": "{prompt}\n"}
     base = {"model": "builtin:demo", "compute_dtype": "float32", "quantization": "none"}
     space: dict[str, Any] = {"learning_rate": 1e-2, "dropout": 0.0}
     trials = [
         (space | {"rank": 4, "target_modules": "all-linear"}, 8),
         (space | {"rank": 16, "target_modules": "attention-qv"}, 8),
     ]
-    run = train_run(make_spec(folder, name="served", base=base, data=data), folder, trials, every=8)
+    run = train_run(make_spec(folder, name="served", base=base, data=DEMO_DATA), folder, trials, every=8)
     assert main(["export", str(run.path), "--to", "vllm", "--out", str(folder / "layout")]) == 0
     return folder / "layout"
 
@@ -86,7 +83,7 @@ def test_vllm_answers_with_each_adapter_as_peft_does(layout: Path, address: str)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(layout / "base"))
-    rows = (layout.parent / "data.jsonl").read_text(encoding="utf-8").splitlines()[:8]
+    rows = (model_folder("demo").parent / "data.jsonl").read_text(encoding="utf-8").splitlines()[:8]
     prompts = [json.loads(row)["prompt"] + "\n" for row in rows]
     texts = {}
     for name in sorted(folder.name for folder in (layout / "adapters").iterdir()):

@@ -21,6 +21,9 @@ from lora_search.tracking import RunRecord
 Asked = Mapping[str, Any]
 """What was sampled for a trial."""
 
+DEMO_DATA = {"path": "builtin:demo", "limit": 200, "max_length": 256, "template": "{prompt}\n"}
+"""Some rows of the demo's, for a spec of `make_spec` on its model."""
+
 
 def train_run(
     spec: SweepSpec, folder: Path, trials: Sequence[tuple[Asked, int]], every: int, *, seconds: float | None = None

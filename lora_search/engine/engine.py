@@ -186,9 +186,7 @@ class Engine:
         finally:
             for trial in group.values():
                 trial.adapter.clear_gradients()
-        free_memory(
-            self.base.device
-        )  # outside of the handler: the exception holds the failed pass's frames and their tensors
+        free_memory(self.base.device)
         if len(names) == 1:
             return {names[0]: trouble.failure(group[names[0]].step + 1)}
         half = (len(names) + 1) // 2
