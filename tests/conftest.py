@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +26,9 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
+
+PATIENCE = 300.0
+"""Seconds that a whole sweep may take to come to a point where other tests share the machine's cores."""
 
 WORDS = "the a red blue small big cat dog bird tree house sees likes near under finds and then it is".split()
 
@@ -44,6 +50,15 @@ def shared(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs {name} of the shared data beside the project")
     return path
+
+
+def wait_until(done: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:
+    """Until something is there that a sweep writes; a failure where its process ends before, or takes too long."""
+    deadline = time.monotonic() + PATIENCE
+    while not done():
+        assert process is None or process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def processes(title: str) -> list[int]:

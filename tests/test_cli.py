@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import ROOT, make_spec, shared
+from conftest import PATIENCE, ROOT, make_spec, shared
 
 from lora_search.cli import main
 from lora_search.rundir import RunDirectory, create_run, locked, newest_run
@@ -20,7 +20,7 @@ from lora_search.tracking import RunRecord
 
 def lora_search(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "lora_search", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, timeout=PATIENCE)
 
 
 @pytest.mark.parametrize(

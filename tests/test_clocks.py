@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import make_spec
+from conftest import PATIENCE, make_spec
 from test_faults import require_whole
 from test_store import Store, server, store  # noqa: F401  # fixtures
 
@@ -57,7 +57,7 @@ def clock(off_s: int) -> dict[str, str]:
 
 def answer(off_s: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | clock(off_s), timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | clock(off_s), timeout=PATIENCE)
 
 
 @pytest.fixture(autouse=True)

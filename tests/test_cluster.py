@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-from conftest import make_spec
+from conftest import PATIENCE, make_spec
 from test_faults import require_whole
 
 from lora_search.errors import InputError
@@ -163,7 +163,11 @@ def test_sweep_over_machines_of_their_own_network(
     run = [sys.executable, "-m", "lora_search", "run", str(tmp_path / "sweep.yaml"), "--address", "10.77.0.1:6380"]
     for namespace, command in ((first, start + head), (second, start + worker), (first, run)):
         answer = subprocess.run(
-            ["ip", "netns", "exec", namespace, *command], capture_output=True, text=True, env=environment, timeout=240
+            ["ip", "netns", "exec", namespace, *command],
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=PATIENCE,
         )
         assert answer.returncode == 0, answer.stdout + answer.stderr
     directory = RunDirectory(tmp_path / "machines")
@@ -219,7 +223,7 @@ def test_cluster_that_grows_is_asked_for_hosts_and_let_go(
     spec = make_spec(tiny, name="grown", hosts=hosts, training={"steps": 60, "eval_every": 10}, output=str(tmp_path))
     (tmp_path / "sweep.yaml").write_text(dump_spec(spec))
     run = [sys.executable, "-m", "lora_search", "run", str(tmp_path / "sweep.yaml"), "--address", address]
-    answer = subprocess.run(run, capture_output=True, text=True, env=environment, timeout=240)
+    answer = subprocess.run(run, capture_output=True, text=True, env=environment, timeout=PATIENCE)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     require_whole(RunDirectory(tmp_path / "grown"), spec.search.trials)
     alive = "import ray; ray.init(address='auto', log_to_driver=False); print(sum(n['Alive'] for n in ray.nodes()))"

@@ -17,13 +17,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from conftest import make_spec, processes
+from conftest import PATIENCE, make_spec, processes, wait_until
 
 from lora_search.errors import InputError, SweepError
 from lora_search.journal import open_study
@@ -275,12 +274,8 @@ def command(spec: SweepSpec, *options: str) -> list[str]:
     return [sys.executable, "-m", "lora_search", "run", str(file), "--name", spec.name, *options]
 
 
-def wait_for(file: Path, what: str, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not (file.exists() and what in file.read_text()):
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+def reported(run: RunDirectory, trial: int) -> bool:
+    return run.trials.exists() and f'"event": "report", "trial": {trial}' in run.trials.read_text()
 
 
 def warned(spec: SweepSpec, until: Callable[[subprocess.Popen[str]], object], *options: str) -> str:
@@ -288,7 +283,7 @@ def warned(spec: SweepSpec, until: Callable[[subprocess.Popen[str]], object], *o
     process = subprocess.Popen(command(spec, *options), stderr=subprocess.PIPE, text=True)
     until(process)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=90)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, said
     assert "the same command with --resume goes on" in said
     return said
@@ -310,7 +305,7 @@ def test_sweep_that_is_warned_in_every_phase_goes_on_as_if_nothing_had_been(
     spec = sequential(tiny, "ended", tmp_path)
     run = RunDirectory(tmp_path / "ended")
     warned(spec, says("preparing the data"))
-    said = warned(spec, partial(wait_for, run.trials, '"event": "report", "trial": 2'), "--resume")
+    said = warned(spec, lambda process: wait_until(lambda: reported(run, 2), process), "--resume")
     assert re.search(rf"interrupted after \d of {TRIALS} trials", said)
     warned(spec, says("testing and merging"), "--resume")
     last = subprocess.run(command(spec, "--resume"), capture_output=True, text=True)
@@ -340,9 +335,9 @@ def test_sweep_whose_driver_is_killed_goes_on_as_if_nothing_had_been(
     spec = sequential(tiny, "ended", tmp_path)
     run = RunDirectory(tmp_path / "ended")
     process = subprocess.Popen(command(spec), stderr=subprocess.PIPE, text=True)
-    wait_for(run.trials, '"event": "report", "trial": 2', process)
+    wait_until(lambda: reported(run, 2), process)
     process.kill()
-    process.communicate(timeout=90)
+    process.communicate(timeout=PATIENCE)
     with run.trials.open("a") as record, (run.path / "study.journal").open("a") as journal:
         record.write('{"event": "report", "tri')
         journal.write('{"op_code": 6, "worker')

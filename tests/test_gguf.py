@@ -235,7 +235,7 @@ def test_model_that_cannot_be_expressed_is_refused_before_any_work(
     """The tiny model's tokenizer knows whole words alone."""
     other = tmp_path / "runs" / "demo"
     shutil.copytree(str(run.path), other)
-    (other / "sweep.yaml").write_text(run.spec.read_text().replace("builtin:demo", str(tiny / "model")))
+    (other / "sweep.yaml").write_text(run.spec.read_text().replace("model: builtin:demo", f"model: {tiny / 'model'}"))
     for arguments in (["--trial", "0"], ["--trials", "0,1"]):
         command = ["merge", str(other), "--out", str(tmp_path / "merged"), "--gguf", *arguments]
         assert main(command) == 2

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-from conftest import make_spec
+from conftest import PATIENCE, make_spec
 from test_faults import require_whole
 
 from lora_search.checkpoint import ADAPTER_WEIGHTS, TRIAL
@@ -114,7 +114,7 @@ class Lightning(Observer):
     def _strike(self) -> None:
         self.folder.mkdir()
         slow = SlowFile(self.folder / f".{self._file}.part", full=self._file == TRIAL)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while (seat := slow.writer()) is None:
             assert time.monotonic() < deadline
             time.sleep(0.005)

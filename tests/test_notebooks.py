@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import nbformat
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, make_spec
+from conftest import PATIENCE, ROOT, SHARED, make_spec
 from nbclient import NotebookClient
 
 from lora_search.rundir import RunDirectory
@@ -71,7 +71,7 @@ def execute(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **environm
     notebook.cells.insert(0, nbformat.v4.new_code_cell(KEEP_FIGURES))
     notebook.cells.append(nbformat.v4.new_code_cell(UNLABELLED))
     NotebookClient(
-        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+        notebook, timeout=PATIENCE, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     ).execute()
     return notebook
 
@@ -175,7 +175,7 @@ def test_effects_of_a_made_up_law_are_found(tmp_path: Path, monkeypatch: pytest.
     notebook.cells.append(nbformat.v4.new_code_cell(ask))
     monkeypatch.setenv("LORA_SEARCH_RUN", str(folder))
     NotebookClient(
-        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        notebook, timeout=PATIENCE, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
     told = printed(notebook.cells[-1])
     effects = dict(re.findall(r"'([^']+)': \[([^]]+)\]", told))

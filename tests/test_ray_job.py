@@ -9,14 +9,13 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import make_spec
+from conftest import PATIENCE, make_spec, wait_until
 from test_cluster import short_folder  # noqa: F401  # a fixture
 from test_faults import require_whole
 
@@ -98,7 +97,7 @@ class Head:
             capture_output=True,
             text=True,
             env=self._environment,
-            timeout=240,
+            timeout=PATIENCE,
         )
 
     def processes(self) -> Iterator[psutil.Process]:
@@ -156,10 +155,7 @@ def test_job_that_is_stopped_is_gone_on_with_by_the_next(head: Head, tiny: Path,
 
     answer = head.job("submit", *submit, "--submission-id", "first", "--no-wait", "--", *command)
     assert answer.returncode == 0, answer.stdout + answer.stderr
-    deadline = time.monotonic() + 120
-    while not (run.trials.exists() and '"report"' in run.trials.read_text()):
-        assert time.monotonic() < deadline, head.job("logs", "first").stdout
-        time.sleep(0.2)
+    wait_until(lambda: run.trials.exists() and '"report"' in run.trials.read_text())
     assert head.trains()
     stopped = head.job("stop", "first")
     assert "Job 'first' was stopped" in stopped.stdout, stopped.stdout + stopped.stderr

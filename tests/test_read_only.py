@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import yaml
-from conftest import make_spec
+from conftest import PATIENCE, make_spec, wait_until
 from test_faults import SEQUENTIAL, TRIALS, require_whole
 
 from lora_search.cli.main import main
@@ -100,13 +99,10 @@ def test_output_that_becomes_read_only_ends_the_sweep_and_it_goes_on_later(
     process = subprocess.Popen(
         [sys.executable, "-m", "lora_search", *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 120
-    while not (run.trials.exists() and '"event": "checkpoint", "trial": 1' in run.trials.read_text()):
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    saved = '"event": "checkpoint", "trial": 1'
+    wait_until(lambda: run.trials.exists() and saved in run.trials.read_text(), process)
     output.lock()
-    _, said = process.communicate(timeout=90)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1, said
     assert "Traceback" not in said
     (message,) = [line for line in said.splitlines() if "cannot be written to" in line]
@@ -124,7 +120,7 @@ def test_output_that_becomes_read_only_ends_the_sweep_and_it_goes_on_later(
     output.unlock()
     assert len(open_study(run.path).trials) >= 2
     second = subprocess.run(
-        [sys.executable, "-m", "lora_search", *command, "--resume"], capture_output=True, text=True, timeout=180
+        [sys.executable, "-m", "lora_search", *command, "--resume"], capture_output=True, text=True, timeout=PATIENCE
     )
     assert second.returncode == 0, second.stderr
     require_whole(run, TRIALS)

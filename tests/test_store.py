@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 import pytest
 import yaml
-from conftest import make_spec, require_gives_back
+from conftest import PATIENCE, make_spec, require_gives_back, wait_until
 from test_faults import SEQUENTIAL, TRIALS, Strikes, compared, kill, require_whole
 
 from lora_search.checkpoint import ADAPTER_WEIGHTS, Shelf, seal
@@ -380,11 +380,7 @@ def test_driver_that_is_killed_goes_on_from_the_store_on_another_machine(
 
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment("first"))
     shelf = Folder(store.uri("runs/killed/tune/trial-0002"))
-    deadline = time.monotonic() + 90
-    while "checkpoint_000002" not in shelf.names():
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: "checkpoint_000002" in shelf.names(), process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     stored = Folder(store.uri("runs/killed"))
@@ -393,7 +389,7 @@ def test_driver_that_is_killed_goes_on_from_the_store_on_another_machine(
     assert LEASE in stored.names()
 
     second = subprocess.run(
-        [*command, "--resume"], capture_output=True, text=True, env=environment("second"), timeout=120
+        [*command, "--resume"], capture_output=True, text=True, env=environment("second"), timeout=PATIENCE
     )
     assert second.returncode == 0, second.stderr
     run = find_run(store.uri("runs/killed"))

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import yaml
-from conftest import make_spec, processes
+from conftest import PATIENCE, make_spec, processes, wait_until
 from optuna.trial import TrialState
 from trained_run import train_run
 
@@ -232,13 +231,9 @@ def test_interrupt_ends_the_sweep_cleanly(tiny: Path, tmp_path: Path) -> None:
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )
     trials = tmp_path / "interrupted" / "trials.jsonl"
-    deadline = time.monotonic() + 120
-    while not (trials.exists() and '"report"' in trials.read_text()):
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_until(lambda: trials.exists() and '"report"' in trials.read_text(), process)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, said
     assert "interrupted after 0 of 8 trials" in said
     assert "Traceback" not in said

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import PATIENCE
 from wandb.proto.wandb_internal_pb2 import Record
 
 from lora_search.spec import Wandb
@@ -256,7 +257,7 @@ def misbehaving(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int
         )
     answers = {}
     for fault, process in started.items():
-        said, errors = process.communicate(timeout=120)
+        said, errors = process.communicate(timeout=PATIENCE)
         answers[fault] = (process.returncode, said.splitlines(), errors)
     return answers
 
