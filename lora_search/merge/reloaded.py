@@ -7,6 +7,7 @@ Legend: B rows, T positions, M target tokens, V vocabulary.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -94,6 +95,7 @@ def main() -> None:
     os.dup2(2, 1)
     for absent in ("peft", "bitsandbytes", "lora_search"):
         sys.modules[absent] = None  # type: ignore[assignment]
+    _import_while_others_work()
     for line in sys.stdin:
         asked = json.loads(line)
         torch.set_num_threads(asked["threads"])
@@ -104,6 +106,14 @@ def main() -> None:
         answers.flush()
         if asked["device"] != "cpu":
             torch.cuda.empty_cache()
+
+
+def _import_while_others_work() -> None:
+    gc.disable()  # it would find nothing, again and again
+    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_utils  # noqa: F401
+
+    gc.freeze()
+    gc.enable()
 
 
 def _of_folder(asked: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
