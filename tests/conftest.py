@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait stand still beside others
 
 if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
     from lora_search.data import TokenizedData
     from lora_search.engine import Evaluation
     from lora_search.model import FrozenBase
@@ -58,6 +61,29 @@ def shared(name: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs {name} of the shared data beside the project")
     return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """The system's Chromium, without a screen."""
+    api = pytest.importorskip("playwright.sync_api")
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("needs Chromium: make browser")
+    with api.sync_playwright() as playwright:
+        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = playwright.chromium.launch(executable_path=program, args=sandbox)
+        yield browser
+        browser.close()
+
+
+def require_accessible(page: Page) -> None:
+    """No rule of axe-core's is broken (https://github.com/dequelabs/axe-core/blob/develop/doc/rule-descriptions.md)."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = Axe().run(page)
+    assert "color-contrast" in {rule["id"] for rule in found.response["passes"]}
+    assert found.violations_count == 0, found.generate_report()
 
 
 def wait_until(done: Callable[[], bool], process: subprocess.Popen[str] | None = None) -> None:

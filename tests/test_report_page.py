@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from conftest import require_accessible
 from searched_run import CONCLUSION, write_searched
 
 from lora_search import open_run
@@ -38,19 +37,6 @@ DRAWN = """id => {
 
 
 OPEN_ALL = "for (const details of document.querySelectorAll('details')) details.open = true"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    api = pytest.importorskip("playwright.sync_api")
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("needs Chromium: make browser")
-    with api.sync_playwright() as playwright:
-        sandbox = ["--no-sandbox"] if os.geteuid() == 0 else []
-        browser = playwright.chromium.launch(executable_path=program, args=sandbox)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -248,6 +234,16 @@ def test_every_chart_has_a_name_and_a_table(visit: Callable[..., Page], searched
     assert all(figure.locator("tbody tr").count() > 0 for figure in page.locator("figure").all())
     assert page.locator("#curves tbody tr").count() == told["reports"]
     assert page.locator("#slices tbody tr").count() == TRIALS
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_page_keeps_nobody_out(visit: Callable[..., Page], searched: Path, scheme: str) -> None:
+    page = visit(searched, color_scheme=scheme)
+    page.evaluate(OPEN_ALL)
+    page.wait_for_function(
+        "document.querySelectorAll('figure tbody').length === document.querySelectorAll('figure').length"
+    )
+    require_accessible(page)
 
 
 def test_colours_follow_the_system_and_the_button(visit: Callable[..., Page], searched: Path) -> None:

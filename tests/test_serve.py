@@ -12,8 +12,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import openai
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, require_accessible
 
 from lora_search import open_run
 from lora_search.builtin import model_folder
@@ -32,6 +33,7 @@ from lora_search.export.layout import vllm_limits, vllm_rank, write_layout
 from lora_search.model import load_base, load_tokenizer
 from lora_search.serve.fault import RequestFault
 from lora_search.serve.guard import require_own_site
+from lora_search.serve.model import WAITING
 from lora_search.serve.prompts import Prompts
 from lora_search.serve.requests import ChatRequest, CompletionRequest, Message, parse_request
 from lora_search.serve.text import TextSoFar
@@ -39,7 +41,7 @@ from lora_search.space import trial_config
 from lora_search.spec import dump_spec, load_spec, parse_spec
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Browser, Page
 
     from lora_search.spec import SweepSpec
 
@@ -438,6 +440,27 @@ def test_signal_ends_the_server_cleanly(run: Path, number: int) -> None:
         assert "Traceback" not in rest
 
 
+def test_more_than_can_wait_are_told_so_and_those_that_wait_are_told_of_the_end(run: Path) -> None:
+    """Nobody is left without an answer."""
+    body = json.dumps({"model": "trial-0", "prompt": PROMPTS, "n": 1, "max_tokens": 60, "temperature": 1}).encode()
+    many = WAITING + 8
+    with serving(run, "--trials", "0") as (process, url, _), ThreadPoolExecutor(many) as pool:
+        asked = [pool.submit(raw, url, "POST", "/v1/completions", body) for _ in range(many)]
+        for done in as_completed(asked):
+            status, _, answer = done.result()
+            if status == 429:
+                assert json.loads(answer)["error"]["code"] == "rate_limit_exceeded"
+                break
+            assert status == 200
+        assert raw(url, "GET", "/healthz")[0] == 200
+        process.send_signal(signal.SIGTERM)
+        statuses = Counter(done.result()[0] for done in asked)
+        assert process.wait(timeout=30) == 0
+    assert statuses.keys() <= {200, 429, 503}
+    assert statuses[429] <= 8
+    assert statuses[503] > WAITING / 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -652,24 +675,17 @@ def test_what_vllm_cannot_serve_is_said() -> None:
 
 
 @pytest.fixture
-def page(server: str) -> Iterator[Page]:
+def page(browser: Browser, server: str) -> Iterator[Page]:
     """The comparison page in a real browser."""
-    sync_api = pytest.importorskip("playwright.sync_api")
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("needs Chromium: make browser")
-    sandbox = ["--no-sandbox"] if os.getuid() == 0 else []
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=sandbox)
-        page = browser.new_page()
-        faults: list[str] = []
-        page.on("pageerror", lambda error: faults.append(str(error)))
-        page.on("console", lambda said: faults.append(said.text) if said.type == "error" else None)
-        page.goto(server)
-        page.locator("#model-right option").nth(1).wait_for(state="attached")
-        yield page
-        assert [fault for fault in faults if "status of 400" not in fault] == []
-        browser.close()
+    page = browser.new_page()
+    faults: list[str] = []
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("console", lambda said: faults.append(said.text) if said.type == "error" else None)
+    page.goto(server)
+    page.locator("#model-right option").nth(1).wait_for(state="attached")
+    yield page
+    assert [fault for fault in faults if "status of 400" not in fault] == []
+    page.close()
 
 
 def wait_for_verdict(page: Page) -> None:
@@ -713,12 +729,7 @@ def test_page_is_worked_by_keyboard_alone(page: Page, greedy: dict[tuple[str, st
     page.keyboard.press("End")
     page.keyboard.press("Control+Enter")
     wait_for_verdict(page)
-    assert (
-        page.text_content("#answer-left")
-        == greedy[
-            "trial-2" if page.input_value("#model-left") == "trial-2" else page.input_value("#model-left"), PROMPTS[0]
-        ]
-    )
+    assert page.text_content("#answer-left") == greedy[page.input_value("#model-left"), PROMPTS[0]]
 
 
 @pytest.mark.browser
@@ -735,29 +746,11 @@ def test_page_shows_a_fault_and_goes_on(page: Page) -> None:
 
 
 @pytest.mark.browser
-def test_page_is_readable_in_light_and_dark(page: Page) -> None:
+def test_page_keeps_nobody_out_in_light_and_dark(page: Page) -> None:
+    page.fill("#prompt", ASKED[0])
+    page.fill("#max_tokens", "4")
+    page.click("#go")
+    wait_for_verdict(page)
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
-        for selector in ("body", "#about", "#go", "#facts-left"):
-            assert contrast(page, selector) >= 4.5, (scheme, selector)
-
-
-def contrast(page: Page, selector: str) -> float:
-    """Of an element's text on what lies behind it, by WCAG 2."""
-    front, back = page.eval_on_selector(
-        selector,
-        """element => {
-            const front = getComputedStyle(element).color;
-            let at = element;
-            while (getComputedStyle(at).backgroundColor === 'rgba(0, 0, 0, 0)') at = at.parentElement;
-            return [front, getComputedStyle(at).backgroundColor];
-        }""",
-    )
-
-    def luminance(colour: str) -> float:
-        parts = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
-        linear = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    high, low = sorted((luminance(front), luminance(back)), reverse=True)
-    return (high + 0.05) / (low + 0.05)
+        require_accessible(page)

@@ -52,7 +52,7 @@ function trialTable() {
   } }, short(column.label, 28)))));
   onChoice(fill);
   return element("section", { id: "trials", "aria-labelledby": "trials-title" }, element("h2", { id: "trials-title" }, "All trials"), element("div", { class: "card" }, filters(told, more),
-    element("div", { class: "scroll trials", tabindex: "0", role: "region", "aria-label": "All trials" }, element("table", {}, element("thead", {}, head), body))));
+    element("div", { class: "scroll trials", tabindex: "0", role: "region", "aria-label": "Table of all trials" }, element("table", {}, element("thead", {}, head), body))));
 }
 
 function filters(told, more) {
