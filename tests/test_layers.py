@@ -15,6 +15,7 @@ FLOORS = {
     "errors": 0,
     "builtin": 0,
     "spec": 0,
+    "imports": 1,
     "journal": 1,
     "machine": 1,
     "rundir": 1,

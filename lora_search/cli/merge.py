@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lora_search.cli.out import local_path
 from lora_search.cli.trials import chosen_trial, chosen_trials, require_trust
 from lora_search.errors import InputError, SweepError, harmless
+from lora_search.imports import import_libraries
 from lora_search.results import run_rows
 from lora_search.rundir import find_run
 from lora_search.spec import load_spec
@@ -106,6 +107,7 @@ def merge(arguments: argparse.Namespace) -> None:
     numbers = [int(row["trial"]) for row in chosen]
     weights, methods, density = _recipe(arguments)
     tolerance = _share("--tolerance", arguments.tolerance, 0.01, math.inf)
+    import_libraries()
     from lora_search.best import merge_trial, merge_trials
     from lora_search.merge import Options
     from lora_search.merge.together import Recipe

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from lora_search.imports import import_libraries
 from lora_search.memory.values import RULE_WIDTH
 from lora_search.space import STARTUP_TRIALS
 from lora_search.spec import load_spec
@@ -28,7 +29,8 @@ WIDTH = 100
 def plan(sweep: str, overrides: Sequence[str], *, as_json: bool) -> None:
     """Print what a sweep will cost."""
     spec = load_spec(sweep, overrides)
-    from lora_search.plan import plan_sweep  # only now: a wrong sweep file has been told of, and torch takes seconds
+    import_libraries()  # only now: a wrong sweep file has been told of
+    from lora_search.plan import plan_sweep
 
     with redirect_stdout(sys.stderr):  # standard output is ours; libraries may print
         found = plan_sweep(spec)

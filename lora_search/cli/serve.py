@@ -10,6 +10,7 @@ from types import FrameType
 
 from lora_search.cli.trials import chosen_trials, require_trust
 from lora_search.errors import InputError, harmless
+from lora_search.imports import import_libraries
 from lora_search.results import best_row, ranked_rows, run_rows
 from lora_search.rundir import find_run
 from lora_search.spec import recorded_spec
@@ -33,6 +34,7 @@ def serve(run: str, *, trials: str | None, top: int, host: str, port: int, trust
         chosen = ranked_rows(rows, spec.search.metric, spec.search.mode)[:top]
         if not chosen:
             raise InputError(f"--top {top}: no trial of {directory.place} has come to a result")
+    import_libraries()
     from lora_search.serve import collect_adapters
 
     signal.signal(signal.SIGTERM, _interrupt)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
-import os
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from lora_search.host import TrainsTrials
+from lora_search.imports import import_libraries
 from lora_search.placement import HostPlace
 from lora_search.spec import SweepSpec
 from lora_search.sweep.capacity import devices_of, gauge, memory_of
@@ -22,7 +20,7 @@ Build = Callable[[SweepSpec, HostPlace, int, Any], TrainsTrials]
 
 def build_engine(spec: SweepSpec, place: HostPlace, capacity: int, data: TokenizedData) -> TrainsTrials:
     """The real engine, with the base on this host's device, or over its GPUs; on a CPU, a lane a core."""
-    import_engine()
+    import_libraries()
     import torch
 
     from lora_search.engine import Engine
@@ -36,23 +34,3 @@ def build_engine(spec: SweepSpec, place: HostPlace, capacity: int, data: Tokeniz
     fits = gauge(spec, place, memory, capacity, data) if memory is not None and by_memory else None
     split = memory.split if memory is not None else None
     return Engine(load_base(spec.base, device, others, split), data, lanes, fits)
-
-
-def import_engine() -> None:
-    """Import what an engine takes seconds to import.
-
-    A fifth of the time would be the garbage collector's, which finds nothing, again and again; it need never look at
-    those modules later either. And bitsandbytes gives to `torch.compile` what it falls back to where it lacks a kernel
-    (bitsandbytes/backends/default/ops.py), for which torch imports its compiler: 540 modules, 41 MB. Nothing here is
-    compiled, unless the environment says TORCHDYNAMO_DISABLE=0.
-    """
-    if "lora_search.engine" in sys.modules:
-        return
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    gc.disable()
-    try:
-        import lora_search.engine
-        import lora_search.model  # noqa: F401
-    finally:
-        gc.freeze()
-        gc.enable()

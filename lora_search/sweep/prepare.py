@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_search.errors import InputError
+from lora_search.imports import import_libraries
 from lora_search.placement import HostPlace
 from lora_search.spec import SweepSpec
 from lora_search.spec.schema import Lora
-from lora_search.sweep.build import import_engine
 from lora_search.sweep.capacity import refuse_too_large
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def prepare(spec: SweepSpec, place: HostPlace) -> tuple[DataSummary, TokenizedDa
     Raises:
         InputError: the base, the data or a target set cannot be used, or a trial can never fit.
     """
-    import_engine()
+    import_libraries()
     from lora_search.data import tokenize_data
     from lora_search.model import load_tokenizer, refuse_long_rows
     from lora_search.targets import module_tree, resolve, skeleton

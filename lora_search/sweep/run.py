@@ -28,6 +28,7 @@ from lora_search.best import (
 )
 from lora_search.checkpoint import trial_folder
 from lora_search.errors import InputError, Interrupted, SweepError
+from lora_search.imports import import_libraries
 from lora_search.journal import JOURNAL, JOURNAL_LOCK
 from lora_search.report import document, page
 from lora_search.results import Row, Run, best_row, ended_count, run_rows, sampled
@@ -38,7 +39,7 @@ from lora_search.seat import Seat
 from lora_search.space import planned_trials, trial_config
 from lora_search.spec import SweepSpec, dump_spec
 from lora_search.storage import StoreError
-from lora_search.sweep.build import build_engine, import_engine
+from lora_search.sweep.build import build_engine
 from lora_search.sweep.cluster import Say, asked_of_autoscaler, cluster, seat_resources
 from lora_search.sweep.hosts import Hosts
 from lora_search.sweep.prepare import DataSummary, prepare, refuse_other_data
@@ -148,7 +149,7 @@ def _run(
         hosts = Hosts(spec, build_engine, say)
         try:
             hosts.require_same_versions()
-            summary = hosts.prepare(partial(prepare, spec), import_engine)
+            summary = hosts.prepare(partial(prepare, spec), import_libraries)
             refuse_other_data(before, summary.fingerprint)
             say(_data_line(summary))
             if (planned := planned_trials(spec)) < spec.search.trials:
