@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from lora_search.builtin import model_folder
 from lora_search.errors import InputError, SweepError
 from lora_search.export.trained import Trained
+from lora_search.imports import import_libraries
 
 if TYPE_CHECKING:
     from lora_search.data import TokenizedData, TokenSplit
@@ -53,6 +54,7 @@ class Material:
         Raises:
             InputError: the base's tokenizer or the data set cannot be read, or is another than when the sweep ran.
         """
+        import_libraries()
         from lora_search.data import tokenize_data
         from lora_search.model import load_tokenizer
 
