@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, adapter_losses
+from omegaconf import OmegaConf
 from trained_run import train_run
 
 from lora_search.cli import main
@@ -438,7 +439,8 @@ def test_text_with_places_in_it_stays_text_in_every_format(
         assert "PWNED" not in {node.id for node in nodes if isinstance(node, ast.Name)}
         texts |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     for file in (tmp_path / "out").glob("*.yaml"):
-        texts |= set(scalars(yaml.safe_load(file.read_text())))
+        read = OmegaConf.to_container(OmegaConf.load(file), resolve=True) if form == "torchtune" else None
+        texts |= set(scalars(read or yaml.safe_load(file.read_text())))
     for shell in (tmp_path / "out").glob("*.sh"):
         texts |= set(shlex.split(shell.read_text().removeprefix("#!/bin/sh\n")))
     if form not in ("peft", "optuna", "wandb"):

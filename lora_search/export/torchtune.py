@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +67,11 @@ def write(trained: Trained, out: Path) -> Page:
         "model": "".join(f"  {name}: {plain_yaml(value)}\n" for name, value in model.items()),
         "alpha": f"  lora_alpha: {plain_yaml(alpha)}"
         + ("  # rsLoRA has no key: alpha times the root of the rank\n" if lora.use_rslora else "\n"),
-        "files": f"  checkpoint_files: {plain_yaml(files)}\n"
+        "files": f"  checkpoint_files: {plain_yaml(_literal(files))}\n"
         if files
         else "  checkpoint_files: [model.safetensors]  # EDIT: as in the folder of `tune download`\n",
     }
-    (out / FILE).write_text(fill("torchtune.yaml.txt", found, parts), encoding="utf-8")
+    (out / FILE).write_text(fill("torchtune.yaml.txt", _literal(found), parts), encoding="utf-8")
     (out / COMPONENTS).write_text(fill("torchtune.py.txt", {}), encoding="utf-8")
     rows = material.write_rows(out)
     return Page(
@@ -82,6 +84,18 @@ def write(trained: Trained, out: Path) -> Page:
         notes=[rows_note(trained, rows)],
         limits=_limits(trained, bool(files), refused),
     )
+
+
+def _literal(value: Any) -> Any:
+    """Text of which OmegaConf, with which torchtune reads, fills in nothing (omegaconf.readthedocs.io, escaping)."""
+    match value:
+        case str():
+            return re.sub(r"(\\*)\$\{", lambda found: 2 * found[1] + r"\${", value)
+        case list():
+            return [_literal(one) for one in value]
+        case Mapping():
+            return {key: _literal(one) for key, one in value.items()}
+    return value
 
 
 def _model(config: Any, max_length: int) -> tuple[str, str, dict[str, Any]]:
