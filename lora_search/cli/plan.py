@@ -29,10 +29,10 @@ WIDTH = 100
 def plan(sweep: str, overrides: Sequence[str], *, as_json: bool) -> None:
     """Print what a sweep will cost."""
     spec = load_spec(sweep, overrides)
-    import_libraries()  # only now: a wrong sweep file has been told of
-    from lora_search.plan import plan_sweep
-
     with redirect_stdout(sys.stderr):  # standard output is ours; libraries may print
+        import_libraries()  # only now: a wrong sweep file has been told of
+        from lora_search.plan import plan_sweep
+
         found = plan_sweep(spec)
     if as_json:
         print(json.dumps(asdict(found), indent=2))
