@@ -11,7 +11,6 @@ logits' standard deviation, seconds, and the peak of this process's resident siz
 from __future__ import annotations
 
 import argparse
-import resource
 import shutil
 import tempfile
 import time
@@ -23,11 +22,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_search.builtin import model_folder
 from lora_search.data import tokenize_data
+from lora_search.engine.metrics import peak_memory_bytes
 from lora_search.merge import Options, merge_adapter
 from lora_search.model import load_tokenizer
 from lora_search.spec import Base
 from lora_search.spec.schema import Data
 from lora_search.targets import module_tree, resolve
+
+CPU = torch.device("cpu")
 
 
 def main() -> None:
@@ -49,12 +51,12 @@ def measure(config: Path, layers: int | None, quantization: str, folder: Path) -
         Data(path="builtin:demo", limit=40, validation=0.2, test=0.1, max_length=256), load_tokenizer(base)
     )
     begun = time.monotonic()
-    merged = merge_adapter(base, folder / "adapter", data, None, folder / "merged", torch.device("cpu"), Options())
+    merged = merge_adapter(base, folder / "adapter", data, None, folder / "merged", CPU, Options())
     seconds = time.monotonic() - begun
     if merged.check is None:
         raise SystemExit("the merge was not verified")
     found = merged.check.same_weights
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory_bytes([CPU])
     losses = ", ".join(f"{name} {loss:.5f}" for name, loss in merged.losses.items())
     way = "shard by shard" if merged.in_memory is None else "in memory"
     print(

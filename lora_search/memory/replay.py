@@ -60,8 +60,8 @@ class Replay:
         self._blocks = "" if blocks is None else blocks[0]
         self._layers = None if blocks is None else blocks[1]
         self._flat = True
-        self._acquainted: frozenset[int] | None = None
-        """Decoder blocks whose layers know with which others they share their input; None where none do."""
+        self._acquainted: set[int] = set()
+        """Decoder blocks whose layers know with which others they share their input."""
         self._found: dict[tuple[frozenset[str], int, bool, int, range | None, bool], Held] = {}
         self.by_rule = False
         """Whether the architecture cannot be run on shapes alone, and a rule of thumb stands in."""
@@ -177,11 +177,11 @@ class Replay:
         )
 
     def _held(self, now: Pass, *, backward: bool) -> Held:
-        layers = frozenset(map(id, self._layers or ()))
-        if self._acquainted is None or not self._acquainted >= layers:
+        blocks = set(map(id, self._layers or ()))
+        if not blocks or not blocks <= self._acquainted:
             with run(now), Stands(self.setup), torch.no_grad():
                 self._hidden(now)  # in which layers learn with which others they share their input
-            self._acquainted = (self._acquainted or frozenset()) | layers
+            self._acquainted |= blocks
         with run(now), LiveBytes(self._known) as live, Stands(self.setup), torch.set_grad_enabled(backward):
             hidden = self._hidden(now)
             forward = live.peak
