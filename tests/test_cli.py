@@ -159,6 +159,21 @@ def test_status_says_what_runs_where_and_what_failed(
     assert "recorded: interrupted, 2 of 8" in capsys.readouterr().out
 
 
+def test_status_tells_the_best_that_has_ended_from_one_ahead_that_has_not(
+    recorded: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["status", str(recorded.path)]) == 0
+    said = capsys.readouterr().out
+    assert "  best: trial 0, eval_loss 2.0000 at step 8\n" in said
+    assert "ahead" not in said
+    record = RunRecord(recorded.trials)
+    record.trial_reported(2, {"step": 8, "steps_total": 16, "eval_loss": 1.5})
+    record.close()
+    assert main(["status", str(recorded.path)]) == 0
+    said = capsys.readouterr().out
+    assert "  best: trial 0, eval_loss 2.0000 at step 8\n  ahead, and not at its end: trial 2, eval_loss 1.5000" in said
+
+
 def test_last_line_cut_off_is_left_out(recorded: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
     text = recorded.trials.read_text()
     recorded.trials.write_text(text[:-20])

@@ -68,8 +68,9 @@ def status(run: str, *, as_json: bool) -> None:
     print(f"{found['name']}: {found['phase']}, {ended} of {found['planned']} trials have ended")
     print("  " + ", ".join(f"{count} {state}" for state, count in trials.items()))
     if found["best"]:
-        best = found["best"]
-        print(f"  best: trial {best['trial']}, {found['metric']} {best[found['metric']]:.4f} at step {best['steps']}")
+        print(f"  best: {_result(found['best'], found['metric'])}")
+    if found["ahead"]:
+        print(f"  ahead, and not at its end: {_result(found['ahead'], found['metric'])}")
     for host, pack in found["hosts"].items():
         trained = ", ".join(str(trial) for trial in pack["trials"])
         print(
@@ -81,6 +82,10 @@ def status(run: str, *, as_json: bool) -> None:
         print(f"  failed {count} times: {harmless(str(reason))}")
     if found["last_event_seconds_ago"] is not None:
         print(f"  last heard of {_ago(found['last_event_seconds_ago'])}")
+
+
+def _result(row: Row, metric: str) -> str:
+    return f"trial {row['trial']}, {metric} {row[metric]:.4f} at step {row['steps']}"
 
 
 def _ago(seconds: float) -> str:
@@ -98,6 +103,7 @@ def sweep_status(directory: RunDirectory) -> dict[str, Any]:
     states = ("running", "completed", "stopped", "failed")
     counts = {state: sum(row["state"] == state for row in rows) for state in states}
     finished = (directory.best / "README.md").is_file()
+    leading = best_row(rows, spec.search.metric, spec.search.mode, running=True)
     hosts: dict[str, dict[str, Any]] = {}
     for row in rows if not finished else ():
         if row["state"] == "running" and row.get("host") is not None:
@@ -115,6 +121,7 @@ def sweep_status(directory: RunDirectory) -> dict[str, Any]:
         "resumed": sum(event["event"] == "resume" for event in events),
         "failures": dict(Counter(row["reason"] for row in rows if row["state"] == "failed")),
         "best": best_row(rows, spec.search.metric, spec.search.mode),
+        "ahead": leading if leading and leading["state"] == "running" else None,
         "last_event_seconds_ago": round(time.time() - events[-1]["time"], 1) if events else None,
     }
 

@@ -15,7 +15,7 @@ from lora_search.export.page import Page
 from lora_search.export.script import base_file, base_path, common_limits, foreign_limits, rows_note, values
 from lora_search.export.trained import Trained
 
-CHECKED = {"torchtune": "0.6.1", "torchao": "0.10.0"}
+CHECKED = {"torchtune": "0.6.1", "torchao": "0.10.0", "transformers": "5.6.0"}
 FILE = "config.yaml"
 COMPONENTS = "trial.py"
 

@@ -67,13 +67,18 @@ def ended_count(rows: Iterable[Mapping[str, Any]]) -> int:
     return sum(row["state"] != "running" for row in rows)
 
 
-def ranked_rows(rows: Iterable[Mapping[str, Any]], metric: str, mode: Literal["min", "max"]) -> list[Row]:
-    """The completed and stopped trials' rows, the best last report first."""
-    ended = [dict(row) for row in rows if row["state"] in ("completed", "stopped") and row.get(metric) is not None]
+def ranked_rows(
+    rows: Iterable[Mapping[str, Any]], metric: str, mode: Literal["min", "max"], *, running: bool = False
+) -> list[Row]:
+    """The completed and stopped trials' rows, and with `running` those that train, the best last report first."""
+    states = ("completed", "stopped", "running") if running else ("completed", "stopped")
+    found = [dict(row) for row in rows if row["state"] in states and row.get(metric) is not None]
     sign = 1 if mode == "min" else -1
-    return sorted(ended, key=lambda row: (sign * row[metric], row["trial"]))
+    return sorted(found, key=lambda row: (sign * row[metric], row["trial"]))
 
 
-def best_row(rows: Iterable[Mapping[str, Any]], metric: str, mode: Literal["min", "max"]) -> Row | None:
-    """The row whose last report is best, among completed and stopped trials; None where there is none."""
-    return next(iter(ranked_rows(rows, metric, mode)), None)
+def best_row(
+    rows: Iterable[Mapping[str, Any]], metric: str, mode: Literal["min", "max"], *, running: bool = False
+) -> Row | None:
+    """The row whose last report is best, of the trials that `ranked_rows` ranks; None where there is none."""
+    return next(iter(ranked_rows(rows, metric, mode, running=running)), None)

@@ -103,7 +103,7 @@ class Run:
 
     @cached_property
     def best(self) -> pd.Series[Any] | None:
-        """The best trial's row of `trials`; None before any trial has come to a result."""
+        """The row in `trials` of the best trial that has ended; None before any has come to a result."""
         best = best_row(self.rows, self.spec.search.metric, self.spec.search.mode)
         return None if best is None else self.trials.loc[self.trials["trial"] == best["trial"]].iloc[0]
 
