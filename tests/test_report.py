@@ -174,6 +174,21 @@ def test_report_says_what_was_found(tmp_path: Path) -> None:
     assert told["findings"]["savings"].startswith("ASHA stopped")
 
 
+def test_report_of_an_unfinished_sweep_tells_a_trial_that_is_ahead_of_the_best(tmp_path: Path) -> None:
+    folder = write_searched(tmp_path / "run", 30)
+    best = open_run(folder).best
+    assert best is not None
+    lines = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if not (line["event"] == "end" and line["trial"] == best["trial"])]
+    (folder / "trials.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    second = open_run(folder).best
+    assert second is not None
+    assert second["trial"] != best["trial"]
+    line = document(open_run(folder))["headline"]
+    assert line.startswith(f"Trial {second['trial']} is the best of 29: validation loss {second['eval_loss']:.4f}")
+    assert line.endswith(f" so far; trial {best['trial']}, not at its end, has {best['eval_loss']:.4f}.")
+
+
 @pytest.mark.parametrize("conclusion", [3, {"trial": "x", "test_loss": "<b>", "test_loss_interval": [1]}, {}])
 def test_conclusion_of_somebody_else_is_read_as_far_as_it_can(tmp_path: Path, conclusion: Any) -> None:
     folder = write_searched(tmp_path / "run", 3)

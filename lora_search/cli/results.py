@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_search.cli.out import local_path
 from lora_search.errors import InputError, SweepError, harmless
-from lora_search.results import Row, best_row, column, read_events, render, rows_frame, run_rows, trial_rows
+from lora_search.results import Row, ahead_row, best_row, column, read_events, render, rows_frame, run_rows, trial_rows
 from lora_search.rundir import RunDirectory, find_run, is_locked
 from lora_search.space import planned_trials
 from lora_search.spec import SweepSpec, recorded_spec
@@ -103,7 +103,6 @@ def sweep_status(directory: RunDirectory) -> dict[str, Any]:
     states = ("running", "completed", "stopped", "failed")
     counts = {state: sum(row["state"] == state for row in rows) for state in states}
     finished = (directory.best / "README.md").is_file()
-    leading = best_row(rows, spec.search.metric, spec.search.mode, running=True)
     hosts: dict[str, dict[str, Any]] = {}
     for row in rows if not finished else ():
         if row["state"] == "running" and row.get("host") is not None:
@@ -121,7 +120,7 @@ def sweep_status(directory: RunDirectory) -> dict[str, Any]:
         "resumed": sum(event["event"] == "resume" for event in events),
         "failures": dict(Counter(row["reason"] for row in rows if row["state"] == "failed")),
         "best": best_row(rows, spec.search.metric, spec.search.mode),
-        "ahead": leading if leading and leading["state"] == "running" else None,
+        "ahead": ahead_row(rows, spec.search.metric, spec.search.mode),
         "last_event_seconds_ago": round(time.time() - events[-1]["time"], 1) if events else None,
     }
 

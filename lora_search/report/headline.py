@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_search.report.values import count, number
-from lora_search.results import Row, Run
+from lora_search.results import Row, Run, ahead_row
 
 METRICS = {
     "eval_loss": ("validation loss", "nats a token"),
@@ -67,7 +67,12 @@ def headline(run: Run, rows: Sequence[Row], best: Row | None, found: Tested | No
     value = best[run.metric]
     line = f"Trial {best['trial']} is the best of {ended}: {label} {value:.4f}{' ' + unit if unit else ''}"
     if found is None or found.trial != best["trial"]:
-        return line + (" so far." if state != "finished" else ".")
+        if state == "finished":
+            return line + "."
+        ahead = ahead_row(rows, run.metric, run.spec.search.mode)
+        return line + (
+            f" so far; trial {ahead['trial']}, not at its end, has {ahead[run.metric]:.4f}." if ahead else " so far."
+        )
     if found.untrained_validation is not None and run.metric == "eval_loss":
         line += f", where the untrained base has {found.untrained_validation:.4f}"
     if found.test is not None:

@@ -5,6 +5,7 @@ from lora_search.results.frames import COLUMNS, Column, render, rows_frame
 from lora_search.results.rows import (
     PLANNED,
     Row,
+    ahead_row,
     best_row,
     column,
     ended_count,
@@ -23,6 +24,7 @@ __all__ = [
     "Row",
     "Run",
     "Runs",
+    "ahead_row",
     "best_row",
     "column",
     "ended_count",

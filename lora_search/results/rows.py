@@ -77,8 +77,12 @@ def ranked_rows(
     return sorted(found, key=lambda row: (sign * row[metric], row["trial"]))
 
 
-def best_row(
-    rows: Iterable[Mapping[str, Any]], metric: str, mode: Literal["min", "max"], *, running: bool = False
-) -> Row | None:
-    """The row whose last report is best, of the trials that `ranked_rows` ranks; None where there is none."""
-    return next(iter(ranked_rows(rows, metric, mode, running=running)), None)
+def best_row(rows: Iterable[Mapping[str, Any]], metric: str, mode: Literal["min", "max"]) -> Row | None:
+    """The row whose last report is best, among completed and stopped trials; None where there is none."""
+    return next(iter(ranked_rows(rows, metric, mode)), None)
+
+
+def ahead_row(rows: Iterable[Mapping[str, Any]], metric: str, mode: Literal["min", "max"]) -> Row | None:
+    """The row of a trial not at its end whose last report is better than that of every one that is; None without."""
+    leading = next(iter(ranked_rows(rows, metric, mode, running=True)), None)
+    return leading if leading and leading["state"] == "running" else None
