@@ -54,6 +54,8 @@ class Size:
 
     trials: int
     seconds: float
+    driver_cpu_seconds: float
+    """Of the driver's own process, all of its threads: what stays on one machine, wherever the hosts are."""
     driver_mib: int
     """Resident, most so far."""
     run_mib: float
@@ -77,14 +79,15 @@ def measure(trials: int, folder: Path) -> Size:
     hosts = Hosts(spec, build)
     try:
         hosts.load()
-        start = time.perf_counter()
+        start, computed = time.perf_counter(), time.process_time()
         search(spec, run, hosts)
-        seconds = time.perf_counter() - start
+        seconds, computed = time.perf_counter() - start, time.process_time() - computed
     finally:
         hosts.end()
     return Size(
         trials=trials,
         seconds=seconds,
+        driver_cpu_seconds=computed,
         driver_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
         run_mib=sum(file.stat().st_size for file in run.path.rglob("*") if file.is_file()) / 2**20,
         resume_seconds=resume(spec, run),
@@ -153,7 +156,7 @@ def main() -> None:
         sizes = [measure(trials, Path(folder)) for trials in arguments.trials]
     ray.shutdown()
     table = Table(title=f"{arguments.gpus} logical GPUs, {os.cpu_count()} cores", title_justify="left")
-    columns = ("trials", "ms a trial", "of it random", "TPE", "driver MiB", "run MiB", "resume s")
+    columns = ("trials", "ms a trial", "driver's CPU ms", "of it random", "TPE", "driver MiB", "run MiB", "resume s")
     for name in columns:
         table.add_column(name, justify="right")
     for size in sizes:
@@ -161,6 +164,7 @@ def main() -> None:
         table.add_row(
             f"{size.trials:,}",
             f"{1000 * size.seconds / size.trials:.0f}",
+            f"{1000 * size.driver_cpu_seconds / size.trials:.0f}",
             f"{alone['random']:.1f}",
             f"{alone['tpe']:.1f}",
             f"{size.driver_mib:,}",
