@@ -18,6 +18,7 @@ from lora_search.space import STARTUP_TRIALS
 from lora_search.spec import load_spec
 
 if TYPE_CHECKING:
+    from lora_search.memory.familiar import Familiar
     from lora_search.plan import Plan
     from lora_search.plan.schedule import Schedule
 
@@ -31,16 +32,16 @@ def plan(sweep: str, overrides: Sequence[str], *, as_json: bool) -> None:
     spec = load_spec(sweep, overrides)
     with redirect_stdout(sys.stderr):  # standard output is ours; libraries may print
         import_libraries()  # only now: a wrong sweep file has been told of
-        from lora_search.plan import plan_sweep
+        from lora_search.plan import plan_sweep, usual_ways
 
-        found = plan_sweep(spec)
+        found, familiar = plan_sweep(spec), usual_ways(spec)
     if as_json:
-        print(json.dumps(asdict(found), indent=2))
+        print(json.dumps(asdict(found) | {"familiar": [asdict(way) for way in familiar]}, indent=2))
     else:
-        _print(found)
+        _print(found, familiar)
 
 
-def _print(plan: Plan) -> None:
+def _print(plan: Plan, familiar: Sequence[Familiar]) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
     console.print(f"{plan.name}: {plan.model}, {plan.architecture}", style="bold", markup=False)
     console.print(f"\nThe base: {plan.parameters:,} parameters", style="italic")
@@ -57,7 +58,7 @@ def _print(plan: Plan) -> None:
     console.print("\nThe sweep", style="italic")
     console.print(_sweep(plan))
     console.print("\nThis base as it is usually compared: rank 16 on attention, half precision", style="italic")
-    console.print(_familiar(plan))
+    console.print(_familiar(familiar))
     console.print("\nAssumed", style="italic")
     for line in _assumptions(plan):
         console.print(f"- {line}", markup=False)
@@ -172,12 +173,12 @@ def _steps(steps: Schedule) -> str:
     return f"{expected}; {steps.fewest:,} if each stops at its first rung, {steps.most:,} if none stops"
 
 
-def _familiar(plan: Plan) -> Table:
+def _familiar(ways: Sequence[Familiar]) -> Table:
     table = Table()
     table.add_column("one training on a GPU")
     for name in ("rows of\n256 tokens", "rows of\n512 tokens", "512 tokens,\nrecomputed"):
         table.add_column(name, justify="right")
-    for row in plan.familiar:
+    for row in ways:
         table.add_row(row.way, *map(_size, (row.short, row.long, row.recomputed)))
     return table
 

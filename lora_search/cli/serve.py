@@ -34,20 +34,20 @@ def serve(run: str, *, trials: str | None, top: int, host: str, port: int, trust
         chosen = ranked_rows(rows, spec.search.metric, spec.search.mode)[:top]
         if not chosen:
             raise InputError(f"--top {top}: no trial of {directory.place} has come to a result")
-    import_libraries()
     from lora_search.serve import collect_adapters
+    from lora_search.serve.guard import is_loopback
+    from lora_search.serve.http import Server
 
     signal.signal(signal.SIGTERM, _interrupt)
     with tempfile.TemporaryDirectory(prefix="lora-search-serve-") as folder:
         adapters, left_out = collect_adapters(directory, chosen, Path(folder))
         for reason in left_out:
             _say(f"left out: {reason}")
-        from lora_search.serve.answers import Endpoints
-        from lora_search.serve.guard import is_loopback
-        from lora_search.serve.http import Server
-        from lora_search.serve.model import ServedModel, best_device
-
         with Server(host, port) as server:
+            import_libraries()  # only now: that nothing can be served there, or nothing is there, has been told
+            from lora_search.serve.answers import Endpoints
+            from lora_search.serve.model import ServedModel, best_device
+
             device = best_device()
             _say(f"loading {spec.base.model} with {len(adapters)} adapters on {device}")
             best = best_row(rows, spec.search.metric, spec.search.mode)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from lora_search.errors import InputError
 from lora_search.memory import BaseMemory, Corner, Setup, corners
 from lora_search.memory.corners import values
-from lora_search.memory.familiar import familiar_figures
+from lora_search.memory.familiar import Familiar, familiar_figures
 from lora_search.memory.refuse import refuse_what_never_fits
 from lora_search.placement import Node, most_trials, place_hosts
 from lora_search.plan.devices import (
@@ -112,11 +112,15 @@ def plan_sweep(spec: SweepSpec, gpus: int | None = None) -> Plan:
         hosts=hosts,
         gpus_per_host=gpus,
         trials_per_host=per_host,
-        familiar=familiar_figures(partial(_skeleton, spec)),
         sweep=sweep,
         refused=_refused(spec, memories, found, here),
         advice=advice,
     )
+
+
+def usual_ways(spec: SweepSpec) -> tuple[Familiar, ...]:
+    """What training the sweep's base takes in the ways in which it is usually compared."""
+    return familiar_figures(partial(_skeleton, spec))
 
 
 def _skeleton(spec: SweepSpec) -> PreTrainedModel:

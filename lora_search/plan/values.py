@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lora_search.memory import HostBytes, TrialBytes, Weights
-from lora_search.memory.familiar import Familiar
 from lora_search.plan.rows import RowFacts
 from lora_search.plan.schedule import Schedule
 
@@ -97,7 +96,6 @@ class Plan:
     gpus_per_host: int
     """Over which a base is split on a host, wherever `devices` are GPUs."""
     trials_per_host: int
-    familiar: tuple[Familiar, ...]
     sweep: SweepPlan
     refused: str | None
     """What `run` says here of a trial that can never fit."""

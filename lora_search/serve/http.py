@@ -10,14 +10,16 @@ from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lora_search
 from lora_search.errors import InputError
-from lora_search.serve.answers import Endpoints
 from lora_search.serve.fault import RequestFault
 from lora_search.serve.guard import require_own_site
 from lora_search.serve.requests import ChatRequest, CompletionRequest, parse_request
+
+if TYPE_CHECKING:  # imports torch, and an address that cannot be listened on is told of before
+    from lora_search.serve.answers import Endpoints
 
 MOST_BYTES = 1 << 20
 """Of a request's body."""
