@@ -53,6 +53,7 @@ WRONG: list[tuple[str, str, list[str]]] = [
     ("a digit too many", "training: {steps: 100000000}\n", ["training.steps", "less than or equal to 10000000"]),
     ("unknown choice", "base: {quantization: int3}\n", ["base.quantization", "'int3'", "'nf4' or 'none'"]),
     ("empty choice", "search: {space: {rank: {choice: []}}}\n", ["search.space.rank", "choice is empty"]),
+    ("no choice", "search: {space: {rank: [4, 8]}}\n", ["search.space.rank: found [4, 8]", "{choice: [4, 8]}"]),
     ("repeated choice", "search: {space: {rank: {choice: [4, 4]}}}\n", ["search.space.rank", "4 twice"]),
     ("unknown domain", "search: {space: {rank: {options: [4]}}}\n", ["search.space.rank", "options", "{choice:"]),
     ("upside-down range", "search: {space: {dropout: {uniform: [0.2, 0.1]}}}\n", ["search.space.dropout", "low below"]),

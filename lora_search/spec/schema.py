@@ -292,8 +292,9 @@ def _check_value(name: str, value: Any, discrete: bool) -> None:
     try:
         section.model_validate({name: value})
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"search.space.{name}: found {value!r}; {plain_reason(first['msg'])}") from None
+        reason = plain_reason(error.errors()[0]["msg"])
+        hint = f"; to search over several values: {{choice: {value}}}" if isinstance(value, list) else ""
+        raise ValueError(f"search.space.{name}: found {value!r}; {reason}{hint}") from None
     if name == "target_modules" and isinstance(value, str) and value not in TARGET_SETS:
         try:
             re.compile(value.removeprefix("re:"))
