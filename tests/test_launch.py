@@ -454,6 +454,16 @@ def test_plan_does_not_ask_this_machine_for_the_hosts_of_another(
     assert "by `lora-search plan`" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("output", "said"), [("runs", ", and the run directories' in runs."), ("s3://bucket/runs", ".\n")]
+)
+def test_slurm_says_which_folders_all_nodes_see(
+    sweep: str, output: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["launch", "--on", "slurm", sweep, *UNPLANNED, "--set", f"output={output}"]) == 0
+    assert f"All nodes see the folder that you submit from{said}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("text", "seconds"), [("90m", 5400), ("8h", 28800), ("1.5h", 5400), ("2d", 172800)])
 def test_time_limits_are_read(text: str, seconds: int) -> None:
     assert parse_limit(text) == seconds

@@ -144,7 +144,9 @@ def _slurm(request: Request) -> _Filled:
         "sweep": shlex.quote(str(request.sweep)),
         "arguments": f"({shlex.join(request.options)})",
     }
-    note = f"{request.spec.output} is a folder that all nodes see, as is the one that you submit from."
+    note = "All nodes see the folder that you submit from" + (
+        "." if is_uri(request.spec.output) else f", and the run directories' in {request.spec.output}."
+    )
     return _Filled(values, shlex.join(["sbatch", str(request.out)]), ("sbatch",), "node of the partition", (note,))
 
 
