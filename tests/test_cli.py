@@ -152,11 +152,14 @@ def test_status_says_what_runs_where_and_what_failed(
         assert main(["status", str(recorded.path)]) == 0
     said = capsys.readouterr().out
     assert "recorded: running, 2 of 8 trials have ended" in said
-    assert "h: 1 trials (2), 99 tokens/s" in said
-    assert "1 times after a loss" in said
-    assert "failed 1 times: loss is nan at step 8" in said
+    assert "h: trial 2, 99 tokens/s" in said
+    assert "after a loss: once" in said
+    assert "failed once: loss is nan at step 8" in said
     assert main(["status", str(recorded.path)]) == 0
-    assert "recorded: interrupted, 2 of 8" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "recorded: interrupted, 2 of 8" in said
+    assert "1 that --resume goes on with, 1 completed" in said
+    assert "tokens/s" not in said  # no host is there any more
 
 
 def test_status_tells_the_best_that_has_ended_from_one_ahead_that_has_not(

@@ -24,13 +24,14 @@ from test_faults import SEQUENTIAL, TRIALS, Strikes, compared, kill, require_who
 
 from lora_search.checkpoint import ADAPTER_WEIGHTS, Shelf, seal
 from lora_search.cli.main import main
-from lora_search.errors import InputError
-from lora_search.lease import LEASE
+from lora_search.errors import InputError, SweepError
+from lora_search.lease import LEASE, SETTLE_S, leased
 from lora_search.results import Row, run_rows
-from lora_search.rundir import create_run, find_run, newest_run
+from lora_search.rundir import RunDirectory, create_run, find_run, newest_run
 from lora_search.spec import load_spec
 from lora_search.storage import Folder, StoreError
 from lora_search.sweep.run import run_sweep
+from lora_search.sweep.upload import kept_uploaded
 from lora_search.tracking import Observer
 
 if TYPE_CHECKING:
@@ -271,6 +272,33 @@ def test_output_that_cannot_be_used_is_one_message_before_ray_starts(
 def test_missing_bucket_is_said(store: Store, tiny: Path) -> None:
     with pytest.raises(InputError, match=r"output: found .*NO_SUCH_BUCKET"):
         create_run(store.uri("x").replace(BUCKET, "no-such-bucket"), "a", exact=False)
+
+
+def test_of_two_that_begin_at_once_one_gives_way_before_it_has_uploaded_anything(store: Store) -> None:
+    """The other's lease arrives late, when the first has seen that it has its own."""
+
+    class Late(Folder):
+        def write(self, name: str, content: bytes) -> None:
+            time.sleep(2 * SETTLE_S)
+            super().write(name, content)
+
+    def begin(run: RunDirectory, folder: Folder, wrote: str, done: Callable[[bool], bool]) -> None:
+        with leased(folder) as held, kept_uploaded(run, held):
+            run.spec.write_text(wrote)
+            while not done(held()):
+                time.sleep(0.1)
+
+    first, second = (create_run(store.uri("runs"), "twins", exact=True) for _ in range(2))
+    gave_way = threading.Event()
+    late = Late(second.folder.place)
+    thread = threading.Thread(target=begin, args=(second, late, "the second's", lambda held: gave_way.is_set()))
+    thread.start()
+    with pytest.raises(SweepError, match="another lora-search run has taken over"):
+        begin(first, first.folder, "the first's", lambda held: not held)
+    assert "sweep.yaml" not in first.folder.names()
+    gave_way.set()
+    thread.join()
+    assert first.folder.read("sweep.yaml") == b"the second's"
 
 
 def test_sweep_whose_input_is_wrong_leaves_nothing_in_the_store(ray: Any, store: Store, tiny: Path) -> None:

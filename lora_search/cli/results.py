@@ -66,26 +66,30 @@ def status(run: str, *, as_json: bool) -> None:
     trials = found["trials"]
     ended = sum(trials.values()) - trials["running"]
     print(f"{found['name']}: {found['phase']}, {ended} of {found['planned']} trials have ended")
-    print("  " + ", ".join(f"{count} {state}" for state, count in trials.items()))
+    called = {"running": "that --resume goes on with"} if found["phase"] == "interrupted" else {}
+    print("  " + ", ".join(f"{count} {called.get(state, state)}" for state, count in trials.items()))
     if found["best"]:
         print(f"  best: {_result(found['best'], found['metric'])}")
     if found["ahead"]:
         print(f"  ahead, and not at its end: {_result(found['ahead'], found['metric'])}")
     for host, pack in found["hosts"].items():
         trained = ", ".join(str(trial) for trial in pack["trials"])
-        print(
-            f"  {harmless(host)}: {len(pack['trials'])} trials ({trained}), {pack['tokens_per_second']:,.0f} tokens/s"
-        )
+        noun = "trial" if len(pack["trials"]) == 1 else "trials"
+        print(f"  {harmless(host)}: {noun} {trained}, {pack['tokens_per_second']:,.0f} tokens/s")
     if found["resumed"]:
-        print(f"  trials went on from a checkpoint, or over again, {found['resumed']} times after a loss")
+        print(f"  trials went on from a checkpoint, or over again, after a loss: {_times(found['resumed'])}")
     for reason, count in found["failures"].items():
-        print(f"  failed {count} times: {harmless(str(reason))}")
+        print(f"  failed {_times(count)}: {harmless(str(reason))}")
     if found["last_event_seconds_ago"] is not None:
         print(f"  last heard of {_ago(found['last_event_seconds_ago'])}")
 
 
 def _result(row: Row, metric: str) -> str:
     return f"trial {row['trial']}, {metric} {row[metric]:.4f} at step {row['steps']}"
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
 
 
 def _ago(seconds: float) -> str:
@@ -103,8 +107,9 @@ def sweep_status(directory: RunDirectory) -> dict[str, Any]:
     states = ("running", "completed", "stopped", "failed")
     counts = {state: sum(row["state"] == state for row in rows) for state in states}
     finished = (directory.best / "README.md").is_file()
+    phase = "finished" if finished else "running" if is_locked(directory) else "interrupted"
     hosts: dict[str, dict[str, Any]] = {}
-    for row in rows if not finished else ():
+    for row in rows if phase == "running" else ():
         if row["state"] == "running" and row.get("host") is not None:
             pack = hosts.setdefault(row["host"], {"trials": [], "tokens_per_second": 0.0})
             pack["trials"].append(row["trial"])
@@ -112,7 +117,7 @@ def sweep_status(directory: RunDirectory) -> dict[str, Any]:
     return {
         "name": directory.name,
         "path": directory.place,
-        "phase": "finished" if finished else "running" if is_locked(directory) else "interrupted",
+        "phase": phase,
         "metric": spec.search.metric,
         "planned": planned_trials(spec),
         "trials": counts,

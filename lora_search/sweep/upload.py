@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from lora_search.errors import SweepError
+from lora_search.lease import REFRESH_S
 from lora_search.rundir import RECORDS, RunDirectory, fetch
 from lora_search.storage import Folder
 from lora_search.tracking import Observer
@@ -16,6 +17,9 @@ from lora_search.tracking import Observer
 logger = logging.getLogger(__name__)
 
 EVERY_S = 1.0
+
+FIRST_S = REFRESH_S + 2.0
+"""Before anything is uploaded: of two that took the lease at once, one knows by then that it has lost it."""
 
 SHARE = 0.1
 """Of its time that the thread spends uploading, at most."""
@@ -101,7 +105,7 @@ class _Uploads:
             self._seen[name] = now
 
     def go_on(self, ended: threading.Event, held: Callable[[], bool]) -> None:
-        wait_s, folder = EVERY_S, Folder(self._run.folder.place, patience_s=0)
+        wait_s, folder = FIRST_S, Folder(self._run.folder.place, patience_s=0)
         while not ended.wait(wait_s):
             if not held():
                 return
