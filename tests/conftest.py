@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lora_search.data import TokenizedData
     from lora_search.engine import Evaluation
     from lora_search.model import FrozenBase
-    from lora_search.spec import SweepSpec
+    from lora_search.spec import Base, SweepSpec
     from lora_search.storage import Folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -252,6 +252,32 @@ def adapter_losses(base: FrozenBase, adapter: Path, data: TokenizedData) -> dict
     losses = {f"untrained_{name}": evaluate(base, split, data.pad_token_id) for name, split in splits.items()}
     PeftModel.from_pretrained(base.model, str(adapter))  # puts the adapter into base.model
     return losses | {name: evaluate(base, split, data.pad_token_id) for name, split in splits.items()}
+
+
+@pytest.fixture(scope="session")
+def kept_verifier() -> Iterator[None]:
+    """The process that verifies a merge stays for the next (it imports for six seconds). One that ends is replaced."""
+    import torch
+
+    from lora_search.merge.verify import FreshProcess
+
+    start, end = FreshProcess.__init__, FreshProcess.__exit__
+    kept: list[FreshProcess] = []
+
+    def start_or_keep(self: FreshProcess, base: Base, device: torch.device) -> None:
+        while kept and kept[-1]._process.poll() is not None:
+            end(kept.pop(), None, None, None)
+        if not kept:
+            kept.append(FreshProcess.__new__(FreshProcess))
+            start(kept[-1], base, device)
+        vars(self).update(vars(kept[-1]), _base=base, _device=device, _threads=torch.get_num_threads())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FreshProcess, "__init__", start_or_keep)
+        patch.setattr(FreshProcess, "__exit__", lambda *arguments: None)
+        yield
+    for process in kept:
+        end(process, None, None, None)
 
 
 @pytest.fixture(autouse=True)

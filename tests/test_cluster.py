@@ -47,7 +47,7 @@ def nodes() -> Iterator[Cluster]:
 
 
 class Weather(Observer):
-    """Kills a node, raylet and all, at the third report, and adds one at the sixth."""
+    """Kills a node, raylet and all, at the third report, and adds one."""
 
     def __init__(self, nodes: Cluster) -> None:
         self._nodes = nodes
@@ -59,7 +59,6 @@ class Weather(Observer):
         if self._reports == 3:
             victim = next(node for node in self._nodes.worker_nodes)
             self._nodes.remove_node(victim, allow_graceful=False)
-        if self._reports == 6:
             self._nodes.add_node(num_cpus=1, num_gpus=1)
 
     def trial_resumed(self, trial: int, parameters: Mapping[str, Any], step: int, damaged: Any) -> None:
@@ -74,7 +73,7 @@ def test_nodes_that_leave_lose_no_trial_and_nodes_that_join_get_a_host(
         name="weather",
         hosts={"trials_per_host": 2},
         search={"trials": 12, "scheduler": {"name": "none"}},
-        training={"steps": 400, "eval_every": 80},
+        training={"steps": 240, "eval_every": 48},
         output=str(tmp_path),
     )
     said: list[str] = []

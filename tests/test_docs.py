@@ -18,6 +18,7 @@ from lora_search.rundir import RunDirectory
 from lora_search.spec import load_spec
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.usefixtures("kept_verifier")
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",

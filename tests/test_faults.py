@@ -211,6 +211,27 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@pytest.mark.slow
+def test_host_that_is_lost_before_the_first_trial_or_after_the_last_is_replaced(
+    ray: Any, tiny: Path, tmp_path: Path, undisturbed: list[Row]
+) -> None:
+    """While versions are compared and data is prepared, while it loads the base, while it tests and merges."""
+    spec = sequential(tiny, "edges", tmp_path)
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        after = {"preparing": 3.0, "data:": 0.5, "trial": 1.0}.get(line.split()[0])
+        if after is not None:
+            threading.Timer(after, kill, ["ray::Host"]).start()
+
+    outcome = run_sweep(spec, create_run(tmp_path, spec.name, exact=True), say=say)
+    assert sum("was lost: The actor died" in line for line in said) == 3, said
+    require_whole(outcome.run, TRIALS)
+    assert compared(outcome.rows) == undisturbed
+    assert (outcome.run.best / "merged" / "config.json").is_file()
+
+
 def test_full_disk_ends_the_sweep_and_with_room_it_goes_on(
     ray: Any, tiny: Path, small_disk: Path, undisturbed: list[Row]
 ) -> None:

@@ -45,6 +45,8 @@ from lora_search.spec import Base, load_spec
 
 pytest.importorskip("gguf", reason="needs the package gguf")
 
+pytestmark = pytest.mark.usefixtures("kept_verifier")
+
 CPU = torch.device("cpu")
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lora_search.spec import SweepSpec
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("kept_verifier")
 
 LOADER = """
 import sys

@@ -22,6 +22,8 @@ from lora_search.results import run_rows
 from lora_search.rundir import RunDirectory
 from lora_search.spec import load_spec
 
+pytestmark = pytest.mark.usefixtures("kept_verifier")
+
 TRIALS: list[dict[str, Any]] = [
     {"rank": 8, "learning_rate": 3e-2, "steps": 20},
     {"rank": 8, "learning_rate": 2e-2, "steps": 20},

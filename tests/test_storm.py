@@ -200,7 +200,7 @@ class Storm:
         self._kill("ray::Host", every=True)
 
     def _node(self) -> None:
-        self._nodes.remove_node(self._draw.choice(self._nodes.worker_nodes), allow_graceful=False)
+        self._nodes.remove_node(self._draw.choice(list(self._nodes.worker_nodes)), allow_graceful=False)
         self._nodes.add_node(num_cpus=1, num_gpus=1)
 
     def _warn(self) -> None:

@@ -44,6 +44,14 @@ SAVE_S = 60.0
 """A host that takes longer to save its trials when the sweep is interrupted is not waited for."""
 
 
+class HostLost(SweepError):
+    """A host, or what it had answered, is no more; the message says why."""
+
+
+class _DataLost(HostLost):
+    """The data went with the node that had prepared it."""
+
+
 @dataclass
 class _Running:
     """A host, as the driver knows it."""
@@ -107,8 +115,8 @@ class Hosts:
             InputError: a node has other versions of what decides a result; it says which.
         """
         here = versions()
-        answers = {host.place.node: host.actor.run.remote(versions) for host in self._running.values()}
-        wrong = {node: differences(here, unwrap(answer)) for node, answer in answers.items()}
+        there = self._each(lambda host: host.actor.run.remote(versions))
+        wrong = {host.place.node: differences(here, other) for host, other in there}
         if any(wrong.values()):
             found = "; ".join(f"node {node[:8]} has {', '.join(what)}" for node, what in wrong.items() if what)
             raise InputError(f"the cluster's nodes differ: {found}; install the same versions on every node")
@@ -120,12 +128,22 @@ class Hosts:
             work: given the host's place; what is said of the data, and the data.
             warm: what the other hosts do meanwhile.
         """
-        first, *others = self._running.values()
-        self._work = partial(work, first.place)
-        said, self._data = first.actor.run.options(num_returns=2).remote(self._work)
-        for host in others:
-            host.actor.run.remote(warm)
-        return cast("T", unwrap(said))
+        while True:
+            first, *others = self._running.values()
+            self._work = partial(work, first.place)
+            said = self._prepare(first)
+            for host in others:
+                host.actor.run.remote(warm)
+            try:
+                return cast("T", unwrap(said))
+            except HostLost as lost:
+                self._lose(first, str(lost))
+                self._fill(nodes())
+
+    def _prepare(self, host: _Running) -> Any:
+        """Have a host prepare the data; a call that is answered with what it says of it."""
+        said, self._data = host.actor.run.options(num_returns=2).remote(self._work)
+        return said
 
     def load(self) -> list[dict[str, Any]]:
         """Have every host load the base, for trials on the data; what each one is.
@@ -133,7 +151,35 @@ class Hosts:
         Raises:
             InputError, SweepError: a host cannot be started; the message says why.
         """
-        return [unwrap(answer) for answer in [actor.load.remote(self._data) for actor in self.actors]]
+        return [ready for _, ready in self._each(lambda host: host.actor.load.remote(self._data))]
+
+    def _each(self, ask: Callable[[_Running], Any]) -> list[tuple[_Running, Any]]:
+        """What every host answers; one that is lost before it has is replaced, and that one asked."""
+        answered: dict[str, Any] = {}
+        while asked := [(host, ask(host)) for name, host in self._running.items() if name not in answered]:
+            data = self._data
+            for host, answer in asked:
+                try:
+                    answered[host.place.name] = unwrap(answer)
+                except _DataLost:
+                    if self._data is data:
+                        self._prepare(host)
+                except HostLost as lost:
+                    self._lose(host, str(lost))
+            self._fill(nodes())
+        return [(host, answered[name]) for name, host in self._running.items()]
+
+    def renew(self, why: str) -> None:
+        """Put hosts that have loaded the base in place of all, after one of them was lost.
+
+        Raises:
+            SweepError: none can be started.
+        """
+        self._say(f"a host was lost: {why}; what it did is done again")
+        self.end()
+        self._running.clear()
+        self._fill(nodes())
+        self.load()
 
     def look(self) -> None:
         """See which hosts and nodes have come and gone, and put a host where there should be one. Never waits.
@@ -146,20 +192,32 @@ class Hosts:
             return
         self._looked = now
         there = nodes()
-        for name, host in list(self._running.items()):
+        for host in list(self._running.values()):
             why = self._why_lost(host, there)
             if why is not None:
-                ray.kill(host.actor)  # where it is not its process that has ended
-                del self._running[name]
-                self._losses[host.place.node] += 1
-                self._say(f"{host.place.name} was lost: {why}; its trials go on elsewhere from their last checkpoints")
-        for place in self._missing(there):
-            host = self._start(place)
-            host.versions = host.actor.run.remote(versions)
+                self._lose(host, f"{why}; its trials go on elsewhere from their last checkpoints")
+        for host in self._fill(there):
             host.loading = host.actor.load.remote(self._data)
-            self._say(f"{host.place.name} starts on node {place.node[:8]}")
+
+    def _lose(self, host: _Running, why: str) -> None:
+        ray.kill(host.actor)  # where it is not its process that has ended
+        del self._running[host.place.name]
+        self._losses[host.place.node] += 1
+        self._say(f"{host.place.name} was lost: {why}")
+
+    def _fill(self, there: Sequence[Node]) -> list[_Running]:
+        """Start a host wherever there should be one and is none; those.
+
+        Raises:
+            SweepError: no host is left, and none can be started.
+        """
+        started = [self._start(place) for place in self._missing(there)]
+        for host in started:
+            host.versions = host.actor.run.remote(versions)
+            self._say(f"{host.place.name} starts on node {host.place.node[:8]}")
         if not self._running:
             raise SweepError("all hosts were lost, and none can be started; the sweep can be resumed with --resume")
+        return started
 
     def _why_lost(self, host: _Running, there: Sequence[Node]) -> str | None:
         """Why a host is no more; None where it lives."""
@@ -171,7 +229,7 @@ class Hosts:
                 return f"its node has {', '.join(what)}"
         if host.loading is not None and (why := _failed(host.loading)) is not None:
             if "ObjectLost" in why or "OwnerDied" in why:  # the data went with the node that had prepared it
-                _, self._data = host.actor.run.options(num_returns=2).remote(self._work)
+                self._prepare(host)
                 host.loading = host.actor.load.remote(self._data)
                 return None
             return why
@@ -259,18 +317,26 @@ def _failed(answer: Any) -> str | None:
     except ray.exceptions.RayTaskError as error:
         return f"{type(error.cause).__name__}: {error.cause}"
     except ray.exceptions.RayError as error:
-        return str(error).strip().splitlines()[0]
+        return _first_line(error)
     return None
 
 
 def unwrap(reference: Any) -> Any:
-    """`ray.get` that raises our own errors as they were raised, and others as a SweepError."""
+    """`ray.get` that raises our own errors as they were raised, a loss as HostLost, and others as a SweepError."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
+        if isinstance(cause, ray.exceptions.ObjectLostError):
+            raise _DataLost(_first_line(cause)) from None
         if isinstance(cause, SweepError):
             raise type(cause)(str(cause)) from None
         raise SweepError(f"{type(cause).__name__}: {cause}") from error
+    except ray.exceptions.ObjectLostError as error:
+        raise _DataLost(_first_line(error)) from error
     except ray.exceptions.RayError as error:
-        raise SweepError(f"a host was lost: {error}") from error
+        raise HostLost(_first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")

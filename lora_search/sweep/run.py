@@ -41,7 +41,7 @@ from lora_search.spec import SweepSpec, dump_spec
 from lora_search.storage import StoreError
 from lora_search.sweep.build import build_engine
 from lora_search.sweep.cluster import Say, asked_of_autoscaler, cluster, seat_resources
-from lora_search.sweep.hosts import Hosts
+from lora_search.sweep.hosts import HostLost, Hosts
 from lora_search.sweep.prepare import DataSummary, prepare, refuse_other_data
 from lora_search.sweep.provenance import provenance, read_provenance, write_provenance
 from lora_search.sweep.resume import Past, mend_last_line, reconcile, refuse_other_sweep
@@ -284,7 +284,23 @@ def _tune(
 
 
 def conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts) -> Conclusion:
-    """Export, test and merge the best trial's adapter, on hosts: their processes have all they need."""
+    """Export, test and merge the best trial's adapter, on hosts: their processes have all they need.
+
+    Raises:
+        SweepError: a host was lost meanwhile, and again in each of `hosts.max_retries` attempts more.
+    """
+    retries = 0
+    while True:
+        try:
+            return _conclude(spec, run, best, hosts)
+        except HostLost as lost:
+            if retries == spec.hosts.max_retries:
+                raise SweepError(f"a host was lost: {lost}; mend it, then --resume") from lost
+            retries += 1
+            hosts.renew(str(lost))
+
+
+def _conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts) -> Conclusion:
     run.folder.remove(run.best.name)  # of when the sweep had fewer trials, or of a merge that was interrupted
     run.best.mkdir(exist_ok=True)
     write_config(spec, best, run.best / "config.yaml")
