@@ -91,7 +91,8 @@ def step_of(checkpoint: Checkpoint) -> int:
 class Saved:
     """Where a trial goes on."""
 
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | None
+    """None where all that there are are damaged."""
     parameters: Mapping[str, Any] | None
     """Of the trial; None where it did not report there."""
     reports: Sequence[dict[str, Any]]
@@ -137,7 +138,7 @@ class Shelf:
         return f"{self._path}/{name}"
 
     def newest(self) -> Saved | None:
-        """The newest checkpoint that is whole; None where there is none.
+        """The newest checkpoint that is whole; None where there never was one.
 
         Raises:
             StoreError: the object store fails, which says nothing of the checkpoints.
@@ -154,7 +155,7 @@ class Shelf:
                 damaged.append(str(error))
             else:
                 return Saved(checkpoint, told.get("parameters"), told.get("reports", ()), tuple(damaged))
-        return None
+        return Saved(None, None, (), tuple(damaged)) if damaged else None
 
     def _names(self) -> list[str]:
         return [name for name in self._folder.names() if name.startswith("checkpoint_")]

@@ -87,7 +87,7 @@ class Seat(tune.Trainable):  # type: ignore[misc]  # Ray's base class is untyped
         self._reports = list(saved.reports) if saved else []
         self._untold = deque(self._reports)
         """Whoever was to hear it may have been lost since."""
-        step = step_of(saved.checkpoint) if saved else 0
+        step = step_of(self._checkpoint) if self._checkpoint is not None else 0
         self._reported = step if self._reports else step - 1  # what is between the two may be a report step itself
         return {"resumed": {"step": step, "damaged": list(saved.damaged)}} if saved else {}
 

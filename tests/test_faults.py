@@ -24,6 +24,7 @@ import pytest
 import yaml
 from conftest import PATIENCE, make_spec, processes, wait_until
 
+from lora_search.checkpoint import KEPT
 from lora_search.errors import InputError, SweepError
 from lora_search.journal import open_study
 from lora_search.results import Row, read_events, run_rows
@@ -79,14 +80,14 @@ def require_whole(run: RunDirectory, trials: int) -> None:
         assert sorted(event["trial"] for event in events if event["event"] == kind) == numbers
     told = Counter((event["trial"], event["step"]) for event in events if event["event"] == "report")
     assert set(told.values()) == {1}
-    saved: dict[int, int] = {}
+    saved: dict[int, list[int]] = {}
     for event in events:
         if event["event"] == "checkpoint":
-            saved[event["trial"]] = event["step"]
+            saved.setdefault(event["trial"], []).append(event["step"])
         elif event["event"] == "resume" and event["trial"] in saved:
-            assert event["step"] > 0
-            if not event["damaged"]:
-                assert event["step"] >= saved[event["trial"]]
+            damaged = len(event["damaged"])
+            whole = [0, *saved[event["trial"]]][: -damaged or None]
+            assert event["step"] >= (whole[-1] if damaged < KEPT else 0)
 
 
 class Strikes(Observer):
@@ -115,6 +116,15 @@ def kill(title: str) -> None:
         os.kill(victim, signal.SIGKILL)
 
 
+def damage(run: RunDirectory, trial: int, step: int) -> None:
+    """One bit of a checkpoint; and kill whoever knows it."""
+    weights = run.tune / f"trial-{trial:04d}" / f"checkpoint_{step:06d}" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    kill("ray::Seat")
+
+
 def test_sigkill_of_host_and_seat_and_a_damaged_checkpoint_lose_nothing(
     ray: Any, tiny: Path, tmp_path: Path, undisturbed: list[Row]
 ) -> None:
@@ -122,14 +132,9 @@ def test_sigkill_of_host_and_seat_and_a_damaged_checkpoint_lose_nothing(
     spec = sequential(tiny, "killed", tmp_path)
     run = create_run(tmp_path, spec.name, exact=True)
 
-    def damage() -> None:
-        weights = run.tune / "trial-0000" / "checkpoint_000006" / "adapter_model.safetensors"
-        content = bytearray(weights.read_bytes())
-        content[-1] ^= 1
-        weights.write_bytes(content)
-        kill("ray::Seat")
-
-    strikes = Strikes({(0, 2): lambda: kill("ray::Host"), (0, 4): lambda: kill("ray::Seat"), (0, 6): damage})
+    strikes = Strikes(
+        {(0, 2): lambda: kill("ray::Host"), (0, 4): lambda: kill("ray::Seat"), (0, 6): lambda: damage(run, 0, 6)}
+    )
     outcome = run_sweep(spec, run, [strikes])
     require_whole(run, TRIALS)
     assert strikes.resumed == [(0, 2, 0), (0, 4, 0), (0, 4, 1)]
@@ -215,8 +220,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_host_that_is_lost_before_the_first_trial_or_after_the_last_is_replaced(
     ray: Any, tiny: Path, tmp_path: Path, undisturbed: list[Row]
 ) -> None:
-    """While versions are compared and data is prepared, while it loads the base, while it tests and merges."""
+    """While versions are compared and data is prepared, while it loads the base, while it tests and merges.
+
+    And a trial whose only checkpoint is damaged begins anew, which is said.
+    """
     spec = sequential(tiny, "edges", tmp_path)
+    run = create_run(tmp_path, spec.name, exact=True)
+    strikes = Strikes({(0, 2): lambda: damage(run, 0, 2)})
     said: list[str] = []
 
     def say(line: str) -> None:
@@ -225,7 +235,8 @@ def test_host_that_is_lost_before_the_first_trial_or_after_the_last_is_replaced(
         if after is not None:
             threading.Timer(after, kill, ["ray::Host"]).start()
 
-    outcome = run_sweep(spec, create_run(tmp_path, spec.name, exact=True), say=say)
+    outcome = run_sweep(spec, run, [strikes], say=say)
+    assert strikes.resumed == [(0, 0, 1)]
     assert sum("was lost: The actor died" in line for line in said) == 3, said
     require_whole(outcome.run, TRIALS)
     assert compared(outcome.rows) == undisturbed

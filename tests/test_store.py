@@ -236,6 +236,11 @@ def test_checkpoint_is_not_taken_for_damaged_because_the_store_fails(store: Stor
     assert saved is not None
     assert (saved.reports, len(saved.damaged)) == ([{"step": 2}], 1)
 
+    run.below("tune/trial-0003/checkpoint_000002").remove(ADAPTER_WEIGHTS)
+    saved = shelf.newest()
+    assert saved is not None
+    assert (saved.checkpoint, len(saved.damaged)) == (None, 2)
+
 
 def test_store_that_refuses_is_not_asked_again(store: Store) -> None:
     store.fault = status(403)

@@ -68,7 +68,7 @@ def export_adapter(run: RunDirectory, trial: int, out: Path) -> Checkpoint:
     saved = Shelf(run.folder, trial).newest()
     if saved is None:
         raise InputError(f"--trial {trial}: {run.place} has no checkpoint of such a trial")
-    if saved.damaged:
+    if saved.checkpoint is None or saved.damaged:
         raise SweepError(saved.damaged[0])
     shutil.rmtree(out, ignore_errors=True)
     _write_adapter(saved.checkpoint, out)

@@ -227,12 +227,15 @@ class Hosts:
             other, host.versions = ray.get(host.versions), None
             if what := differences(versions(), other):
                 return f"its node has {', '.join(what)}"
-        if host.loading is not None and (why := _failed(host.loading)) is not None:
-            if "ObjectLost" in why or "OwnerDied" in why:  # the data went with the node that had prepared it
+        if host.loading is not None and _done(host.loading):
+            loading, host.loading = host.loading, None
+            try:
+                unwrap(loading)
+            except _DataLost:
                 self._prepare(host)
                 host.loading = host.actor.load.remote(self._data)
-                return None
-            return why
+            except SweepError as error:
+                return str(error)
         return _failed(host.alive)
 
     def _missing(self, there: Sequence[Node]) -> list[HostPlace]:
