@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while t
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
+    from ray.cluster_utils import Cluster
 
     from lora_search.data import TokenizedData
     from lora_search.engine import Evaluation
@@ -106,6 +108,24 @@ def processes(title: str) -> list[int]:
         except psutil.Error:
             continue
     return found
+
+
+@contextmanager
+def two_nodes(**head: Any) -> Iterator[Cluster]:
+    """A Ray whose head has no GPU, and two nodes with one each, by Ray's own count.
+
+    Args:
+        head: what else Ray is told of the head.
+    """
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0, **head})
+    for _ in range(2):
+        cluster.add_node(num_cpus=1, num_gpus=1)
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
 
 
 def require_gives_back(folder: Folder, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-from conftest import PATIENCE, make_spec
+from conftest import PATIENCE, make_spec, two_nodes
 from test_faults import require_whole
 
 from lora_search.errors import InputError
@@ -34,16 +34,8 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def nodes() -> Iterator[Cluster]:
-    """A head without GPUs and two nodes with one each."""
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0})
-    for _ in range(2):
-        cluster.add_node(num_cpus=1, num_gpus=1)
-    try:
-        yield cluster
-    finally:
-        cluster.shutdown()
+    with two_nodes() as nodes:
+        yield nodes
 
 
 class Weather(Observer):

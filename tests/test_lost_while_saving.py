@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-from conftest import PATIENCE, make_spec
+from conftest import PATIENCE, make_spec, two_nodes
 from test_faults import require_whole
 
 from lora_search.checkpoint import ADAPTER_WEIGHTS, TRIAL
@@ -36,18 +36,10 @@ TORN = (0, 2 * EVERY)
 
 @pytest.fixture
 def nodes() -> Iterator[Cluster]:
-    """A head that has room for no seat, and two nodes with a GPU each, by Ray's count."""
-    from ray.cluster_utils import Cluster
-
+    """The head has room for no seat."""
     soon = {"health_check_period_ms": 500, "health_check_timeout_ms": 2000, "health_check_failure_threshold": 4}
-    head = {"num_cpus": 1, "num_gpus": 0, "memory": 1, "_system_config": soon}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    for _ in range(2):
-        cluster.add_node(num_cpus=1, num_gpus=1)
-    try:
-        yield cluster
-    finally:
-        cluster.shutdown()
+    with two_nodes(memory=1, _system_config=soon) as nodes:
+        yield nodes
 
 
 class SlowFile:

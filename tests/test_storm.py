@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from conftest import PATIENCE, make_spec, processes
+from conftest import PATIENCE, make_spec, processes, two_nodes
 from rich.console import Console
 from rich.table import Table
 from test_faults import require_whole
@@ -113,16 +113,8 @@ def tally() -> Iterator[Tally]:
 
 @pytest.fixture
 def nodes() -> Iterator[Cluster]:
-    """A head without GPUs and two nodes with one each, which are Ray's logical ones."""
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0})
-    for _ in range(2):
-        cluster.add_node(num_cpus=1, num_gpus=1)
-    try:
-        yield cluster
-    finally:
-        cluster.shutdown()
+    with two_nodes() as nodes:
+        yield nodes
 
 
 class Storm:

@@ -154,7 +154,11 @@ class Hosts:
         return [ready for _, ready in self._each(lambda host: host.actor.load.remote(self._data))]
 
     def _each(self, ask: Callable[[_Running], Any]) -> list[tuple[_Running, Any]]:
-        """What every host answers; one that is lost before it has is replaced, and that one asked."""
+        """What every host answers; one that is lost before it has is replaced, and that one asked.
+
+        Raises:
+            InputError, SweepError: as the host said, or no host is left.
+        """
         answered: dict[str, Any] = {}
         while asked := [(host, ask(host)) for name, host in self._running.items() if name not in answered]:
             data = self._data
