@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import ray
@@ -17,6 +19,11 @@ from lora_search.spec import SweepSpec
 from lora_search.storage import Folder
 
 ADMISSION_RETRY_S = 0.05
+"""Between two rounds over so many hosts as are asked at a time; over more of them it is more."""
+
+ASKED_AT_ONCE = 4
+"""Hosts. The best of a few drawn at random is nearly as good a choice as the best of all (Mitzenmacher, The Power of
+Two Choices in Randomized Load Balancing, 2001), and costs the same whatever the size of the cluster."""
 
 ANSWER_S = 5.0
 """A host that takes longer to say whether it has room is passed over, this time."""
@@ -25,8 +32,8 @@ ANSWER_S = 5.0
 class Seat(tune.Trainable):  # type: ignore[misc]  # Ray's base class is untyped
     """Asks a host for the next stretch of its trial and reports the result.
 
-    Its config is `{"trial": number, "params": {name: value}}`, as the searcher proposes it. A trial that has
-    checkpoints goes on from the newest, whatever ended the seat, or the sweep, that it had before.
+    Its config is `{"trial": number, "params": {name: value}, "again": whether it had a seat before}`, as the searcher
+    proposes it. A trial that has checkpoints goes on from the newest, whatever ended that seat, or its sweep.
 
     A result is the engine's report of the trial, and besides:
 
@@ -55,6 +62,7 @@ class Seat(tune.Trainable):  # type: ignore[misc]  # Ray's base class is untyped
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._trial = str(config["trial"])
+        self._again = config["again"]
         self._parameters = config["params"]
         self._config = trial_config(self._spec, config["params"])
         self._steps = report_steps(self._spec, self._config)
@@ -93,7 +101,7 @@ class Seat(tune.Trainable):  # type: ignore[misc]  # Ray's base class is untyped
 
     def _train(self) -> dict[str, Any]:
         if self._host is None:
-            self._host = self._lobby.admit(self._trial, self._config, self._checkpoint)
+            self._host = self._lobby.admit(self._trial, self._config, self._checkpoint, again=self._again)
             self._checkpoint = None
         until = next(step for step in self._steps if step > self._reported)
         report: dict[str, Any] = _get(self._host.advance.remote(self._trial, until))
@@ -114,46 +122,73 @@ class Lobby:
         """
         self._prefix = prefix
         self._known: dict[str, ActorHandle] = {}
+        self._last = ""
+        """The host that admitted the last trial of this seat: where that has ended, there is room."""
 
-    def admit(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None) -> ActorHandle:
-        """The host with most room that admits the trial; waits while all are full."""
+    def admit(
+        self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None, *, again: bool = False
+    ) -> ActorHandle:
+        """A host that admits the trial, of a few at a time the one with most room; waits while all are full.
+
+        Args:
+            again: the trial may be resident somewhere, from when it had another seat.
+        """
         given = None if checkpoint is None else ray.put(checkpoint)
+        waits: set[str] = set()
         while True:
-            hosts = self._by_room()
-            for host in hosts:
+            names = self._names()
+            for name in self._as_asked(names):
                 try:
-                    admitted = _get(host.admit.remote(trial, config, given))
+                    admitted = _get(self._known[name].admit.remote(trial, config, given))
                 except ray.exceptions.RayActorError:
                     continue  # lost meanwhile
                 if admitted:
-                    for other in hosts:
-                        if other is not host:
-                            other.release.remote(trial)  # it waits there; or trained there, for a seat that was lost
-                    return host
-            time.sleep(ADMISSION_RETRY_S)
+                    for other in (names if again else waits) - {name}:
+                        if (host := self._host(other)) is not None:
+                            host.release.remote(trial)
+                    self._last = name
+                    return self._known[name]
+                waits.add(name)
+            time.sleep(ADMISSION_RETRY_S * max(1.0, len(names) / ASKED_AT_ONCE))
 
-    def _by_room(self) -> list[ActorHandle]:
-        """The hosts that answer, the one with most room first."""
-        asked = {host.room.remote(): host for host in self._hosts()}
+    def _names(self) -> set[str]:
+        names = {name for name in ray.util.list_named_actors() if name.startswith(self._prefix)}
+        self._known = {name: host for name, host in self._known.items() if name in names}
+        return names
+
+    def _as_asked(self, names: set[str]) -> Iterator[str]:
+        """The hosts that answer: a few at a time those with places, most room first; then the full ones, to wait."""
+        drawn = random.sample(sorted(names), len(names))
+        drawn.sort(key=lambda name: name != self._last)
+        full = []
+        for first in range(0, len(drawn), ASKED_AT_ONCE):
+            for (places, _), name in self._rooms(drawn[first : first + ASKED_AT_ONCE]):
+                if places > 0:
+                    yield name
+                else:
+                    full.append(name)
+        yield from full
+
+    def _rooms(self, names: list[str]) -> list[tuple[tuple[int, int], str]]:
+        """What room the hosts have that answer, as they say it, and their names; the most first."""
+        asked = {host.room.remote(): name for name in names if (host := self._host(name)) is not None}
         answers, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S) if asked else ([], [])
-        rooms: list[tuple[tuple[int, int], ActorHandle]] = []
+        rooms: list[tuple[tuple[int, int], str]] = []
         for answer in answers:
             try:
                 rooms.append((ray.get(answer), asked[answer]))
             except ray.exceptions.RayActorError:
                 continue
-        return [host for _, host in sorted(rooms, key=lambda pair: pair[0], reverse=True)]
+        return sorted(rooms, key=lambda pair: pair[0], reverse=True)
 
-    def _hosts(self) -> list[ActorHandle]:
-        names = [name for name in ray.util.list_named_actors() if name.startswith(self._prefix)]
-        self._known = {name: host for name, host in self._known.items() if name in names}
-        for name in names:
-            if name not in self._known:
-                try:
-                    self._known[name] = ray.get_actor(name)
-                except ValueError:  # it has died since
-                    continue
-        return list(self._known.values())
+    def _host(self, name: str) -> ActorHandle | None:
+        """None where it has died since its name was heard."""
+        if name not in self._known:
+            try:
+                self._known[name] = ray.get_actor(name)
+            except ValueError:
+                return None
+        return self._known[name]
 
 
 def _get(reference: Any) -> Any:

@@ -98,12 +98,23 @@ def wait_until(done: Callable[[], bool], process: subprocess.Popen[str] | None =
         time.sleep(0.02)
 
 
-def processes(title: str) -> list[int]:
-    """Descendants of this process whose name, as Ray sets it, begins so."""
+def flip_bit(file: Path, place: int = -1) -> None:
+    """Damage one byte of a file, as a disk does: its size and all else stay."""
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+SEATS = ("ray::Seat", "ray::ResourceTrainable.train")
+"""Names of a seat's process, as Ray sets them: while it waits for the driver, and while its trial is trained."""
+
+
+def processes(*titles: str) -> list[int]:
+    """Descendants of this process whose name, as Ray sets it, begins with one of these."""
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if " ".join(process.cmdline()).startswith(title):
+            if " ".join(process.cmdline()).startswith(titles):
                 found.append(process.pid)
         except psutil.Error:
             continue

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_spec, write_tiny_data
+from conftest import flip_bit, make_spec, write_tiny_data
 from safetensors.torch import load as load_tensors
 
 from lora_search.checkpoint import ADAPTER_WEIGHTS, OPTIMIZER, TRIAL, read_checkpoint, write_checkpoint
@@ -174,9 +174,7 @@ def test_checkpoint_holds_no_pickle_and_peft_loads_its_adapter(
 def test_damaged_checkpoint_is_noticed(engine: Engine, tiny_spec: SweepSpec, tmp_path: Path, name: str) -> None:
     engine.admit("a", config(tiny_spec))
     write_checkpoint(engine.snapshot("a"), Folder(tmp_path))
-    content = bytearray((tmp_path / name).read_bytes())
-    content[-1] ^= 1
-    (tmp_path / name).write_bytes(bytes(content))
+    flip_bit(tmp_path / name)
     with pytest.raises(SweepError, match=f"{name} is damaged"):
         read_checkpoint(Folder(tmp_path))
     (tmp_path / name).unlink()

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from conftest import PATIENCE, make_spec, processes, wait_until
+from conftest import PATIENCE, flip_bit, make_spec, processes, wait_until
 
 from lora_search.checkpoint import KEPT
 from lora_search.errors import InputError, SweepError
@@ -118,10 +118,7 @@ def kill(title: str) -> None:
 
 def damage(run: RunDirectory, trial: int, step: int) -> None:
     """One bit of a checkpoint; and kill whoever knows it."""
-    weights = run.tune / f"trial-{trial:04d}" / f"checkpoint_{step:06d}" / "adapter_model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
+    flip_bit(run.tune / f"trial-{trial:04d}" / f"checkpoint_{step:06d}" / "adapter_model.safetensors")
     kill("ray::Seat")
 
 

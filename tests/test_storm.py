@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from conftest import PATIENCE, make_spec, processes, two_nodes
+from conftest import PATIENCE, SEATS, flip_bit, make_spec, processes, two_nodes
 from rich.console import Console
 from rich.table import Table
 from test_faults import require_whole
@@ -150,7 +150,7 @@ class Storm:
                     deadline = time.monotonic() + 2 * PATIENCE
             time.sleep(0.05)
         assert status == 0, self.said()
-        self._count("")
+        self._count("", repeated(Path(self._spec.output)))
 
     def said(self) -> str:
         return (Path(self._spec.output) / "said").read_text()[-6000:]
@@ -158,63 +158,73 @@ class Storm:
     def _reports(self) -> int:
         return self.run.trials.read_text().count('"report"') if self.run.trials.exists() else 0
 
-    def _count(self, kind: str) -> None:
-        now = repeated(Path(self._spec.output))
+    def _count(self, kind: str, now: int) -> None:
+        """The steps repeated since the last fault are that one's; the next is of this kind."""
         if self._kind:
             self._tally.repeated[self._kind] += now - self._before
         self._kind, self._before = kind, now
 
     def _strike(self, kind: str) -> None:
-        self._count(kind)
-        getattr(self, f"_{kind}")()
-        self._tally.injected[kind] += 1
+        """Counts as injected where it has hit something; otherwise it comes again, last of all."""
+        now = repeated(Path(self._spec.output))
+        if getattr(self, f"_{kind}")():
+            self._tally.injected[kind] += 1
+            self._count(kind, now)
+        else:
+            self._faults.insert(0, kind)
 
-    def _kill(self, title: str, *, every: bool = False) -> None:
-        victims = processes(title)
+    def _kill(self, *titles: str, every: bool = False) -> bool:
+        victims = processes(*titles)
+        self._draw.shuffle(victims)
         for victim in victims if every else victims[:1]:
             os.kill(victim, signal.SIGKILL)
+        return bool(victims)
 
-    def _seat(self) -> None:
-        self._kill("ray::Seat")
+    def _seat(self) -> bool:
+        return self._kill(*SEATS)
 
-    def _host(self) -> None:
-        self._kill("ray::Host")
+    def _host(self) -> bool:
+        return self._kill("ray::Host")
 
-    def _damage(self) -> None:
+    def _damage(self) -> bool:
         """One bit of the newest checkpoint of a trial that runs."""
         running = [row["trial"] for row in run_rows(self.run) if row["state"] == "running"]
         trial = self._draw.choice(running or [0])
         saved = sorted((self.run.tune / f"trial-{trial:04d}").glob("checkpoint_*/adapter_model.safetensors"))
-        if saved:
-            content = bytearray(saved[-1].read_bytes())
-            content[self._draw.randrange(len(content))] ^= 1
-            saved[-1].write_bytes(content)
-        self._kill("ray::Host", every=True)
+        if not saved:
+            return False
+        flip_bit(saved[-1], self._draw.randrange(saved[-1].stat().st_size))
+        return self._kill("ray::Host", every=True)
 
-    def _node(self) -> None:
+    def _node(self) -> bool:
         self._nodes.remove_node(self._draw.choice(list(self._nodes.worker_nodes)), allow_graceful=False)
         self._nodes.add_node(num_cpus=1, num_gpus=1)
+        return True
 
-    def _warn(self) -> None:
+    def _warn(self) -> bool:
         self._process.send_signal(signal.SIGTERM)
-        assert self._process.wait(PATIENCE) in (130, 0), self.said()  # 0: it had just ended
+        status = self._process.wait(PATIENCE)
+        assert status in (130, 0), self.said()  # 0: it had just ended
         self._process = self._start("--resume")
+        return status == 130
 
     def _end_driver(self) -> None:
         self._process.kill()
         self._process.wait()
 
-    def _driver(self) -> None:
+    def _driver(self) -> bool:
         self._end_driver()
         self._process = self._start("--resume")
+        return True
 
-    def _torn(self) -> None:
+    def _torn(self) -> bool:
         self._end_driver()
         record = self.run.trials
         os.truncate(record, record.stat().st_size - self._draw.randrange(1, 400))
         with (self.run.path / "study.journal").open("a") as journal:
             journal.write('{"op_code": 6, "worker')
         self._process = self._start("--resume")
+        return True
 
 
 def storm_spec(tiny: Path, output: Path) -> SweepSpec:

@@ -24,12 +24,12 @@ MEMORY = "memory"
 
 
 class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's base class is untyped
-    """Proposes configurations from a study: `{"trial": number, "params": {name: value}}`.
+    """Proposes configurations from a study: `{"trial": number, "params": {name: value}, "again": bool}`.
 
-    Trials that the study has as running, from an earlier process, come first, with their numbers. So does one whose
-    seat, host or machine was lost: Ray Tune's own retries do not reach a trial that was lost before its first step.
-    Each proposal is drawn from the sampler's seed and the trial's number, so that a search goes on as if it had not
-    been interrupted.
+    Trials that the study has as running, from an earlier process, come first, with their numbers and `again` set. So
+    does one whose seat, host or machine was lost: Ray Tune's own retries do not reach a trial that was lost before its
+    first step. Each proposal is drawn from the sampler's seed and the trial's number, so that a search goes on as if it
+    had not been interrupted.
     """
 
     def __init__(self, spec: SweepSpec, study: optuna.Study, capacity: Callable[[], int]) -> None:
@@ -58,7 +58,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's base class is unty
         """A configuration; None while as many trials run as may, FINISHED when all have ended."""
         if len(self._trials) >= self._capacity():
             return None
-        if self._waiting:
+        if again := bool(self._waiting):
             trial = self._waiting.pop(0)
             if trial.params.keys() != self._distributions.keys():
                 self._propose_the_rest(trial)
@@ -69,7 +69,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's base class is unty
         else:
             return None if self._trials else str(Searcher.FINISHED)
         self._trials[trial_id] = trial
-        return {"trial": trial.number, "params": decode(self._search.space, trial.params)}
+        return {"trial": trial.number, "params": decode(self._search.space, trial.params), "again": again}
 
     def _propose_the_rest(self, trial: optuna.Trial) -> None:
         """Finish the last proposal of a process that was ended in the middle of it, as that would have."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray._private import worker as ray_worker
 from ray.autoscaler.sdk import request_resources
 
 from lora_search.errors import InputError, SweepError
@@ -62,6 +63,7 @@ def cluster(address: str | None, say: Say = lambda line: None) -> Iterator[None]
                     log_to_driver=False,
                     **options,
                 )
+                ray_worker._worker_logs_enabled = False  # else what raylets say is printed in spite of log_to_driver
         except ConnectionError as error:
             raise SweepError(f"no Ray cluster answers at {address} (of --address or RAY_ADDRESS): {error}") from None
         except Exception as error:  # of many kinds: ports, memory, a machine too busy to start it in time
@@ -73,6 +75,7 @@ def cluster(address: str | None, say: Say = lambda line: None) -> Iterator[None]
     finally:
         if ours:
             ray.shutdown()
+            ray_worker._worker_logs_enabled = True
 
 
 @contextmanager

@@ -61,10 +61,10 @@ class _Running:
     actor: ActorHandle
     alive: Any
     """A call that is never answered: it ends when the host does."""
+    versions: Any
+    """A call that is answered with the versions on its node; None where they have been compared."""
     loading: Any = None
     """A call that is answered when the base is loaded."""
-    versions: Any = None
-    """A call that is answered with the versions on its node."""
 
 
 class Hosts:
@@ -115,7 +115,7 @@ class Hosts:
             InputError: a node has other versions of what decides a result; it says which.
         """
         here = versions()
-        there = self._each(lambda host: host.actor.run.remote(versions))
+        there = self._each(lambda host: host.versions)
         wrong = {host.place.node: differences(here, other) for host, other in there}
         if any(wrong.values()):
             found = "; ".join(f"node {node[:8]} has {', '.join(what)}" for node, what in wrong.items() if what)
@@ -217,7 +217,6 @@ class Hosts:
         """
         started = [self._start(place) for place in self._missing(there)]
         for host in started:
-            host.versions = host.actor.run.remote(versions)
             self._say(f"{host.place.name} starts on node {host.place.node[:8]}")
         if not self._running:
             raise SweepError("all hosts were lost, and none can be started; the sweep can be resumed with --resume")
@@ -272,7 +271,7 @@ class Hosts:
             )
             .remote(place.name, capacity, partial(self._build, self._spec, place, capacity))
         )
-        host = _Running(place, capacity, actor, actor.live.remote())
+        host = _Running(place, capacity, actor, actor.live.remote(), actor.run.remote(versions))
         self._running[place.name] = host
         return host
 
@@ -299,10 +298,11 @@ class Hosts:
                 logger.warning("a host kept no checkpoints: %s", error)
         return saved
 
-    def release(self, trial: int) -> None:
-        """Let a trial go, wherever it is resident."""
-        for actor in self.actors:
-            actor.release.remote(str(trial))
+    def release(self, trial: int, host: str | None = None) -> None:
+        """Let a trial go, from the host of that name, or wherever it is resident."""
+        for other in self._running.values():
+            if host in (None, other.place.name):
+                other.actor.release.remote(str(trial))
 
     def end(self) -> None:
         for actor in self.actors:

@@ -332,9 +332,18 @@ class _Attend(Observer):
 
     def __init__(self, hosts: Hosts) -> None:
         self._hosts = hosts
+        self._resident: dict[int, str | None] = {}
+        """By trial, the host that reported it; None where others may have it as well."""
+
+    def trial_resumed(self, trial: int, parameters: Mapping[str, Any], step: int, damaged: Sequence[str]) -> None:
+        self._resident[trial] = None
+
+    def trial_reported(self, trial: int, report: Mapping[str, Any]) -> None:
+        self._resident.setdefault(trial, report["host"])
 
     def trial_ended(self, trial: int, state: str, reason: str | None) -> None:
-        self._hosts.release(trial)
+        host = self._resident.pop(trial, None)
+        self._hosts.release(trial, None if state == "failed" else host)
 
     def tick(self) -> None:
         self._hosts.look()
