@@ -134,21 +134,21 @@ class Lobby:
             again: the trial may be resident somewhere, from when it had another seat.
         """
         given = None if checkpoint is None else ray.put(checkpoint)
-        waits: set[str] = set()
+        asked: set[str] = set()
         while True:
             names = self._names()
             for name in self._as_asked(names):
+                asked.add(name)
                 try:
                     admitted = _get(self._known[name].admit.remote(trial, config, given))
                 except ray.exceptions.RayActorError:
-                    continue  # lost meanwhile
+                    continue  # lost meanwhile, or out of reach for a moment
                 if admitted:
-                    for other in (names if again else waits) - {name}:
+                    for other in (names if again else asked) - {name}:  # it waits there, or is resident
                         if (host := self._host(other)) is not None:
                             host.release.remote(trial)
                     self._last = name
                     return self._known[name]
-                waits.add(name)
             time.sleep(ADMISSION_RETRY_S * max(1.0, len(names) / ASKED_AT_ONCE))
 
     def _names(self) -> set[str]:

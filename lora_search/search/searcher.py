@@ -54,6 +54,11 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's base class is unty
         self._trials: dict[str, optuna.Trial] = {}
         self._reported = {trial.number: max(trial.intermediate_values, default=0) for trial in running}
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether no trial is to come, as it stands."""
+        return not self._waiting and self._asked >= self._planned
+
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """A configuration; None while as many trials run as may, FINISHED when all have ended."""
         if len(self._trials) >= self._capacity():

@@ -41,6 +41,7 @@ from lora_search.spec import SweepSpec, dump_spec
 from lora_search.storage import StoreError
 from lora_search.sweep.build import build_engine
 from lora_search.sweep.cluster import Say, asked_of_autoscaler, cluster, seat_resources
+from lora_search.sweep.controller import starting_seats_kept
 from lora_search.sweep.hosts import HostLost, Hosts
 from lora_search.sweep.prepare import DataSummary, prepare, refuse_other_data
 from lora_search.sweep.provenance import provenance, read_provenance, write_provenance
@@ -260,7 +261,7 @@ def _tune(
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(hosts.capacity)
     seat = tune.with_parameters(Seat, spec=spec, run=run.folder, hosts=hosts.prefix)
     try:
-        with sigterm_ends_tune():
+        with sigterm_ends_tune(), starting_seats_kept():
             # tune.run, not Tuner: that one pickles every callback and searcher into the run directory.
             tune.run(
                 tune.with_resources(seat, seat_resources(hosts.capacity)),

@@ -1,0 +1,192 @@
+"""Seats: how they look for a host, and that no more of their processes are started than trials can run at once."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PATIENCE, make_spec, wait_until
+from test_host import CONFIG, CountingEngine
+
+from lora_search.checkpoint import Checkpoint, seal
+from lora_search.host import Host
+from lora_search.placement import HostPlace
+from lora_search.rundir import create_run
+from lora_search.seat import ASKED_AT_ONCE, Lobby
+from lora_search.spec import SweepSpec
+
+HOSTS = 2 * ASKED_AT_ONCE
+PREFIX = "lora-search-of-a-test-"
+
+
+class Asked(Host):
+    """Counts how often it is asked for its room; holds one trial."""
+
+    def __init__(self) -> None:
+        super().__init__("host", 1, lambda data: CountingEngine())
+        self._rooms = 0
+
+    async def room(self) -> tuple[int, int]:
+        self._rooms += 1
+        return await super().room()
+
+    async def asked(self) -> int:
+        return self._rooms
+
+    async def residents(self) -> set[str]:
+        return set(self._residents)
+
+
+@dataclass
+class Hosts:
+    """As a sweep has them."""
+
+    ray: Any
+    actors: list[Any]
+
+    def of(self, trial: str) -> list[int]:
+        """Where a trial is resident."""
+        residents = self.ray.get([actor.residents.remote() for actor in self.actors])
+        return [index for index, trials in enumerate(residents) if trial in trials]
+
+    def asked(self) -> int:
+        return sum(self.ray.get([actor.asked.remote() for actor in self.actors]))
+
+    def release(self, trial: str) -> None:
+        self.ray.get([actor.release.remote(trial) for actor in self.actors])
+
+
+def hosts_of(ray: Any) -> Hosts:
+    host = ray.remote(Asked)
+    actors = [host.options(num_cpus=0, name=f"{PREFIX}{index}").remote() for index in range(HOSTS)]
+    ray.get([actor.load.remote(None) for actor in actors])
+    return Hosts(ray, actors)
+
+
+@pytest.fixture(scope="module")
+def started() -> Iterator[Hosts]:
+    import ray
+
+    from lora_search.sweep.cluster import cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # hosts import this file
+        with cluster(None):
+            yield hosts_of(ray)
+
+
+@pytest.fixture
+def hosts(started: Hosts) -> Iterator[Hosts]:
+    yield started
+    for trials in started.ray.get([actor.residents.remote() for actor in started.actors]):
+        for trial in trials:
+            started.release(trial)
+
+
+def filled(hosts: Hosts, lobby: Lobby) -> list[str]:
+    trials = [f"filling-{number}" for number in range(HOSTS)]
+    for trial in trials:
+        lobby.admit(trial, CONFIG, None)
+    assert sorted(place for trial in trials for place in hosts.of(trial)) == list(range(HOSTS))
+    return trials
+
+
+def test_one_host_with_room_among_full_ones_is_found(hosts: Hosts) -> None:
+    trials = filled(hosts, Lobby(PREFIX))
+    for gone in trials:
+        (place,) = hosts.of(gone)
+        hosts.release(gone)
+        Lobby(PREFIX).admit(f"after {gone}", CONFIG, None)
+        assert hosts.of(f"after {gone}") == [place]
+
+
+def test_where_its_last_trial_has_ended_it_asks_first_and_few_others(hosts: Hosts) -> None:
+    filled(hosts, lobby := Lobby(PREFIX))
+    trial = f"filling-{HOSTS - 1}"
+    hosts.release(trial)
+    before = hosts.asked()
+    lobby.admit("next", CONFIG, None)
+    assert hosts.asked() - before == ASKED_AT_ONCE
+
+
+def test_trial_that_waited_everywhere_waits_nowhere_once_it_is_in(hosts: Hosts) -> None:
+    trials = filled(hosts, Lobby(PREFIX))
+    waiting = threading.Thread(target=Lobby(PREFIX).admit, args=("waiting", CONFIG, None))
+    before = hosts.asked()
+    waiting.start()
+    while hosts.asked() - before <= HOSTS:  # it has been refused everywhere, and asks again
+        pass
+    hosts.release(trials.pop())
+    waiting.join(PATIENCE)
+    assert len(hosts.of("waiting")) == 1
+    hosts.release("waiting")
+    late = threading.Thread(target=lambda: [Lobby(PREFIX).admit(f"late {trial}", CONFIG, None) for trial in "ab"])
+    hosts.release(trials.pop())
+    late.start()  # where the first one still waited, these would have to
+    late.join(10)
+    assert not late.is_alive()
+
+
+def test_trial_that_lost_its_seat_leaves_the_host_that_it_was_on(hosts: Hosts) -> None:
+    Lobby(PREFIX).admit("lost", CONFIG, None)
+    (before,) = hosts.of("lost")
+    Lobby(PREFIX).admit("lost", CONFIG, None, again=True)  # its place there is taken, by itself
+    wait_until(lambda: before not in hosts.of("lost"))
+    assert len(hosts.of("lost")) == 1
+
+
+@dataclass
+class IdleReport:
+    step: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"step": self.step, "eval_loss": 1.0 / self.step, "tokens": self.step, "history": []}
+
+
+class IdleEngine(CountingEngine):
+    """Takes no time for its steps, and has what a sweep wants to know."""
+
+    def snapshot(self, trial: str) -> Checkpoint:
+        return seal({"weights.bin": b""}, {"step": self.steps[trial]})
+
+    def report(self, trials: Sequence[str]) -> dict[str, Any]:
+        return {trial: IdleReport(self.steps[trial]) for trial in trials}
+
+
+def build_idle(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> IdleEngine:
+    return IdleEngine()
+
+
+def test_seats_are_started_once_each_though_trials_end_while_others_start(
+    started: Hosts, tiny: Path, tmp_path: Path
+) -> None:
+    """A trial takes a hundredth of what a seat's process takes to start."""
+    from ray._private.state import actors
+
+    from lora_search.sweep.hosts import Hosts as SweepHosts
+    from lora_search.sweep.run import search
+
+    def seats() -> int:
+        return sum(actor["ActorClassName"].endswith("ResourceTrainable") for actor in actors().values())
+
+    capacity, before = 3, seats()
+    spec = make_spec(
+        tiny,
+        name="seats",
+        hosts={"count": 1, "trials_per_host": capacity},
+        search={"trials": 60, "sampler": {"name": "random"}, "scheduler": {"name": "none"}},
+        output=str(tmp_path),
+    )
+    hosts = SweepHosts(spec, build_idle)
+    try:
+        hosts.load()
+        rows = search(spec, create_run(tmp_path, spec.name, exact=True), hosts)
+    finally:
+        hosts.end()
+    assert [row["state"] for row in rows] == ["completed"] * 60
+    assert seats() - before == capacity
