@@ -18,6 +18,9 @@ from lora_search.space import TrialConfig, report_steps, trial_config
 from lora_search.spec import SweepSpec
 from lora_search.storage import Folder
 
+SEAT_BYTES = 200 << 20
+"""Memory of a seat, which is all that Ray is asked for: a Python process with Ray Tune in it."""
+
 ADMISSION_RETRY_S = 0.05
 """Between two rounds over so many hosts as are asked at a time; over more of them it is more."""
 

@@ -150,7 +150,6 @@ def main() -> None:
         num_gpus=arguments.gpus,
         include_dashboard=False,
         log_to_driver=False,
-        resources={"lora_search_seats": 10_000},
     )
     with tempfile.TemporaryDirectory() as folder:
         sizes = [measure(trials, Path(folder)) for trials in arguments.trials]

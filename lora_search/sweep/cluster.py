@@ -22,16 +22,8 @@ from lora_search.spec import Hosts as HostSpec
 
 Say = Callable[[str], None]
 
-SEATS = "lora_search_seats"
-"""A resource of the clusters that we start, of which each seat takes an equal part."""
-
-SEATS_TOTAL = 10_000
-
 PAUSE_S = 1.0
 """Between two looks for a first GPU."""
-
-SEAT_BYTES = 200 << 20
-"""Memory of a seat: a Python process with Ray Tune in it."""
 
 
 @contextmanager
@@ -54,7 +46,7 @@ def cluster(address: str | None, say: Say = lambda line: None) -> Iterator[None]
                 "you; unset it, and Ray asks for its token"
             )
         # No runtime_env: workers that Ray has started ahead would not have it, and be thrown away.
-        options: dict[str, Any] = {} if address else {"include_dashboard": False, "resources": {SEATS: SEATS_TOTAL}}
+        options: dict[str, Any] = {} if address else {"include_dashboard": False}
         try:
             with nullcontext() if address else _on_loopback(), _private_token():
                 ray.init(
@@ -144,14 +136,3 @@ def first_places(hosts: HostSpec) -> tuple[HostPlace, ...]:
                 if time.monotonic() >= end:
                     raise
         time.sleep(PAUSE_S)
-
-
-def seat_resources(capacity: int) -> dict[str, float]:
-    """What Ray Tune asks for a seat, which needs no core and no GPU of its own.
-
-    Where no more than `capacity` seats fit, Tune waits for one to become free. Where more fit, a trial that finds no
-    seat free at the moment is given a new process, takes over the next free seat all the same, and throws the new
-    process away; from then on every trial costs one (seen in Ray 2.60: 0.8 s a trial instead of 0.2).
-    """
-    total = ray.cluster_resources().get(SEATS)
-    return {SEATS: max(1, int(total) // capacity)} if total else {"memory": SEAT_BYTES}

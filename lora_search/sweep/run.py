@@ -35,12 +35,12 @@ from lora_search.results import Row, Run, best_row, ended_count, run_rows, sampl
 from lora_search.rundir import RunDirectory, discard, locked
 from lora_search.search import StudySearcher, create_study
 from lora_search.search.asha import StepAsha
-from lora_search.seat import Seat
+from lora_search.seat import SEAT_BYTES, Seat
 from lora_search.space import planned_trials, trial_config
 from lora_search.spec import SweepSpec, dump_spec
 from lora_search.storage import StoreError
 from lora_search.sweep.build import build_engine
-from lora_search.sweep.cluster import Say, asked_of_autoscaler, cluster, seat_resources
+from lora_search.sweep.cluster import Say, asked_of_autoscaler, cluster
 from lora_search.sweep.controller import starting_seats_kept
 from lora_search.sweep.hosts import HostLost, Hosts
 from lora_search.sweep.prepare import DataSummary, prepare, refuse_other_data
@@ -264,7 +264,7 @@ def _tune(
         with sigterm_ends_tune(), starting_seats_kept():
             # tune.run, not Tuner: that one pickles every callback and searcher into the run directory.
             tune.run(
-                tune.with_resources(seat, seat_resources(hosts.capacity)),
+                tune.with_resources(seat, {"memory": SEAT_BYTES}),
                 search_alg=searcher,
                 scheduler=_scheduler(spec, past),
                 num_samples=-1,  # the searcher says when all have ended, those that are tried again among them
