@@ -1,4 +1,4 @@
-"""ASHA by optimiser steps, whose rung records survive the end of the process."""
+"""Schedulers: ASHA by optimiser steps, whose rung records survive the end of the process, and none."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from lora_search.space import first_rung
 from lora_search.spec import SweepSpec
@@ -18,7 +18,14 @@ class _Numbered(NamedTuple):
     trial_id: str
 
 
-class StepAsha(AsyncHyperBandScheduler):  # type: ignore[misc]  # Ray's base class is untyped
+class InOrder(FIFOScheduler):  # type: ignore[misc]  # Ray's base class is untyped
+    """Trials begin in the order of their proposal, and none is stopped early."""
+
+    def choose_trial_to_run(self, tune_controller: Any) -> None:
+        """Leave it to Ray Tune, which begins what is pending; FIFOScheduler looks at all trials, at every event."""
+
+
+class StepAsha(InOrder, AsyncHyperBandScheduler):  # type: ignore[misc]  # Ray's base class is untyped
     """Ray Tune's asynchronous successive halving (arXiv:1810.05934), which knows trials by our numbers.
 
     Ray does not save a scheduler: after a restore it has forgotten every score, and lets through what it would have

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from ray import tune
 from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.schedulers import TrialScheduler
 
 from lora_search.best import (
     Conclusion,
@@ -34,7 +34,7 @@ from lora_search.report import document, page
 from lora_search.results import Row, Run, best_row, ended_count, run_rows, sampled
 from lora_search.rundir import RunDirectory, discard, locked
 from lora_search.search import StudySearcher, create_study
-from lora_search.search.asha import StepAsha
+from lora_search.search.asha import InOrder, StepAsha
 from lora_search.seat import SEAT_BYTES, Seat
 from lora_search.space import planned_trials, trial_config
 from lora_search.spec import SweepSpec, dump_spec
@@ -316,7 +316,7 @@ def _conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts) -> Co
 
 def _scheduler(spec: SweepSpec, past: Past) -> TrialScheduler:
     if spec.search.scheduler.name == "none":
-        return FIFOScheduler()
+        return InOrder()
     scheduler = StepAsha(spec)
     scheduler.replay(past.events)
     return scheduler
