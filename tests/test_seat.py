@@ -119,8 +119,7 @@ def test_trial_that_waited_everywhere_waits_nowhere_once_it_is_in(hosts: Hosts) 
     waiting = threading.Thread(target=Lobby(PREFIX).admit, args=("waiting", CONFIG, None))
     before = hosts.asked()
     waiting.start()
-    while hosts.asked() - before <= HOSTS:  # it has been refused everywhere, and asks again
-        pass
+    wait_until(lambda: hosts.asked() - before > HOSTS)  # it has been refused everywhere, and asks again
     hosts.release(trials.pop())
     waiting.join(PATIENCE)
     assert len(hosts.of("waiting")) == 1

@@ -256,8 +256,7 @@ def _tune(
 ) -> None:
     """Have Ray Tune run the trials that are left."""
     searcher = StudySearcher(spec, study, lambda: hosts.capacity)
-    # Seats start side by side. One by one, which is Tune's way with a searcher, a trial that ends while a seat starts
-    # hands its own over, and the process that was starting is thrown away.
+    # Seats start side by side, not one by one, which is Tune's way with a searcher.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(hosts.capacity)
     seat = tune.with_parameters(Seat, spec=spec, run=run.folder, hosts=hosts.prefix)
     try:
