@@ -1,4 +1,4 @@
-"""A seat: the thin Ray Tune trainable that stands for one trial. It never imports torch."""
+"""A seat: the thin actor that stands for one trial in Ray Tune. It imports neither torch nor Ray Tune."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray import tune
 from ray.actor import ActorHandle
 
 from lora_search.checkpoint import Checkpoint, Shelf, step_of
@@ -19,7 +18,10 @@ from lora_search.spec import SweepSpec
 from lora_search.storage import Folder
 
 SEAT_BYTES = 200 << 20
-"""Memory of a seat, which is all that Ray is asked for: a Python process with Ray Tune in it."""
+"""Memory of a seat, which is all that Ray is asked for: a Python process with Ray in it."""
+
+PROPOSED = ("trial", "params", "again")
+"""What a seat's config holds: a trial's number, its values by name, and whether it had a seat before."""
 
 ADMISSION_RETRY_S = 0.05
 """Between two rounds over so many hosts as are asked at a time; over more of them it is more."""
@@ -32,14 +34,17 @@ ANSWER_S = 5.0
 """A host that takes longer to say whether it has room is passed over, this time."""
 
 
-class Seat(tune.Trainable):  # type: ignore[misc]  # Ray's base class is untyped
+class Seat:
     """Asks a host for the next stretch of its trial and reports the result.
 
-    Its config is `{"trial": number, "params": {name: value}, "again": whether it had a seat before}`, as the searcher
-    proposes it. A trial that has checkpoints goes on from the newest, whatever ended that seat, or its sweep.
+    Its methods are those that Ray Tune calls of a `tune.Trainable`. It is none itself: Ray Tune, with the pandas and
+    pyarrow that it imports, would be more than half of a seat's process, and of the time that it takes to start.
+
+    A trial that has checkpoints goes on from the newest, whatever ended the seat that it had, or its sweep.
 
     A result is the engine's report of the trial, and besides:
 
+    - done: whether the trial has come to its end.
     - checkpoint: where the trial's checkpoint of this step lies in the run directory.
     - resumed: the first time after a checkpoint was read, its step, and what was wrong with later ones.
     - failure: in place of a report, why the trial cannot go on. It is not raised, since Ray Tune tries again whatever
@@ -47,23 +52,20 @@ class Seat(tune.Trainable):  # type: ignore[misc]  # Ray's base class is untyped
     - unsaved: in place of a report, why the run directory cannot be read or written to.
     """
 
-    def setup(self, config: dict[str, Any], spec: SweepSpec, run: Folder, hosts: str) -> None:
+    def __init__(self, config: dict[str, Any], spec: SweepSpec, run: Folder, hosts: str) -> None:
         """
         Args:
+            config: as the searcher proposes it; its keys are PROPOSED.
             run: the run directory.
             hosts: what the names of the sweep's hosts begin with.
         """
         self._spec = spec
         self._run = run
         self._lobby = Lobby(hosts)
-        self._begin(config)
+        self.reset(config)
 
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Stand for another trial from now on; the one before has been released by the sweep."""
-        self._begin(new_config)
-        return True
-
-    def _begin(self, config: dict[str, Any]) -> None:
+    def reset(self, config: dict[str, Any]) -> bool:
+        """Stand for another trial from now on; the one before has been released by the sweep. True: it can."""
         self._trial = str(config["trial"])
         self._again = config["again"]
         self._parameters = config["params"]
@@ -73,15 +75,23 @@ class Seat(tune.Trainable):  # type: ignore[misc]  # Ray's base class is untyped
         self._host: ActorHandle | None = None
         self._begun = False
         self._reported = -1
+        return True
 
-    def step(self) -> dict[str, Any]:
+    def stop(self) -> None:
+        """Nothing is left to be put away when the process is to end."""
+
+    def get_auto_filled_metrics(self, *, debug_metrics_only: bool) -> dict[str, Any]:
+        """What there is to say before the first result: nothing."""
+        return {}
+
+    def train(self) -> dict[str, Any]:
         """Train up to the next report step, or say once more what was reported before the trial goes on."""
         news: dict[str, Any] = {}
         try:
             if not self._begun:
                 news = self._recall()
                 self._begun = True
-            report = self._untold.popleft() if self._untold else self._train()
+            report = self._untold.popleft() if self._untold else self._advance()
         except TrialFailed as failure:
             return news | {"step": max(0, self._reported), "failure": str(failure), "done": True}
         except OSError as error:
@@ -102,7 +112,7 @@ class Seat(tune.Trainable):  # type: ignore[misc]  # Ray's base class is untyped
         self._reported = step if self._reports else step - 1  # what is between the two may be a report step itself
         return {"resumed": {"step": step, "damaged": list(saved.damaged)}} if saved else {}
 
-    def _train(self) -> dict[str, Any]:
+    def _advance(self) -> dict[str, Any]:
         if self._host is None:
             self._host = self._lobby.admit(self._trial, self._config, self._checkpoint, again=self._again)
             self._checkpoint = None

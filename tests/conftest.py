@@ -105,10 +105,6 @@ def flip_bit(file: Path, place: int = -1) -> None:
     file.write_bytes(content)
 
 
-SEATS = ("ray::Seat", "ray::ResourceTrainable.train")
-"""Names of a seat's process, as Ray sets them: while it waits for the driver, and while its trial is trained."""
-
-
 def processes(*titles: str) -> list[int]:
     """Descendants of this process whose name, as Ray sets it, begins with one of these."""
     found = []

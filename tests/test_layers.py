@@ -130,7 +130,7 @@ def test_rooms_on_one_floor_make_no_circle() -> None:
     [
         ("lora_search.spec", ["torch", "ray", "optuna", "transformers", "pandas"]),
         ("lora_search.cli", ["torch", "ray", "optuna", "transformers", "pandas"]),
-        ("lora_search.seat", ["torch", "transformers", "peft"]),
+        ("lora_search.seat", ["torch", "transformers", "peft", "pandas", "pyarrow", "optuna", "ray.tune"]),
         ("lora_search.host", ["torch", "ray"]),
         ("lora_search.results", ["torch", "ray"]),
         ("lora_search.report", ["torch", "ray"]),

@@ -171,7 +171,7 @@ def test_seats_are_started_once_each_though_trials_end_while_others_start(
     from lora_search.sweep.run import search
 
     def seats() -> int:
-        return sum(actor["ActorClassName"].endswith("ResourceTrainable") for actor in actors().values())
+        return sum(actor["ActorClassName"] == "Seat" for actor in actors().values())
 
     capacity, before = 3, seats()
     spec = make_spec(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from conftest import PATIENCE, SEATS, flip_bit, make_spec, processes, two_nodes
+from conftest import PATIENCE, flip_bit, make_spec, processes, two_nodes
 from rich.console import Console
 from rich.table import Table
 from test_faults import require_whole
@@ -181,7 +181,7 @@ class Storm:
         return bool(victims)
 
     def _seat(self) -> bool:
-        return self._kill(*SEATS)
+        return self._kill("ray::Seat")
 
     def _host(self) -> bool:
         return self._kill("ray::Host")

@@ -31,8 +31,8 @@ from lora_search.results import read_events
 WATCH_SECONDS = 0.5
 
 HOST = "ray::Host"
-SEAT = "ray::ResourceTrainable"
-"""Ray names an actor's process after its class; Tune wraps the seat's to give it resources."""
+SEAT = "ray::Seat"
+"""Ray names an actor's process after its class."""
 TRIAL = "ray::ImplicitFunc"
 """A function trainable's."""
 

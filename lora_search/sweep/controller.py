@@ -1,21 +1,51 @@
-"""Ray Tune's control loop, with seats that are kept while they start."""
+"""Ray Tune's control loop, with seats that are light, and kept while they start."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
+import ray
+from ray.actor import ActorClass
+from ray.air.execution._internal import RayActorManager, TrackedActor
 from ray.tune import tune as tune_module
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 
+from lora_search.seat import PROPOSED, Seat
+
+_SEAT = ray.remote(Seat)
+
+
+@contextmanager
+def seated(**given: Any) -> Iterator[None]:
+    """Have the trials of `tune.run` sit on seats, whatever trainable it is told of.
+
+    Args:
+        given: what every seat is made with, besides its first trial.
+    """
+
+    tune_module.TuneController = partial(_Controller, given)  # tune.run takes no control loop as an argument
+    try:
+        yield
+    finally:
+        tune_module.TuneController = TuneController
+
 
 class _Controller(TuneController):  # type: ignore[misc]  # Ray's base class is untyped
-    """Has an ended trial's seat wait for the next trial, where all others have seats that start.
+    """Has seats for actors. An ended trial's waits for the next trial, where all others have seats that start.
 
     Tune gives it to one of those, throws away the process that was starting for that one, and starts another for the
     next trial (Ray 2.60). Where trials last no longer than a process takes to start, it does so to the sweep's end.
     """
+
+    def __init__(self, given: Mapping[str, Any], **told: Any) -> None:
+        super().__init__(**told)
+        seats = _Seats(self._actor_manager._resource_manager)
+        seats.given = given
+        self._actor_manager: RayActorManager = seats
 
     def _maybe_reuse_cached_actor(self, trial: Trial) -> bool:
         own = self._trial_to_actor.get(trial)
@@ -26,11 +56,32 @@ class _Controller(TuneController):  # type: ignore[misc]  # Ray's base class is 
         return reused
 
 
-@contextmanager
-def starting_seats_kept() -> Iterator[None]:
-    """Let `tune.run`, which takes no control loop as an argument, use this one."""
-    tune_module.TuneController = _Controller
-    try:
-        yield
-    finally:
-        tune_module.TuneController = TuneController
+class _Seats(RayActorManager):  # type: ignore[misc]  # Ray's base class is untyped
+    """Makes a Seat where Tune makes an actor of the trainable, and tells it of the trial alone.
+
+    What Tune passes besides (where logs and its own checkpoints go) is of Ray Tune's classes, which the seat's process
+    would have to import to receive it.
+    """
+
+    given: Mapping[str, Any]
+    """What every seat is made with, besides its first trial."""
+
+    def add_actor(self, cls: ActorClass, kwargs: Mapping[str, Any], **told: Any) -> TrackedActor:
+        return super().add_actor(_SEAT, {**self.given, "config": _proposal(kwargs["config"])}, **told)
+
+    def schedule_actor_task(
+        self,
+        tracked_actor: TrackedActor,
+        method_name: str,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        **told: Any,
+    ) -> ray.ObjectRef | None:
+        if method_name == "reset":
+            args, kwargs = (_proposal(args[0]),), {}
+        return super().schedule_actor_task(tracked_actor, method_name, args, kwargs, **told)
+
+
+def _proposal(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a trial's config is the searcher's."""
+    return {key: config[key] for key in PROPOSED}

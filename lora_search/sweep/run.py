@@ -14,7 +14,6 @@ from typing import Any
 import optuna
 from pydantic import TypeAdapter, ValidationError
 from ray import tune
-from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
@@ -35,13 +34,13 @@ from lora_search.results import Row, Run, best_row, ended_count, run_rows, sampl
 from lora_search.rundir import RunDirectory, discard, locked
 from lora_search.search import StudySearcher, create_study
 from lora_search.search.asha import InOrder, StepAsha
-from lora_search.seat import SEAT_BYTES, Seat
+from lora_search.seat import SEAT_BYTES
 from lora_search.space import planned_trials, trial_config
 from lora_search.spec import SweepSpec, dump_spec
 from lora_search.storage import StoreError
 from lora_search.sweep.build import build_engine
 from lora_search.sweep.cluster import Say, asked_of_autoscaler, cluster
-from lora_search.sweep.controller import starting_seats_kept
+from lora_search.sweep.controller import seated
 from lora_search.sweep.hosts import HostLost, Hosts
 from lora_search.sweep.prepare import DataSummary, prepare, refuse_other_data
 from lora_search.sweep.provenance import provenance, read_provenance, write_provenance
@@ -216,8 +215,6 @@ def search(
         SweepError: all hosts were lost, or the run directory cannot be written to.
     """
     os.environ.update(TUNE_ENV)
-    # Tune gives these to each seat in its process arguments, and Ray logs them: nodes have keys of their own.
-    class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in os.environ if name.startswith("AWS_")}
     for name in ("ray.tune", "ray.train", "ray.air"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # failures are told by our observers, once
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -258,12 +255,11 @@ def _tune(
     searcher = StudySearcher(spec, study, lambda: hosts.capacity)
     # Seats start side by side, not one by one, which is Tune's way with a searcher.
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(hosts.capacity)
-    seat = tune.with_parameters(Seat, spec=spec, run=run.folder, hosts=hosts.prefix)
     try:
-        with sigterm_ends_tune(), starting_seats_kept():
+        with sigterm_ends_tune(), seated(spec=spec, run=run.folder, hosts=hosts.prefix):
             # tune.run, not Tuner: that one pickles every callback and searcher into the run directory.
             tune.run(
-                tune.with_resources(seat, {"memory": SEAT_BYTES}),
+                tune.with_resources(tune.Trainable, {"memory": SEAT_BYTES}),
                 search_alg=searcher,
                 scheduler=_scheduler(spec, past),
                 num_samples=-1,  # the searcher says when all have ended, those that are tried again among them

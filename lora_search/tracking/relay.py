@@ -20,7 +20,7 @@ from lora_search.tracking.events import Observer, State
 logger = logging.getLogger(__name__)
 
 REPORT_KEYS = ("step", *FIGURES, "history")
-"""What of Tune's result dict is ours; the rest (hostname, pid, date, ...) is Tune's."""
+"""What of a seat's result is its trial's report."""
 
 
 class Relay(Callback):  # type: ignore[misc]  # Ray's base class is untyped
