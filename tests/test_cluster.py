@@ -161,6 +161,17 @@ def test_sweep_over_machines_of_their_own_network(
             timeout=PATIENCE,
         )
         assert answer.returncode == 0, answer.stdout + answer.stderr
+    unmarked = {name: value for name, value in environment.items() if name != "RAY_AUTH_MODE"}
+    stranger = subprocess.run(
+        ["ip", "netns", "exec", first, *run, "--name", "stranger"],
+        capture_output=True,
+        text=True,
+        env=unmarked | {"RAY_NUM_REDIS_GET_RETRIES": "2"},
+        timeout=PATIENCE,
+    )
+    assert stranger.returncode == 1
+    assert "no Ray cluster answers at 10.77.0.1:6380" in stranger.stderr
+    assert "set RAY_AUTH_MODE=token" in stranger.stderr
     directory = RunDirectory(tmp_path / "machines")
     require_whole(directory, spec.search.trials)
     assert {row["host"] for row in run_rows(directory)} == {"host-0", "host-1"}

@@ -57,7 +57,7 @@ def cluster(address: str | None, say: Say = lambda line: None) -> Iterator[None]
                 )
                 ray_worker._worker_logs_enabled = False  # else what raylets say is printed in spite of log_to_driver
         except ConnectionError as error:
-            raise SweepError(f"no Ray cluster answers at {address} (of --address or RAY_ADDRESS): {error}") from None
+            raise SweepError(_no_answer(address, error)) from None
         except Exception as error:  # of many kinds: ports, memory, a machine too busy to start it in time
             if address:
                 raise
@@ -68,6 +68,13 @@ def cluster(address: str | None, say: Say = lambda line: None) -> Iterator[None]
         if ours:
             ray.shutdown()
             ray_worker._worker_logs_enabled = True
+
+
+def _no_answer(address: str | None, error: ConnectionError) -> str:
+    message = f"no Ray cluster answers at {address} (of --address or RAY_ADDRESS): {error}"
+    if "RAY_AUTH_MODE" not in os.environ:  # Ray shows its token to an address that it was told of only if asked to
+        message += "; if it asks for Ray's token, set RAY_AUTH_MODE=token in this environment"
+    return message
 
 
 @contextmanager

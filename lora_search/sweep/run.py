@@ -52,6 +52,7 @@ from lora_search.tracking.relay import Relay
 
 TUNE_ENV = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials.jsonl is the record
+    "TUNE_GLOBAL_CHECKPOINT_S": "inf",  # Tune's own state, which grows with the trials: once, at the end
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
