@@ -290,7 +290,7 @@ def test_window_sees_the_newest_and_the_best_of_a_long_study() -> None:
     best = sorted(everything[:-20], key=lambda found: found.value)[:5]
     kept = [found for found in everything if found in best or found in everything[-20:]]
     proposals = []
-    for trials, chosen in ((everything, Window(tpe(), newest=20, best=5)), (kept, tpe()), (everything, tpe())):
+    for trials, chosen in ((everything, Window(tpe(), space, newest=20, best=5)), (kept, tpe()), (everything, tpe())):
         study = optuna.create_study(sampler=chosen)
         study.add_trials(trials)
         proposals.append(study.ask(space).params["x"])

@@ -54,9 +54,9 @@ def _queue(spec: SweepSpec) -> list[dict[str, Any]]:
 def sampler(search: Search, number: int) -> optuna.samplers.BaseSampler:
     """The sampler that the sweep file names, for one trial's proposal.
 
-    TPE is multivariate and grouped, since rank, alpha and learning rate act together (Falkner et al., BOHB, 2018),
-    and takes a running trial for a bad one (constant liar), so that trials started together differ. Its time for a
-    proposal grows with the trials that it looks at, so it looks at the newest 900 and the best 100.
+    TPE is multivariate, since rank, alpha and learning rate act together (Falkner et al., BOHB, 2018), and takes a
+    running trial for a bad one (constant liar), so that trials started together differ. Its time for a proposal grows
+    with the trials that it looks at, so it looks at the newest 900 and the best 100.
 
     Of a finite space nothing is proposed twice: a trial's result follows from its configuration.
 
@@ -69,9 +69,9 @@ def sampler(search: Search, number: int) -> optuna.samplers.BaseSampler:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             tpe = optuna.samplers.TPESampler(
-                multivariate=True, group=True, constant_liar=True, n_startup_trials=STARTUP_TRIALS, seed=seed
+                multivariate=True, constant_liar=True, n_startup_trials=STARTUP_TRIALS, seed=seed
             )
-        drawn: optuna.samplers.BaseSampler = Window(tpe)
+        drawn: optuna.samplers.BaseSampler = Window(tpe, distributions(search.space))
     else:
         drawn = optuna.samplers.RandomSampler(seed=seed)  # a grid stands in the queue and samples nothing
     if not is_finite(search.space):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optuna import Study
@@ -17,13 +17,21 @@ NEWEST, BEST = 900, 100
 class Window(BaseSampler):
     """Another sampler, which sees no more of a study than its newest trials and its best."""
 
-    def __init__(self, sampler: BaseSampler, newest: int = NEWEST, best: int = BEST) -> None:
+    def __init__(
+        self, sampler: BaseSampler, space: Mapping[str, BaseDistribution], newest: int = NEWEST, best: int = BEST
+    ) -> None:
+        """
+        Args:
+            space: all that is searched, of which every trial has a value.
+        """
         self._sampler = sampler
+        self._space = {name: space[name] for name in sorted(space) if not space[name].single()}
         self._newest = newest
         self._best = best
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return self._sampler.infer_relative_search_space(self._seen(study), trial)
+        """All of the space, as it would be found by a look at what every trial has."""
+        return self._space
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
