@@ -17,7 +17,7 @@ from lora_search.space import TrialConfig, report_steps, trial_config
 from lora_search.spec import SweepSpec
 from lora_search.storage import Folder
 
-SEAT_BYTES = 200 << 20
+SEAT_BYTES = 128 << 20
 """Memory of a seat, which is all that Ray is asked for: a Python process with Ray in it."""
 
 PROPOSED = ("trial", "params", "again")
@@ -37,8 +37,8 @@ ANSWER_S = 5.0
 class Seat:
     """Asks a host for the next stretch of its trial and reports the result.
 
-    Its methods are those that Ray Tune calls of a `tune.Trainable`. It is none itself: Ray Tune, with the pandas and
-    pyarrow that it imports, would be more than half of a seat's process, and of the time that it takes to start.
+    Its methods are those that Ray Tune calls of a `tune.Trainable`. It is none itself: to import Ray Tune, and pandas
+    with it, would nearly double a seat's memory and the time that it takes to start.
 
     A trial that has checkpoints goes on from the newest, whatever ended the seat that it had, or its sweep.
 

@@ -104,10 +104,11 @@ def test_weak_trials_are_stopped_early(finished: tuple[SweepSpec, Outcome, Witne
     assert all(row["steps"] == spec.training.steps for row in outcome.rows if row["state"] == "completed")
 
 
-def test_seats_never_import_torch(finished: tuple[SweepSpec, Outcome, Witness]) -> None:
+@pytest.mark.parametrize("library", ["/libtorch", "/pandas/"])  # the second comes with Ray Tune
+def test_seats_never_import(finished: tuple[SweepSpec, Outcome, Witness], library: str) -> None:
     _, _, witness = finished
     assert witness.seats
-    assert not [pid for pid, maps in witness.seats.items() if "libtorch" in maps]
+    assert not [pid for pid, maps in witness.seats.items() if library in maps]
 
 
 def test_seats_are_reused(finished: tuple[SweepSpec, Outcome, Witness]) -> None:

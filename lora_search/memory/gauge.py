@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 GAPS = 0.04
 """Share of a GPU that torch's allocator cannot use because free pieces are too small."""
 
-BESIDE_BYTES, SEATS_BYTES = 700 << 20, 300 << 20
+BESIDE_BYTES, SEATS_BYTES = 700 << 20, 160 << 20
 """Of a machine without GPUs: the sweep's own process with Ray's, and the seats of a host's two trials. In a run of the
-demo they took at most 505 and 543 MB (two hosts; proportional set size, each alone at its most 950 MB while Ray starts,
-when no host has loaded anything)."""
+demo the first took at most 505 MB (proportional set size; alone at its most 950 MB while Ray starts, when no host has
+loaded anything); eight seats took 555 MiB (analysis/benchmarks/memory.py)."""
 
 BOUNDS = (0.5, 2.0)
 """Of the correction: beyond, something else than these trials has been measured."""
