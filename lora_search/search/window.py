@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping
 from typing import Any
 
 from optuna import Study
@@ -28,6 +28,8 @@ class Window(BaseSampler):
         self._space = {name: space[name] for name in sorted(space) if not space[name].single()}
         self._newest = newest
         self._best = best
+        self._seen_for: tuple[int, _Seen] | None = None
+        """By the number of the trial that is proposed."""
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All of the space, as it would be found by a look at what every trial has."""
@@ -36,37 +38,37 @@ class Window(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        return self._sampler.sample_relative(self._seen(study), trial, search_space)
+        return self._sampler.sample_relative(self._seen(study, trial), trial, search_space)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        return self._sampler.sample_independent(self._seen(study), trial, param_name, param_distribution)
+        return self._sampler.sample_independent(self._seen(study, trial), trial, param_name, param_distribution)
 
-    def _seen(self, study: Study) -> Any:
-        return _Seen(study, self._newest, self._best)
+    def _seen(self, study: Study, trial: FrozenTrial) -> Any:
+        if self._seen_for is None or self._seen_for[0] != trial.number:
+            self._seen_for = trial.number, _Seen(study, self._newest, self._best)
+        return self._seen_for[1]
 
 
 class _Seen:
-    """A study without most of its old trials."""
+    """A study without most of its old trials, as it was at the beginning of a proposal."""
 
     def __init__(self, study: Study, newest: int, best: int) -> None:
         self._study = study
-        self._newest = newest
-        self._best = best
+        trials = study._get_trials(deepcopy=False)
+        if len(trials) > newest + best:
+            sign = 1.0 if study.direction.name == "MINIMIZE" else -1.0
+            completed = [trial for trial in trials[:-newest] if trial.state == TrialState.COMPLETE]
+            chosen = heapq.nsmallest(best, completed, key=lambda trial: sign * (trial.value or 0.0))
+            trials = sorted(chosen, key=lambda trial: trial.number) + trials[-newest:]
+        self._trials = trials
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._study, name)
 
     def _get_trials(
-        self, deepcopy: bool = True, states: Sequence[TrialState] | None = None, use_cache: bool = False
+        self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False
     ) -> list[FrozenTrial]:
-        """By this method samplers ask for trials."""
-        trials = self._study._get_trials(deepcopy, tuple(states) if states is not None else None, use_cache)
-        if len(trials) <= self._newest + self._best:
-            return trials
-        old, new = trials[: -self._newest], trials[-self._newest :]
-        sign = 1.0 if self._study.direction.name == "MINIMIZE" else -1.0
-        completed = [trial for trial in old if trial.state == TrialState.COMPLETE and trial.value is not None]
-        best = heapq.nsmallest(self._best, completed, key=lambda trial: sign * (trial.value or 0.0))
-        return sorted(best, key=lambda trial: trial.number) + new
+        """By this method samplers ask for trials; TPE never for copies of them."""
+        return [trial for trial in self._trials if states is None or trial.state in states]
