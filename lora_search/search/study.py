@@ -56,7 +56,7 @@ def sampler(search: Search, number: int) -> optuna.samplers.BaseSampler:
 
     TPE is multivariate, since rank, alpha and learning rate act together (Falkner et al., BOHB, 2018), and takes a
     running trial for a bad one (constant liar), so that trials started together differ. Its time for a proposal grows
-    with the trials that it looks at, so it looks at the newest 900 and the best 100.
+    with the trials that it looks at, so it looks at the newest 400 and the best 100.
 
     Of a finite space nothing is proposed twice: a trial's result follows from its configuration.
 

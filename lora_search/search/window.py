@@ -11,7 +11,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-NEWEST, BEST = 900, 100
+NEWEST, BEST = 400, 100
 
 
 class Window(BaseSampler):
