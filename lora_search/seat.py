@@ -37,8 +37,8 @@ ANSWER_S = 5.0
 class Seat:
     """Asks a host for the next stretch of its trial and reports the result.
 
-    Its methods are those that Ray Tune calls of a `tune.Trainable`. It is none itself: with Ray Tune, and the pandas that
-    it imports, a seat would take three times as long to start, and nearly twice the memory.
+    Its methods are those that Ray Tune calls of a `tune.Trainable`. It is none itself: with Ray Tune, and the pandas
+    that comes with it, a seat would take three times as long to start, and nearly twice the memory.
 
     A trial that has checkpoints goes on from the newest, whatever ended the seat that it had, or its sweep.
 
