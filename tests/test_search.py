@@ -286,13 +286,14 @@ def test_window_sees_the_newest_and_the_best_of_a_long_study() -> None:
         x = (number * 0.37) % 1.0
         return optuna.trial.create_trial(params={"x": x}, distributions=space, value=abs(x - 0.6))
 
+    failed = optuna.trial.create_trial(state=TrialState.FAIL)
     everything = [trial(number) for number in range(60)]
     best = sorted(everything[:-20], key=lambda found: found.value)[:5]
     kept = [found for found in everything if found in best or found in everything[-20:]]
     proposals = []
     for trials, chosen in ((everything, Window(tpe(), space, newest=20, best=5)), (kept, tpe()), (everything, tpe())):
         study = optuna.create_study(sampler=chosen)
-        study.add_trials(trials)
+        study.add_trials([*trials, *[failed] * 30])
         proposals.append(study.ask(space).params["x"])
     assert proposals[0] == proposals[1] != proposals[2]
 

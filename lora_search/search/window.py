@@ -13,6 +13,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 NEWEST, BEST = 400, 100
 
+LEARNT_FROM = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+"""Others take no place among the newest."""
+
 
 class Window(BaseSampler):
     """Another sampler, which sees no more of a study than its newest trials and its best."""
@@ -47,16 +50,17 @@ class Window(BaseSampler):
 
     def _seen(self, study: Study, trial: FrozenTrial) -> Any:
         if self._seen_for is None or self._seen_for[0] != trial.number:
-            self._seen_for = trial.number, _Seen(study, self._newest, self._best)
+            self._seen_for = trial.number, _Seen(study, trial, self._newest, self._best)
         return self._seen_for[1]
 
 
 class _Seen:
-    """A study without most of its old trials, as it was at the beginning of a proposal."""
+    """A study without most of its old trials and the one that is proposed, as it was at the proposal's beginning."""
 
-    def __init__(self, study: Study, newest: int, best: int) -> None:
+    def __init__(self, study: Study, proposed: FrozenTrial, newest: int, best: int) -> None:
         self._study = study
-        trials = study._get_trials(deepcopy=False)
+        there = study._get_trials(deepcopy=False, states=LEARNT_FROM)
+        trials = [trial for trial in there if trial.number != proposed.number]
         if len(trials) > newest + best:
             sign = 1.0 if study.direction.name == "MINIMIZE" else -1.0
             completed = [trial for trial in trials[:-newest] if trial.state == TrialState.COMPLETE]

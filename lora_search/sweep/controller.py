@@ -26,7 +26,6 @@ def seated(**given: Any) -> Iterator[None]:
     Args:
         given: what every seat is made with, besides its first trial.
     """
-
     tune_module.TuneController = partial(_Controller, given)  # tune.run takes no control loop as an argument
     try:
         yield
@@ -64,7 +63,7 @@ class _Seats(RayActorManager):  # type: ignore[misc]  # Ray's base class is unty
     """
 
     given: Mapping[str, Any]
-    """What every seat is made with, besides its first trial."""
+    """What every seat is made with, besides its first trial. No argument: `cleanup` calls the constructor again."""
 
     def add_actor(self, cls: ActorClass, kwargs: Mapping[str, Any], **told: Any) -> TrackedActor:
         return super().add_actor(_SEAT, {**self.given, "config": _proposal(kwargs["config"])}, **told)
