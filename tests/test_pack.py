@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,14 @@ from conftest import make_spec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load as load_tensors
+from torch.nn import functional as F
 
 from lora_search.best.conclude import loss_interval
 from lora_search.checkpoint import ADAPTER_WEIGHTS
 from lora_search.data import TokenSplit
 from lora_search.engine import Engine, Evaluation, StepMetrics, evaluate
 from lora_search.engine import finish as finish_module
+from lora_search.engine import lora as lora_module
 from lora_search.engine.adamw import step_together
 from lora_search.errors import OUT_OF_MEMORY, HostFailed, TrialFailed
 from lora_search.model import load_base
@@ -66,6 +69,12 @@ def _one_thread_a_pass(_two_threads: None) -> None:
 def engine(spec: SweepSpec, tiny_data: TokenizedData, request: pytest.FixtureRequest) -> Engine:
     """One engine for every example: that nothing of a pack is left for the next is part of the promise."""
     return Engine(load_base(spec.base, "cpu"), tiny_data, lanes=request.param)
+
+
+@pytest.fixture(scope="module")
+def one_lane(spec: SweepSpec, tiny_data: TokenizedData) -> Engine:
+    """As on a GPU."""
+    return Engine(load_base(spec.base, "cpu"), tiny_data)
 
 
 sampled = st.fixed_dictionaries(
@@ -167,6 +176,79 @@ def test_gradient_is_the_same_alone_and_in_company(
         assert solo.norm() > 0
         assert (together[name] - solo).norm() <= GRADIENT_TOLERANCE * solo.norm()
         engine.release(name)
+
+
+@contextmanager
+def grouped_products() -> Iterator[list[torch.Size]]:
+    """Products of groups as on Hopper, by torch's loop for a CPU; the shapes of what came out of them.
+
+    Each is also given to what torch checks for the kernel on CUDA (torch/_meta_registrations.py), in bfloat16.
+    """
+    made: list[torch.Size] = []
+    by_loop = F.grouped_mm
+
+    def checked(left: torch.Tensor, right: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
+        made.append(by_loop(*map(on_meta, (left, right)), offs=offs.to("meta")).shape)
+        return by_loop(left, right, offs=offs)
+
+    def on_meta(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.bfloat16, device="meta")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lora_module, "multiplies_groups", lambda device, dtype: True)
+        patch.setattr(F, "grouped_mm", checked)
+        yield made
+
+
+@property_settings
+@given(drawn=st.lists(stays(), min_size=2, max_size=8))
+def test_grouped_products_make_the_same_gradient_and_evaluation(
+    one_lane: Engine, spec: SweepSpec, drawn: Sequence[tuple[dict[str, Any], int, int]]
+) -> None:
+    names = [str(index) for index in range(len(drawn))]
+    for name, guest in zip(names, as_stays(spec, drawn), strict=True):
+        one_lane.admit(name, guest.config)
+    for _ in range(3):
+        losses_of(one_lane.step(names))
+    apart, measured = one_lane.gradients(names), one_lane.evaluate(names)
+    with grouped_products():
+        grouped = one_lane.gradients(names)
+        evaluated = one_lane.evaluate(names)
+    for name in names:
+        assert (grouped[name] - apart[name]).norm() <= GRADIENT_TOLERANCE * apart[name].norm()
+        assert evaluated[name].loss == pytest.approx(measured[name].loss, rel=1e-5)
+        one_lane.release(name)
+
+
+def test_eight_trials_take_as_many_grouped_products_as_two(one_lane: Engine, spec: SweepSpec) -> None:
+    names = [str(index) for index in range(8)]
+    for index, name in enumerate(names):
+        one_lane.admit(name, trial_config(spec, {"rank": 1 + index, "target_modules": "all-linear", "dropout": 0.1}))
+    layers, linear, entrances = (
+        2,
+        7,
+        4,
+    )  # query, key and value have one, gate and up; each thrice with the backward pass
+    for some in (names[:2], names):
+        with grouped_products() as made:
+            one_lane.gradients(some)
+        assert len(made) == layers * (3 * linear + 3 * entrances) - 1  # nobody asks for the first input's gradient
+    for name in names:
+        one_lane.release(name)
+
+
+@property_settings
+@given(drawn=packs)
+def test_trial_is_trained_as_if_alone_by_grouped_products(
+    one_lane: Engine, spec: SweepSpec, drawn: Sequence[tuple[dict[str, Any], int, int]]
+) -> None:
+    guests = as_stays(spec, drawn)
+    with grouped_products():
+        found = run_pack(one_lane, guests)
+    for guest, (losses, adapter) in zip(guests, found, strict=True):
+        ((solo_losses, solo_adapter),) = run_pack(one_lane, [alone(guest)])
+        assert losses == pytest.approx(solo_losses, rel=LOSS_TOLERANCE)
+        assert (adapter - solo_adapter).norm() <= 1e-2 * solo_adapter.norm()
 
 
 @property_settings

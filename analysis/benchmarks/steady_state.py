@@ -4,6 +4,7 @@
 
 Ways, alternating in one run, each in a process of its own that is set up once:
     pack N         N trials in the engine, one forward and one backward pass
+    apart N        on a GPU: the same with a product for each trial's adapters, where one for all is to be had
     PEFT 1x2       the plain loop a user would write: one process, all threads, padded batches, one trial after another
     PEFT 2x1       the same in one process a core, side by side
     floor          the frozen base alone with dense weights, forward and backward to its input, no adapters, on the
@@ -78,6 +79,14 @@ def pack_step(setting: Setting, trials: int) -> Callable[[], int]:
         return sum(outcome.tokens for outcome in outcomes.values() if isinstance(outcome, StepMetrics))
 
     return step
+
+
+def apart_step(setting: Setting, trials: int) -> Callable[[], int]:
+    """A step of a pack without grouped products."""
+    from lora_search.engine import lora
+
+    lora.multiplies_groups = lambda device, dtype: False
+    return pack_step(setting, trials)
 
 
 def peft_step(setting: Setting) -> Callable[[], int]:
@@ -170,6 +179,7 @@ def worker(pipe: Connection, setting: Setting, way: str, threads: int) -> None:
     kind, _, count = way.partition(" ")
     make: dict[str, Callable[[], Callable[[], int]]] = {
         "pack": lambda: pack_step(setting, int(count)),
+        "apart": lambda: apart_step(setting, int(count)),
         "PEFT": lambda: peft_step(setting),
         "floor": lambda: floor_step(setting, int(count)),
     }
@@ -226,6 +236,7 @@ def measure(setting: Setting, packs: list[int], rounds: int) -> list[Round]:
         for way in standing:
             way.end()
         return turns
+    ways.insert(-1, (f"apart {max(packs)}", 1, cores))
     turns = []
     for given in ways:
         way = Way(setting, *given)

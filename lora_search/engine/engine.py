@@ -20,10 +20,11 @@ from lora_search.engine.evaluate import Evaluation
 from lora_search.engine.finish import finish
 from lora_search.engine.forward import PackedBase
 from lora_search.engine.lanes import Lanes
-from lora_search.engine.layers import AdapterPassage, working_dtype
+from lora_search.engine.layers import AdapterPassage
 from lora_search.engine.measure import Measure
 from lora_search.engine.metrics import Report, StepMetrics, peak_memory_bytes
 from lora_search.engine.pack import Share
+from lora_search.engine.products import working_dtype
 from lora_search.engine.random import seeded
 from lora_search.engine.sites import attach_sites, introduce_siblings
 from lora_search.engine.trial import ResidentTrial, lora_config

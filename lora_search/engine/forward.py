@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from lora_search.data import FlatRows
 from lora_search.engine.adapter import Places
 from lora_search.engine.attention import PackedAttention
-from lora_search.engine.layers import product, working_dtype
 from lora_search.engine.pack import Pack, Share, build_pack, build_padded, run
+from lora_search.engine.products import product, working_dtype
 from lora_search.errors import InputError
 from lora_search.logits import Bend, find_bend
 from lora_search.model import FrozenBase

@@ -1,6 +1,6 @@
 """A pack: the rows of several trials as one batch of real tokens.
 
-Legend: N tokens of all trials, M of them targets; B sequences and T positions where a base needs padding.
+Legend: T parts, N tokens of all trials, M of them targets; B sequences and T positions where a base needs padding.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from lora_search.data import FlatRows
 from lora_search.engine.adapter import FlatAdapter
-from lora_search.engine.masks import Masks
+from lora_search.engine.masks import Masks, survivors_scale
 
 Integers = npt.NDArray[np.int64]
 
@@ -33,6 +33,16 @@ class Share:
     """None: no dropout, as in evaluation."""
     weight: float = 0.0
     """Of each of its targets in the objective: one over the targets of the whole effective batch."""
+
+    @property
+    def dropout(self) -> float:
+        """Probability of the adapter's dropout in this pass."""
+        return 0.0 if self.masks is None else self.masks.probability
+
+    @property
+    def scale(self) -> float:
+        """What B A x is multiplied by: alpha over rank, and over what dropout leaves; 0 without an adapter."""
+        return 0.0 if self.adapter is None else self.adapter.scaling * survivors_scale(self.dropout)
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,18 @@ class Pack:
     """The `layers.Entrance` that was made last, for the layers that read the same input."""
     visits: list[tuple[torch.Tensor, int]] | None = field(default=None, repr=False)
     """Where not None, every linear layer's input and place is noted here."""
+    _groups: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
+
+    def groups(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The token behind the last of each part, and each token's `Share.scale`: int32 (T,) and float32 (N, 1)."""
+        if device not in self._groups:
+            ends = [part.tokens.stop for part in self.parts]
+            scales = np.repeat([part.share.scale for part in self.parts], np.diff(ends, prepend=0))
+            self._groups[device] = (
+                torch.tensor(ends, dtype=torch.int32, device=device),
+                torch.tensor(scales[:, None], dtype=torch.float32, device=device),
+            )
+        return self._groups[device]
 
     def per_part(self, values_M: torch.Tensor) -> list[float]:
         """The sum over each part's targets."""

@@ -1,0 +1,75 @@
+"""Products with frozen weights and with adapters, by the library that is fastest at them on the device.
+
+Legend: N rows; I and O in- and out-features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+from lora_search.model import FrozenBase
+
+
+def working_dtype(base: FrozenBase) -> torch.dtype:
+    """What adapters and activations are computed in.
+
+    On a CPU float32 even where the frozen products are bfloat16: those are four times as fast, but everything
+    element by element is several times slower (analysis/benchmarks/NOTES.md).
+    """
+    return torch.float32 if base.device.type == "cpu" else base.compute_dtype
+
+
+def product(x: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    """x W^T, multiplied in the weight's dtype, in the dtype of x.
+
+    In float32 on a CPU with AVX-512 through oneDNN, which uses it; MKL, torch's first choice, stops at AVX2 on CPUs of
+    another maker (100 against 230 GFLOP/s a core). Elsewhere MKL is a little faster, and keeps no kernel for every
+    number of tokens it has seen.
+    """
+    if weight_OI.dtype != x.dtype:
+        return F.linear(x.to(weight_OI.dtype), weight_OI).to(x.dtype)
+    if x.dtype == torch.float32 and x.device.type == "cpu" and _ONEDNN:
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_OI, None, "none", [], "")
+        return y
+    return F.linear(x, weight_OI)
+
+
+def product_of_rows(x_NI: torch.Tensor, weight_OI: torch.Tensor, rows: Sequence[slice]) -> torch.Tensor:
+    """x W^T, a product for each stretch of rows."""
+    if len(rows) == 1:
+        return product(x_NI, weight_OI)
+    if _ONEDNN or weight_OI.dtype != x_NI.dtype:
+        return torch.cat([product(x_NI[some], weight_OI) for some in rows])
+    y_NO = x_NI.new_empty(len(x_NI), len(weight_OI))
+    for some in rows:
+        torch.mm(x_NI[some], weight_OI.t(), out=y_NO[some])
+    return y_NO
+
+
+def add_product_of_rows(
+    total_NO: torch.Tensor, x_NI: torch.Tensor, weight_OI: torch.Tensor, rows: Sequence[slice]
+) -> None:
+    """total += x W^T, a product for each stretch of rows."""
+    for some in rows:
+        if _ONEDNN or weight_OI.dtype != x_NI.dtype:
+            total_NO[some] += product(x_NI[some], weight_OI)
+        else:
+            total_NO[some].addmm_(x_NI[some], weight_OI.t())
+
+
+_ONEDNN = bool(
+    torch.cpu.get_capabilities().get("avx512_f")
+    and torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
+
+
+def accumulate(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0) -> None:
+    """total += scale * left @ right, the sum kept in float32."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right, alpha=scale)
+    else:
+        total.add_(left @ right, alpha=scale)
