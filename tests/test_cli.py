@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -50,6 +51,21 @@ def test_wrong_sweep_file_exits_2_before_anything_heavy_is_imported(tmp_path: Pa
     assert all(part in answer.stderr for part in said), answer.stderr
     assert time.monotonic() - start < 10  # 0.4 s on an idle machine; the promise is 2
     assert not (tmp_path / "runs").exists()
+
+
+def test_hub_that_does_not_answer_is_said_once(tmp_path: Path) -> None:
+    """It is asked again five times, with pauses, which are left out here."""
+    code = (
+        "import time; time.sleep = lambda seconds: None; from lora_search.cli import main;"
+        "raise SystemExit(main(['targets', 'nobody/nothing']))"
+    )
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | nowhere)
+    waiting, refused = answer.stderr.splitlines()
+    assert "thrown while requesting HEAD http://127.0.0.1:9/nobody/nothing/resolve/main/config.json" in waiting
+    assert waiting.endswith("; asking again")
+    assert refused.startswith("lora-search: model: cannot read a configuration from 'nobody/nothing': ")
+    assert answer.returncode == 2
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,8 @@ def searcher_alone(trials: int, sampler: str) -> float:
 
 
 def exponent(sizes: Sequence[int], totals: Sequence[float]) -> float:
+    if len(sizes) < 2:
+        return math.nan
     return statistics.linear_regression([math.log(n) for n in sizes], [math.log(t) for t in totals]).slope
 
 

@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit status."""
     arguments = _parser().parse_args(argv)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # tells of kernels for inference, which nothing here uses
+    logging.getLogger("huggingface_hub.utils._http").addFilter(_Once())  # says of each of ten tries that it failed
     warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other
     try:
         return _dispatch(arguments)
@@ -35,6 +36,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         sys.stderr.close()
         return DONE
+
+
+class _Once(logging.Filter):
+    """Lets the first message through, as ours: that the model hub does not answer, and is asked again for a while."""
+
+    said = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not self.said:
+            print(f"lora-search: {harmless(record.getMessage())}; asking again", file=sys.stderr)
+        self.said = True
+        return False
 
 
 def _dispatch(arguments: argparse.Namespace) -> int:
