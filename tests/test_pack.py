@@ -196,6 +196,7 @@ def grouped_products() -> Iterator[list[torch.Size]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lora_module, "multiplies_groups", lambda device, dtype: True)
+        patch.setattr(lora_module, "GROUPED_FROM", 2)
         patch.setattr(F, "grouped_mm", checked)
         yield made
 
@@ -218,6 +219,26 @@ def test_grouped_products_make_the_same_gradient_and_evaluation(
         assert (grouped[name] - apart[name]).norm() <= GRADIENT_TOLERANCE * apart[name].norm()
         assert evaluated[name].loss == pytest.approx(measured[name].loss, rel=1e-5)
         one_lane.release(name)
+
+
+def test_grouped_products_are_the_same_where_layers_are_computed_again(
+    spec: SweepSpec, tiny_data: TokenizedData
+) -> None:
+    """Under gradient checkpointing: in the backward pass once more."""
+    bases = [spec.base, spec.base.model_copy(update={"gradient_checkpointing": True})]
+    names = [str(index) for index in range(4)]
+    found = []
+    for base in bases:
+        engine = Engine(load_base(base, "cpu"), tiny_data)
+        for index, name in enumerate(names):
+            engine.admit(name, trial_config(spec, {"rank": 2 + index, "dropout": 0.1, "seed": index}))
+        with grouped_products() as made:
+            losses_of(engine.step(names))
+            found.append((len(made), engine.gradients(names)))
+    assert found[1][0] > found[0][0]
+    for name in names:
+        kept, again = (gradients[name] for _, gradients in found)
+        assert (again - kept).norm() <= GRADIENT_TOLERANCE * kept.norm()
 
 
 def test_eight_trials_take_as_many_grouped_products_as_two(one_lane: Engine, spec: SweepSpec) -> None:

@@ -139,8 +139,8 @@ class _Enter(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None, None]:
         meeting: _Meeting = ctx.meeting
         grad_NI, meeting.grad_NI = meeting.grad_NI, None
-        if ctx.saved_tensors:
-            x_NI, *keeps = ctx.saved_tensors
+        if saved := ctx.saved_tensors:  # looked at once: what is computed again for it is given once
+            x_NI, *keeps = saved
             meeting.adapters.leave(x_NI, keeps, grad_NI)
         return None if grad_NI is None else grad_NI.view(ctx.shape).to(ctx.dtype), None, None, None
 

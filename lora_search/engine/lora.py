@@ -1,7 +1,7 @@
 """The adapters of a pack behind one entrance: drop(x) A^T B^T of every trial's own rows, and the gradients.
 
 Either a product for each trial (`Apart`), or one for all (`Grouped`): on a GPU a step of small trials takes as long as
-its kernels take to be launched, and there are eight times as many of them for eight trials.
+its kernels take to be launched, of which there are eight times as many for eight trials.
 
 Legend: T parts of the pack, N its tokens, n those of one trial; I and O in- and out-features; R rank of a layer, S of a
 trial's layers with one entrance together, w and W the same with room for the highest rank of all trials.
@@ -23,6 +23,13 @@ from lora_search.engine.products import accumulate, product
 
 EIGHT = 8
 """Ranks of a group are filled up to a multiple: a row begins at a multiple of 16 bytes, as grouped products ask for."""
+
+FLOAT = torch.float32
+"""Of gradients. Many are added at once where both sides have it."""
+
+GROUPED_FROM = 4
+"""Trials. With fewer, what brings their matrices together is more kernels than it saves (by count: 250 against 386 of
+two, 1,000 against 888 of eight trials of different ranks)."""
 
 Keeps = list[torch.Tensor | None]
 """Dropout masks; None where nothing is dropped."""
@@ -86,27 +93,26 @@ def adapters_behind(pack: Pack, siblings: Places, x: torch.Tensor, dtype: torch.
         if (adapter := part.share.adapter) is not None and (down := adapter.down(siblings)) is not None
     ]
     all_tokens = x.numel() // x.shape[-1] == pack.parts[-1].tokens.stop
-    if len(adapted) > 1 and all_tokens and multiplies_groups(x.device, dtype) and _fits_groups(adapted, x):
+    if len(adapted) >= GROUPED_FROM and all_tokens and multiplies_groups(x.device, dtype) and _fits_groups(adapted, x):
         return Grouped(adapted, pack, x.device)
     return Apart(adapted)
 
 
 @cache
 def multiplies_groups(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch has a kernel for products of groups of rows: in bfloat16, on Hopper and Blackwell.
+    """Whether torch has a kernel for products of groups of rows: in bfloat16, on Hopper and Blackwell (H100 to B200).
 
     Elsewhere `grouped_mm` is a loop that waits for the device at every turn (pytorch/pytorch#161407, #186620).
     """
-    if device.type != "cuda" or dtype != torch.bfloat16:
+    if device.type != "cuda" or dtype != torch.bfloat16 or torch.version.hip is not None:
         return False
-    major, _ = torch.cuda.get_device_capability(device)
-    return major in (9, 10)
+    return torch.cuda.get_device_capability(device) in ((9, 0), (10, 0))
 
 
 def _fits_groups(adapted: Sequence[Adapted], x: torch.Tensor) -> bool:
     """Whether every row of all matrices begins at a multiple of 16 bytes."""
     outs = [one.adapter.ups[place].b_OR.shape[0] for one in adapted for place in one.down.spans]
-    return all(features % EIGHT == 0 for features in (x.shape[-1], *outs))
+    return x.is_contiguous() and all(features % EIGHT == 0 for features in (x.shape[-1], *outs))
 
 
 class Apart:
@@ -203,9 +209,10 @@ class Grouped:
             return
         (down_Nw,) = saved
         grad_NO = grad_NO.contiguous()
-        grads_TOw = self._product(grad_NO.t(), down_Nw)
+        grads_TOw = self._product(grad_NO.t(), down_Nw).to(FLOAT)
         own, grouped = zip(*self._ups(place, grads_TOw, lambda up: up.grad_b_OR), strict=True)
         torch._foreach_add_(own, grouped)
+        del grads_TOw, grouped
         if self._grad_down_NW is None:
             self._grad_down_NW = grad_NO.new_zeros(len(grad_NO), self._width)
         grad_down_Nw = self._product(grad_NO, self._b_TOw(place, grad_NO))
@@ -214,9 +221,10 @@ class Grouped:
     def leave(self, x_NI: torch.Tensor, keeps: Keeps, grad_NI: torch.Tensor | None) -> None:
         grad_down_NW, self._grad_down_NW = self._grad_down_NW, None
         assert grad_down_NW is not None
-        grads_TWI = self._product(grad_down_NW.t(), self._dropped(x_NI, keeps))
+        grads_TWI = self._product(grad_down_NW.t(), self._dropped(x_NI, keeps)).to(FLOAT)
         own, grouped = zip(*self._downs(grads_TWI, lambda down: down.grad_a_SI), strict=True)
         torch._foreach_add_(own, grouped)
+        del grads_TWI, grouped
         if grad_NI is None:
             return
         grad_NI.add_(self._drop_(self._product(grad_down_NW, self._a_TWI(x_NI)), keeps))
