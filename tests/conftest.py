@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+from filelock import FileLock
 
 gc.disable()  # until all test files are imported: it would find nothing, again and again
 
@@ -167,6 +169,46 @@ def require_gives_back(folder: Folder, tmp_path: Path) -> None:
     assert folder.names() == []
 
 
+def made_once(name: str, factory: pytest.TempPathFactory, make: Callable[[Path], None]) -> Path:
+    """A folder that the first of pytest's processes to ask for it fills, for all of them."""
+    root = factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / name
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "made").exists():
+            folder.mkdir(exist_ok=True)
+            make(folder)
+            (folder / "made").touch()
+    return folder
+
+
+WATCHED_RUN = """
+import sys
+from lora_search.cli import main
+status = main(sys.argv[1:])
+print(*sys.modules)
+sys.exit(status)
+"""
+"""The command, which then says what its process has imported."""
+
+SMALL = {"search.trials": 12, "search.scheduler": "{first_rung: 2, reduction_factor: 2}", "data.limit": 300}
+SMALL |= {"training.steps": 8, "training.eval_every": 2}
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sweeps of the repository and a finished run of the demo, made small; nobody writes to it."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(ROOT / "sweeps", folder / "sweeps")
+        overlaid = [word for key, value in SMALL.items() for word in ("--set", f"{key}={value}")]
+        command = [sys.executable, "-c", WATCHED_RUN, "run", "sweeps/demo.yaml", *overlaid]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        (folder / "modules").write_text(done.stdout.splitlines()[-1], encoding="utf-8")
+
+    return made_once("demo", tmp_path_factory, make)
+
+
 def write_tiny_model(folder: Path) -> Path:
     """A random Llama of two layers with a word-level tokenizer, in Hugging Face format."""
     import torch
@@ -310,7 +352,5 @@ def kept_verifier() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _two_threads() -> None:
     """Float32 sums depend on the number of threads; every test has the same."""
-    import sys
-
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(2)

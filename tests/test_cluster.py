@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-from conftest import PATIENCE, make_spec, two_nodes
+import small_hub
+from conftest import PATIENCE, WORDS, make_spec, two_nodes
 from test_faults import require_whole
 
 from lora_search.errors import InputError
@@ -136,31 +139,87 @@ def short_folder() -> Iterator[str]:
         yield folder
 
 
+@pytest.fixture
+def hub(namespaces: tuple[str, str], tiny: Path, tmp_path: Path) -> Iterator[Path]:
+    """A model hub on the first machine, port 8765, with somebody/tiny and somebody/words; the list of what it sends."""
+    root, sent = tmp_path / "hub", tmp_path / "sent.txt"
+    shutil.copytree(tiny / "model", root / "somebody" / "tiny")
+    (root / "somebody" / "words").mkdir()
+    lines = (tiny / "data.jsonl").read_text().splitlines() * 200
+    draw = random.Random(0)
+    with (root / "somebody" / "words" / "data.jsonl").open("w") as file:
+        for line in lines:
+            longer = " ".join(draw.choices(WORDS, k=25))
+            file.write(json.dumps({**json.loads(line), "prompt": longer, "completion": longer}) + "\n")
+    command = ["ip", "netns", "exec", namespaces[0], sys.executable, str(Path(small_hub.__file__))]
+    with subprocess.Popen([*command, "10.77.0.1", "8765", str(root), str(sent)]) as process:
+        yield sent
+        process.kill()
+
+
+def crossed(namespace: str) -> int:
+    """Bytes that have gone over a namespace's wire, either way."""
+    read = ["ip", "netns", "exec", namespace, "cat", "/proc/net/dev"]
+    lines = subprocess.run(read, capture_output=True, text=True, check=True).stdout.splitlines()
+    received, *_, sent = next(line.split(":")[1].split()[:9] for line in lines if line.strip().startswith("v"))
+    return int(received) + int(sent)
+
+
 @pytest.mark.slow
 def test_sweep_over_machines_of_their_own_network(
-    short_folder: str, namespaces: tuple[str, str], tiny: Path, tmp_path: Path
+    short_folder: str, namespaces: tuple[str, str], hub: Path, tiny: Path, tmp_path: Path
 ) -> None:
-    """`ray start` on each, the sweep from the command line on the first."""
+    """`ray start` on each, two hosts a machine, the sweep from the command line on the first.
+
+    The base comes to each machine once, and the data: not once a host, not once a trial.
+    """
     first, second = namespaces
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
-    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=1", "--num-gpus=1"]
+    environment |= {"HF_ENDPOINT": "http://10.77.0.1:8765", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    caches = [environment | {"HF_HOME": str(tmp_path / name)} for name in ("first", "second")]
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=2", "--num-gpus=2"]
     start += ["--disable-usage-stats"]
     head = ["--head", "--node-ip-address=10.77.0.1", "--port=6380", "--include-dashboard=false"]
     head += [f"--temp-dir={short_folder}"]
     worker = ["--address=10.77.0.1:6380", "--node-ip-address=10.77.0.2"]
-    long = {"steps": 200, "eval_every": 50}  # so that a trial is not over before the next one looks for a host
-    spec = make_spec(tiny, name="machines", hosts={"trials_per_host": 1}, training=long, output=str(tmp_path))
+    long = {"steps": 200, "eval_every": 50}  # a trial is not over before the next looks for a host
+    spec = make_spec(
+        tiny,
+        name="machines",
+        base={"model": "somebody/tiny"},
+        data={"path": "somebody/words", "max_length": 64, "validation": 0.001, "test": 0.001},
+        hosts={"trials_per_host": 1},
+        training=long,
+        output=str(tmp_path),
+    )
     (tmp_path / "sweep.yaml").write_text(dump_spec(spec))
     run = [sys.executable, "-m", "lora_search", "run", str(tmp_path / "sweep.yaml"), "--address", "10.77.0.1:6380"]
-    for namespace, command in ((first, start + head), (second, start + worker), (first, run)):
+    before = 0
+    for namespace, command, there in (
+        (first, start + head, caches[0]),
+        (second, start + worker, caches[1]),
+        (first, run, caches[0]),
+    ):
+        before = crossed(first)
         answer = subprocess.run(
-            ["ip", "netns", "exec", namespace, *command],
-            capture_output=True,
-            text=True,
-            env=environment,
-            timeout=PATIENCE,
+            ["ip", "netns", "exec", namespace, *command], capture_output=True, text=True, env=there, timeout=PATIENCE
         )
         assert answer.returncode == 0, answer.stdout + answer.stderr
+    moved = crossed(first) - before
+    directory = RunDirectory(tmp_path / "machines")
+    require_whole(directory, spec.search.trials)
+    assert {row["host"] for row in run_rows(directory)} == {f"host-{number}" for number in range(4)}
+    assert "trial" in answer.stdout
+    sent = Counter(hub.read_text().splitlines())
+    print(f"{moved:,} bytes over the wire; sent by the hub: {dict(sent)}")
+    assert set(sent.values()) == {1}
+    assert {f"{machine} somebody/tiny model.safetensors" for machine in ("10.77.0.1", "10.77.0.2")} <= set(sent)
+    assert (
+        sum("somebody/words data.jsonl" in line for line in sent) == 1
+    )  # and from one machine to the other as tokens:
+    data = 5 * json.loads(directory.provenance.read_text())["data"]["train_tokens"]  # of four bytes, and a mask of one
+    assert data < moved < 1.5 * data
+
     unmarked = {name: value for name, value in environment.items() if name != "RAY_AUTH_MODE"}
     stranger = subprocess.run(
         ["ip", "netns", "exec", first, *run, "--name", "stranger"],
@@ -172,10 +231,6 @@ def test_sweep_over_machines_of_their_own_network(
     assert stranger.returncode == 1
     assert "no Ray cluster answers at 10.77.0.1:6380" in stranger.stderr
     assert "set RAY_AUTH_MODE=token" in stranger.stderr
-    directory = RunDirectory(tmp_path / "machines")
-    require_whole(directory, spec.search.trials)
-    assert {row["host"] for row in run_rows(directory)} == {"host-0", "host-1"}
-    assert "trial" in answer.stdout
 
 
 @pytest.fixture

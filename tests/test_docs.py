@@ -67,17 +67,6 @@ ELSEWHERE = {
 }
 """What a command holds that is run by other tests."""
 
-WATCHED_RUN = """
-import sys
-from lora_search.cli import main
-status = main(sys.argv[1:])
-print(*sys.modules)
-sys.exit(status)
-"""
-"""The command, which then says what its process has imported."""
-
-SMALL = ["--set", "search.trials=3", "--set", "training.steps=10", "--set", "data.limit=300"]
-
 
 def shown_commands(page: Path) -> Iterator[str]:
     """Commands of ours in a page: indented, fenced, or in the running text."""
@@ -93,15 +82,9 @@ COMMANDS = sorted({command for page in PAGES for command in shown_commands(page)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the sweeps of the repository and a finished run of the demo's, made small."""
-    folder = tmp_path_factory.mktemp("world")
-    shutil.copytree(ROOT / "sweeps", folder / "sweeps")
-    command = [sys.executable, "-c", WATCHED_RUN, "run", "sweeps/demo.yaml", *SMALL]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (folder / "modules").write_text(done.stdout.splitlines()[-1], encoding="utf-8")
-    return folder
+def world(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's folder, where commands may write."""
+    return shutil.copytree(demo_folder, tmp_path_factory.mktemp("world") / "world")
 
 
 def test_driver_never_imports_torch(world: Path) -> None:

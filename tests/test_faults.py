@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
-from conftest import PATIENCE, flip_bit, make_spec, processes, wait_until
+from conftest import PATIENCE, flip_bit, made_once, make_spec, processes, wait_until
 
 from lora_search.checkpoint import KEPT
 from lora_search.errors import InputError, SweepError
@@ -59,10 +59,21 @@ def ray() -> Iterator[Any]:
         yield ray
 
 
+def without_faults(tiny: Path, factory: pytest.TempPathFactory) -> list[Row]:
+    """What a sequential sweep comes to, wherever its run directory is."""
+
+    def make(folder: Path) -> None:
+        spec = sequential(tiny, "undisturbed", folder)
+        rows = run_sweep(spec, create_run(folder, spec.name, exact=True)).rows
+        (folder / "rows.json").write_text(json.dumps(compared(rows)))
+
+    rows: list[Row] = json.loads((made_once("undisturbed", factory, make) / "rows.json").read_text())
+    return rows
+
+
 @pytest.fixture(scope="module")
 def undisturbed(ray: Any, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
-    spec = sequential(tiny, "undisturbed", tmp_path_factory.mktemp("undisturbed"))
-    return compared(run_sweep(spec, create_run(Path(spec.output), spec.name, exact=True)).rows)
+    return without_faults(tiny, tmp_path_factory)
 
 
 def compared(rows: list[Row]) -> list[Row]:
@@ -122,19 +133,43 @@ def damage(run: RunDirectory, trial: int, step: int) -> None:
     kill("ray::Seat")
 
 
-def test_sigkill_of_host_and_seat_and_a_damaged_checkpoint_lose_nothing(
-    ray: Any, tiny: Path, tmp_path: Path, undisturbed: list[Row]
+def build_sick(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> Engine:
+    """The engine of a host; that of host-0 says from its fourth step on what CUDA says of a device that is no more."""
+    from lora_search.sweep.build import build_engine
+
+    engine = build_engine(spec, place, capacity, data)
+    step, steps = engine.step, itertools.count(1)
+
+    def sick(trials: Sequence[str]) -> Any:
+        if next(steps) > 3:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return step(trials)
+
+    if place.name == "host-0":
+        engine.step = sick  # type: ignore[method-assign]
+    return engine
+
+
+def test_sick_device_sigkill_of_host_and_seat_and_a_damaged_checkpoint_lose_nothing(
+    ray: Any, tiny: Path, tmp_path: Path, undisturbed: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the damaged one, the checkpoint before it is used."""
+    """A host whose device is sick is replaced: it would take one trial after the other, and fail it.
+
+    Of the damaged checkpoint, the one before it is used.
+    """
     spec = sequential(tiny, "killed", tmp_path)
     run = create_run(tmp_path, spec.name, exact=True)
-
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(sweep_module, "build_engine", build_sick)
     strikes = Strikes(
-        {(0, 2): lambda: kill("ray::Host"), (0, 4): lambda: kill("ray::Seat"), (0, 6): lambda: damage(run, 0, 6)}
+        {(0, 2): lambda: kill("ray::Seat"), (0, 4): lambda: kill("ray::Host"), (0, 6): lambda: damage(run, 0, 6)}
     )
-    outcome = run_sweep(spec, run, [strikes])
+    said: list[str] = []
+    outcome = run_sweep(spec, run, [strikes], say=said.append)
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     require_whole(run, TRIALS)
-    assert strikes.resumed == [(0, 2, 0), (0, 4, 0), (0, 4, 1)]
+    assert strikes.resumed == [(0, 2, 0), (0, 2, 0), (0, 4, 0), (0, 4, 1)]
+    assert any("host-0 was lost: HostFailed" in line and "illegal memory access" in line for line in said)
     assert compared(outcome.rows) == undisturbed
 
 
@@ -261,40 +296,6 @@ def test_full_disk_ends_the_sweep_and_with_room_it_goes_on(
     outcome = run_sweep(spec, run, resume=True)
     require_whole(run, TRIALS)
     assert compared(outcome.rows) == undisturbed
-
-
-def build_sick(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> Engine:
-    """The engine of a host; that of host-0 says from its fourth step on what CUDA says of a device that is no more."""
-    from lora_search.sweep.build import build_engine
-
-    engine = build_engine(spec, place, capacity, data)
-    step, steps = engine.step, itertools.count(1)
-
-    def sick(trials: Sequence[str]) -> Any:
-        if next(steps) > 3:
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        return step(trials)
-
-    if place.name == "host-0":
-        engine.step = sick  # type: ignore[method-assign]
-    return engine
-
-
-def test_host_whose_device_is_sick_is_replaced_and_no_trial_fails(
-    ray: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Otherwise it would be the emptiest, and take one trial after the other."""
-    search = {"trials": 3, "scheduler": {"name": "none"}}
-    spec = make_spec(tiny, name="sick", hosts=SEQUENTIAL, search=search, output=str(tmp_path))
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    monkeypatch.setattr(sweep_module, "build_engine", build_sick)
-    said: list[str] = []
-    run = create_run(tmp_path, spec.name, exact=True)
-    outcome = run_sweep(spec, run, say=said.append)
-    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-    assert [row["state"] for row in outcome.rows] == ["completed"] * 3
-    assert any("host-0 was lost: HostFailed" in line and "illegal memory access" in line for line in said)
-    require_whole(run, 3)
 
 
 def command(spec: SweepSpec, *options: str) -> list[str]:

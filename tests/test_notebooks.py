@@ -7,19 +7,17 @@ import os
 import random
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import nbformat
 import numpy as np
 import pytest
-from conftest import PATIENCE, ROOT, SHARED, make_spec
+from conftest import PATIENCE, ROOT, SHARED
 from nbclient import NotebookClient
 
 from lora_search.rundir import RunDirectory
-from lora_search.spec import Choice, LogUniform, Uniform, dump_spec, parse_spec
+from lora_search.spec import Choice, LogUniform, Uniform, parse_spec
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -48,18 +46,9 @@ for _each, _figure in _axes:
 
 
 @pytest.fixture(scope="module")
-def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of twelve trials over the usual parameters, by the command that users type."""
-    folder = tmp_path_factory.mktemp("notebooks")
-    spec = make_spec(tiny, search={"trials": 12}, output=str(folder))
-    (folder / "sweep.yaml").write_text(dump_spec(spec))
-    sweep(folder, "run", str(folder / "sweep.yaml"))
-    return folder / "tiny"
-
-
-def sweep(folder: Path, *arguments: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "lora_search", *arguments], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+def run(demo_folder: Path) -> Path:
+    """A finished run of twelve trials over the usual parameters."""
+    return demo_folder / "runs" / "demo"
 
 
 def execute(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **environment: Any) -> NotebookNode:
@@ -117,7 +106,7 @@ def test_sweeps_are_compared(run: Path, tmp_path: Path, monkeypatch: pytest.Monk
     notebook = execute("compare_sweeps", tmp_path, monkeypatch, LORA_SEARCH_RUNS=places)
     require_labels(notebook, figures=8 if published.exists() else 4)
     told = "".join(printed(cell) for cell in notebook.cells if "outputs" in cell)
-    assert "judged by eval_loss: tiny, half" in told
+    assert "judged by eval_loss: demo, half" in told
     assert ("judged by accuracy: peft-method-comparison" in told) == published.exists()
 
 
@@ -126,7 +115,7 @@ def test_what_mattered_ends_in_a_sweep_that_runs(run: Path, tmp_path: Path, monk
     require_labels(notebook, figures=3)
     spec = parse_spec(printed(notebook.cells[-2]), source="next.yaml", folder=tmp_path)
     before = parse_spec((run / "sweep.yaml").read_text(), source="sweep.yaml", folder=tmp_path)
-    assert spec.name == "tiny-next"
+    assert spec.name == "demo-next"
     assert spec.search.space.keys() == before.search.space.keys()
     assert spec.search.space != before.search.space
     rate = spec.search.space["learning_rate"]

@@ -12,6 +12,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import PATIENCE, make_spec, require_gives_back, wait_until
-from test_faults import SEQUENTIAL, TRIALS, Strikes, compared, kill, require_whole
+from test_faults import SEQUENTIAL, TRIALS, Strikes, compared, kill, require_whole, without_faults
 
 from lora_search.checkpoint import ADAPTER_WEIGHTS, Shelf, seal
 from lora_search.cli.main import main
@@ -30,7 +31,7 @@ from lora_search.results import Row, run_rows
 from lora_search.rundir import RunDirectory, create_run, find_run, newest_run
 from lora_search.spec import load_spec
 from lora_search.storage import Folder, StoreError
-from lora_search.sweep.run import run_sweep
+from lora_search.sweep.run import Outcome, run_sweep
 from lora_search.sweep.upload import kept_uploaded
 from lora_search.tracking import Observer
 
@@ -185,20 +186,43 @@ class Second(Observer):
                 self.refused = str(error)
 
 
+@dataclass
+class Kept:
+    """A sweep in a store that failed for a while: it answered 500 while a trial trained, and hung while the trial's
+    seat was killed and a new one had to read. And somebody started the same sweep a second time."""
+
+    store: Store
+    outcome: Outcome
+    strikes: Strikes
+    refused: str
+    """What was said to the second."""
+    faults: int
+    """Of the store."""
+
+
 @pytest.fixture(scope="module")
-def whole(ray: Any, server: tuple[str, int], tiny: Path) -> Iterator[tuple[Store, Second, list[Row]]]:
-    """A sweep that nothing disturbs, but that somebody starts a second time."""
+def kept(ray: Any, server: tuple[str, int], tiny: Path) -> Iterator[Kept]:
     store = Store(server)
+
+    def fail(fault: Callable[[BaseHTTPRequestHandler], bool], seconds: float) -> None:
+        store.fault = fault
+        threading.Timer(seconds, lambda: setattr(store, "fault", lambda request: False)).start()
+
+    def hang_and_kill() -> None:
+        fail(hang, 5)
+        kill("ray::Seat")
+
     spec = sequential(tiny, "whole", store.uri("runs"))
     second = Second(spec)
-    outcome = run_sweep(spec, create_run(spec.output, spec.name, exact=True), [second])
-    yield store, second, compared(outcome.rows)
+    strikes = Strikes({(0, 2): lambda: fail(status(500), 10), (0, 4): hang_and_kill})
+    outcome = run_sweep(spec, create_run(spec.output, spec.name, exact=True), [second, strikes])
+    yield Kept(store, outcome, strikes, second.refused, store.faults)
     store.close()
 
 
 @pytest.fixture(scope="module")
-def undisturbed(whole: tuple[Store, Second, list[Row]]) -> list[Row]:
-    return whole[2]
+def undisturbed(ray: Any, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Row]:
+    return without_faults(tiny, tmp_path_factory)
 
 
 def sequential(tiny: Path, name: str, output: str) -> SweepSpec:
@@ -316,10 +340,10 @@ def test_sweep_whose_input_is_wrong_leaves_nothing_in_the_store(ray: Any, store:
 
 
 def test_sweep_lives_whole_in_the_store(
-    whole: tuple[Store, Second, list[Row]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kept: Kept, undisturbed: list[Row], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    store, second, undisturbed = whole
-    assert "another lora-search run is writing to it" in second.refused
+    store = kept.store
+    assert "another lora-search run is writing to it" in kept.refused
     uri = store.uri("runs/whole")
     assert {"sweep.yaml", "provenance.json", "trials.jsonl", "study.journal", "report.html", "best", "tune"} == set(
         Folder(uri).names()
@@ -344,13 +368,14 @@ def test_sweep_lives_whole_in_the_store(
 
 
 def test_after_side_works_on_a_run_in_the_store(
-    whole: tuple[Store, Second, list[Row]],
+    kept: Kept,
+    undisturbed: list[Row],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    store, _, undisturbed = whole
+    store = kept.store
     uri = store.uri("runs/whole")
     run = Folder(uri)
 
@@ -385,9 +410,9 @@ def test_after_side_works_on_a_run_in_the_store(
     assert sorted(Path.cwd().iterdir()) == there
 
 
-def test_dashboard_shows_a_study_in_the_store(whole: tuple[Store, Second, list[Row]]) -> None:
+def test_dashboard_shows_a_study_in_the_store(kept: Kept) -> None:
     pytest.importorskip("optuna_dashboard")
-    command = [sys.executable, "-m", "lora_search", "dashboard", whole[0].uri("runs/whole"), "--port", "0"]
+    command = [sys.executable, "-m", "lora_search", "dashboard", kept.store.uri("runs/whole"), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -430,22 +455,9 @@ def test_driver_that_is_killed_goes_on_from_the_store_on_another_machine(
     assert compared(run_rows(run)) == undisturbed
 
 
-def test_store_that_fails_for_a_while_loses_nothing(ray: Any, store: Store, tiny: Path, undisturbed: list[Row]) -> None:
-    """It answers 500 while a trial trains, and hangs while the trial's seat is killed and a new one has to read."""
-
-    def fail(fault: Callable[[BaseHTTPRequestHandler], bool], seconds: float) -> None:
-        store.fault = fault
-        threading.Timer(seconds, lambda: setattr(store, "fault", lambda request: False)).start()
-
-    def hang_and_kill() -> None:
-        fail(hang, 5)
-        kill("ray::Seat")
-
-    spec = sequential(tiny, "failing", store.uri("runs"))
-    strikes = Strikes({(0, 2): lambda: fail(status(500), 10), (0, 4): hang_and_kill})
-    outcome = run_sweep(spec, create_run(spec.output, spec.name, exact=True), [strikes])
-    assert store.faults > 10
-    run = find_run(outcome.run.place)
+def test_store_that_fails_for_a_while_loses_nothing(kept: Kept, undisturbed: list[Row]) -> None:
+    assert kept.faults > 10
+    run = find_run(kept.outcome.run.place)
     require_whole(run, TRIALS)
-    assert strikes.resumed == [(0, 4, 0)]
+    assert kept.strikes.resumed == [(0, 4, 0)]
     assert compared(run_rows(run)) == undisturbed
