@@ -1,13 +1,14 @@
 """A trial's adapter as one vector: PEFT's own parameters, laid end to end, and their gradients likewise.
 
-Where the base is on several devices it is one vector on each: an adapter's weights are where their layers are.
+Where the base is on several devices it is one vector on each: an adapter's weights are where their layers are. B stands
+in it transposed, a rank's numbers in a row as in A, so that adapters of any ranks can be stacked by copying rows.
 
 Legend: P trainable parameters, R rank, S ranks of several layers together, I and O in- and out-features of a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,10 +24,10 @@ Places = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Up:
-    """B of one layer, as views into the vectors."""
+    """B of one layer, transposed, as views into the vectors."""
 
-    b_OR: torch.Tensor
-    grad_b_OR: torch.Tensor
+    b_RO: torch.Tensor
+    grad_b_RO: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,10 @@ class Down:
 class Piece:
     """Parameters of one device, moved into one float32 vector without PEFT noticing."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], transposed: Collection[int], dtype: torch.dtype) -> None:
         """
         Args:
+            transposed: of which of them, by identity, columns stand end to end.
             dtype: of the products; where it is not float32, the layers work on a copy (see `refresh`).
         """
         size = sum(parameter.numel() for parameter in parameters)
@@ -57,9 +59,11 @@ class Piece:
         start = 0
         for parameter in parameters:
             span = slice(start, start + parameter.numel())
-            self.vector_P.data[span].copy_(parameter.data.reshape(-1))
-            parameter.data = self.vector_P.data[span].view_as(parameter)
-            parameter.grad = self.gradient_P[span].view_as(parameter)
+            turned = id(parameter) in transposed
+            shape = parameter.shape[::-1] if turned else parameter.shape
+            values, gradient = self.vector_P.data[span].view(shape), self.gradient_P[span].view(shape)
+            parameter.data = (values.t() if turned else values).copy_(parameter.data)
+            parameter.grad = gradient.t() if turned else gradient
             self.spans[id(parameter)] = span
             start = span.stop
 
@@ -103,10 +107,14 @@ class FlatAdapter:
         ordered += [b for _, b in pairs.values()]
         seen = set(map(id, ordered))
         ordered += [parameter for parameter in self.parameters.values() if id(parameter) not in seen]
+        ranks = {id(b): b.shape[1] for _, b in pairs.values()}
         devices = dict.fromkeys(parameter.device for parameter in ordered)
-        self.pieces = tuple(Piece([p for p in ordered if p.device == device], dtype) for device in devices)
+        self.pieces = tuple(Piece([p for p in ordered if p.device == device], ranks, dtype) for device in devices)
         on = {id(parameter): piece for piece in self.pieces for parameter in ordered if id(parameter) in piece.spans}
-        self._order = [(self.pieces.index(on[id(p)]), on[id(p)].spans[id(p)]) for p in ordered]
+        self._order = [
+            (self.pieces.index(on[id(p)]), on[id(p)].spans[id(p)], ranks.get(id(p), p.numel())) for p in ordered
+        ]
+        """Of every parameter: which piece, where in it, and in how many rows: of B its ranks, of others all numbers."""
         self._downs = {place: (on[id(a)], on[id(a)].spans[id(a)], a.shape[1]) for place, (a, _) in pairs.items()}
         self._stacks: dict[Places, Down | None] = {}
         self.ups = {place: _up(on[id(b)], b) for place, (_, b) in pairs.items()}
@@ -154,24 +162,28 @@ class FlatAdapter:
             piece.refresh()
 
     def joined(self, of_pieces: Sequence[torch.Tensor]) -> torch.Tensor:
-        """One vector of what the pieces have, in an order that does not depend on which device has what; a copy."""
+        """One vector of what the pieces have, in an order that does not depend on which device has what; a copy.
+
+        Every parameter stands in it as PEFT has it.
+        """
         device = of_pieces[0].device
-        return torch.cat([of_pieces[index][span].detach().to(device) for index, span in self._order])
+        parts = [of_pieces[index][span].detach().view(rows, -1) for index, span, rows in self._order]
+        return torch.cat([part.t().reshape(-1).to(device) for part in parts])
 
     def parted(self, vector_P: torch.Tensor) -> list[torch.Tensor]:
         """What each piece has of a joined vector, on its device; copies."""
         parts = [torch.empty_like(piece.vector_P, requires_grad=False) for piece in self.pieces]
         start = 0
-        for index, span in self._order:
+        for index, span, rows in self._order:
             stop = start + span.stop - span.start
-            parts[index][span] = vector_P[start:stop].to(parts[index].device)
+            parts[index][span].view(rows, -1).copy_(vector_P[start:stop].view(-1, rows).t())
             start = stop
         return parts
 
 
 def _up(piece: Piece, b: nn.Parameter) -> Up:
-    span = piece.spans[id(b)]
-    return Up(piece.working_P[span].view_as(b), piece.gradient_P[span].view_as(b))
+    span, shape = piece.spans[id(b)], b.shape[::-1]
+    return Up(piece.working_P[span].view(shape), piece.gradient_P[span].view(shape))
 
 
 def _pairs(model: PeftModel, name: str, places: Mapping[str, int]) -> dict[int, tuple[nn.Parameter, nn.Parameter]]:

@@ -28,8 +28,7 @@ FLOAT = torch.float32
 """Of gradients. Many are added at once where both sides have it."""
 
 GROUPED_FROM = 4
-"""Trials. With fewer, what brings their matrices together is more kernels than it saves (by count: 250 against 386 of
-two, 1,000 against 888 of eight trials of different ranks)."""
+"""Trials. With fewer, what brings their matrices together is as many kernels as it saves."""
 
 Keeps = list[torch.Tensor | None]
 """Dropout masks; None where nothing is dropped."""
@@ -111,7 +110,7 @@ def multiplies_groups(device: torch.device, dtype: torch.dtype) -> bool:
 
 def _fits_groups(adapted: Sequence[Adapted], x: torch.Tensor) -> bool:
     """Whether every row of all matrices begins at a multiple of 16 bytes."""
-    outs = [one.adapter.ups[place].b_OR.shape[0] for one in adapted for place in one.down.spans]
+    outs = [one.adapter.ups[place].b_RO.shape[1] for one in adapted for place in one.down.spans]
     return x.is_contiguous() and all(features % EIGHT == 0 for features in (x.shape[-1], *outs))
 
 
@@ -139,7 +138,7 @@ class Apart:
         for one, down_nS in zip(self._adapted, downs, strict=True):
             if place in one.down.spans:
                 down_nR = down_nS[:, one.down.spans[place]]
-                y_NO[one.rows].addmm_(down_nR, one.adapter.ups[place].b_OR.t(), alpha=one.part.share.scale)
+                y_NO[one.rows].addmm_(down_nR, one.adapter.ups[place].b_RO, alpha=one.part.share.scale)
                 saved.append(down_nR)
         return saved
 
@@ -149,11 +148,11 @@ class Apart:
             if place not in one.down.spans:
                 continue
             grad_nO, down_nR, up = grad_NO[one.rows], next(downs), one.adapter.ups[place]
-            accumulate(up.grad_b_OR, grad_nO.t(), down_nR, one.part.share.scale)
+            accumulate(up.grad_b_RO, down_nR.t(), grad_nO, one.part.share.scale)
             grads_nS = self._grads_down_nS.get(one.index)
             if grads_nS is None:
                 grads_nS = self._grads_down_nS[one.index] = grad_nO.new_zeros(len(grad_nO), len(one.down.a_SI))
-            grads_nS[:, one.down.spans[place]].addmm_(grad_nO, up.b_OR, beta=0, alpha=one.part.share.scale)
+            grads_nS[:, one.down.spans[place]].addmm_(grad_nO, up.b_RO.t(), beta=0, alpha=one.part.share.scale)
 
     def leave(self, x_NI: torch.Tensor, keeps: Keeps, grad_NI: torch.Tensor | None) -> None:
         for one, keep_nI in zip(self._adapted, keeps, strict=True):
@@ -201,7 +200,7 @@ class Grouped:
         if place not in self._columns:
             return []
         down_Nw = downs[0][:, self._columns[place]]
-        y_NO.add_(self._product(down_Nw, self._b_TOw(place, y_NO).transpose(1, 2)))
+        y_NO.add_(self._product(down_Nw, self._b_TwO(place, y_NO)))
         return [down_Nw]
 
     def gather(self, place: int, grad_NO: torch.Tensor, saved: Sequence[torch.Tensor]) -> None:
@@ -209,13 +208,13 @@ class Grouped:
             return
         (down_Nw,) = saved
         grad_NO = grad_NO.contiguous()
-        grads_TOw = self._product(grad_NO.t(), down_Nw).to(FLOAT)
-        own, grouped = zip(*self._ups(place, grads_TOw, lambda up: up.grad_b_OR), strict=True)
+        grads_TwO = self._product(down_Nw.t(), grad_NO).to(FLOAT)
+        own, grouped = zip(*self._ups(place, grads_TwO, lambda up: up.grad_b_RO), strict=True)
         torch._foreach_add_(own, grouped)
-        del grads_TOw, grouped
+        del grads_TwO, grouped
         if self._grad_down_NW is None:
             self._grad_down_NW = grad_NO.new_zeros(len(grad_NO), self._width)
-        grad_down_Nw = self._product(grad_NO, self._b_TOw(place, grad_NO))
+        grad_down_Nw = self._product(grad_NO, self._b_TwO(place, grad_NO).transpose(1, 2))
         torch.mul(grad_down_Nw, self._scales_N1, out=self._grad_down_NW[:, self._columns[place]])
 
     def leave(self, x_NI: torch.Tensor, keeps: Keeps, grad_NI: torch.Tensor | None) -> None:
@@ -239,6 +238,9 @@ class Grouped:
         return self._drop_(x_NI.clone(), keeps)
 
     def _drop_(self, x_NI: torch.Tensor, keeps: Keeps) -> torch.Tensor:
+        masks = [keep_nI for keep_nI in keeps if keep_nI is not None]
+        if len(masks) == self._groups:
+            return x_NI.mul_(torch.cat(masks))
         for one, keep_nI in zip(self._adapted, keeps, strict=True):
             if keep_nI is not None:
                 x_NI[one.rows].mul_(keep_nI)
@@ -250,12 +252,12 @@ class Grouped:
         torch._foreach_copy_(grouped, own)
         return a_TWI
 
-    def _b_TOw(self, place: int, y_NO: torch.Tensor) -> torch.Tensor:
+    def _b_TwO(self, place: int, y_NO: torch.Tensor) -> torch.Tensor:
         columns = self._columns[place]
-        b_TOw = y_NO.new_zeros(self._groups, y_NO.shape[-1], columns.stop - columns.start)
-        own, grouped = zip(*self._ups(place, b_TOw, lambda up: up.b_OR), strict=True)
+        b_TwO = y_NO.new_zeros(self._groups, columns.stop - columns.start, y_NO.shape[-1])
+        own, grouped = zip(*self._ups(place, b_TwO, lambda up: up.b_RO), strict=True)
         torch._foreach_copy_(grouped, own)
-        return b_TOw
+        return b_TwO
 
     def _downs(
         self, all_TWI: torch.Tensor, of: Callable[[Down], torch.Tensor]
@@ -267,13 +269,13 @@ class Grouped:
                 yield of(one.down)[span], all_TWI[one.index, start : start + span.stop - span.start]
 
     def _ups(
-        self, place: int, all_TOw: torch.Tensor, of: Callable[[Up], torch.Tensor]
+        self, place: int, all_TwO: torch.Tensor, of: Callable[[Up], torch.Tensor]
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Every trial's columns of one layer, its own and those among all."""
+        """Every trial's rows of one layer, its own and those among all."""
         for one in self._adapted:
             if place in one.down.spans:
-                own_OR = of(one.adapter.ups[place])
-                yield own_OR, all_TOw[one.index, :, : own_OR.shape[1]]
+                own_RO = of(one.adapter.ups[place])
+                yield own_RO, all_TwO[one.index, : len(own_RO)]
 
 
 def _dropped(x: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
