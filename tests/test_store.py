@@ -331,7 +331,8 @@ def test_of_two_that_begin_at_once_one_gives_way_before_it_has_uploaded_anything
 
 
 def test_sweep_whose_input_is_wrong_leaves_nothing_in_the_store(ray: Any, store: Store, tiny: Path) -> None:
-    spec = make_spec(tiny, name="impossible", data={"columns": {"prompt": "question"}}, output=store.uri("wrong"))
+    columns = {"columns": {"prompt": "question"}}
+    spec = make_spec(tiny, name="impossible", hosts=SEQUENTIAL, data=columns, output=store.uri("wrong"))
     run = create_run(spec.output, spec.name, exact=True)
     with pytest.raises(InputError, match="question"):
         run_sweep(spec, run)

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from lora_search.spec import SweepSpec
 
 
+ONE = {"count": 1}
+"""A host: each imports torch and its libraries for six seconds."""
+
+
 @pytest.fixture(scope="module")
 def ray() -> Iterator[Any]:
     """One Ray for the sweeps of this file: starting it anew costs seconds each time."""
@@ -161,7 +165,7 @@ def test_failed_trial_says_why_and_harms_no_other(ray: Any, tiny: Path, tmp_path
     grid = {"sampler": {"name": "grid"}, "scheduler": {"name": "none"}, "enqueue": []}
     space = {"rank": {"choice": [2, 4]}, "alpha": 8.0, "dropout": 0.1, "learning_rate": {"choice": [1e-3, 1e30]}}
     training = {"max_grad_norm": 0.0, "warmup_ratio": 0.0}
-    spec = make_spec(tiny, name="failing", search={"space": space, **grid}, training=training)
+    spec = make_spec(tiny, name="failing", hosts=ONE, search={"space": space, **grid}, training=training)
     outcome = run_sweep(spec, create_run(Path(spec.output), spec.name, exact=False))
     failed = [row for row in outcome.rows if row["state"] == "failed"]
     assert sorted((row["rank"], row["learning_rate"]) for row in failed) == [(2, 1e30), (4, 1e30)]
@@ -181,6 +185,7 @@ def test_sweep_of_failures_only_says_so(ray: Any, tiny: Path) -> None:
     spec = make_spec(
         tiny,
         name="hopeless",
+        hosts=ONE,
         search={
             "space": {"learning_rate": 1e30, "alpha": 1e30, "dropout": {"uniform": [0.0, 0.1]}},
             "trials": 1,
@@ -203,7 +208,7 @@ def test_sweep_of_failures_only_says_so(ray: Any, tiny: Path) -> None:
 def test_what_no_trial_could_do_ends_the_sweep_before_any_trial(
     ray: Any, tiny: Path, sections: dict[str, Any], message: str
 ) -> None:
-    spec = make_spec(tiny, name="impossible", **sections)
+    spec = make_spec(tiny, name="impossible", **{"hosts": ONE, **sections})
     run = create_run(Path(spec.output), spec.name, exact=False)
     with pytest.raises(InputError, match=message):
         run_sweep(spec, run)
@@ -222,7 +227,7 @@ def test_two_hosts_share_the_trials(ray: Any, tiny: Path) -> None:
 
 def test_interrupt_ends_the_sweep_cleanly(tiny: Path, tmp_path: Path) -> None:
     endless = {"training": {"steps": 100_000}, "search": {"scheduler": {"name": "none"}}}
-    spec = make_spec(tiny, name="interrupted", output=str(tmp_path), **endless)
+    spec = make_spec(tiny, name="interrupted", hosts=ONE, output=str(tmp_path), **endless)
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
     process = subprocess.Popen(

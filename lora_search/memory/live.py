@@ -10,6 +10,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_aten = torch.ops.aten
+
+POINTWISE = {
+    *(_aten.mul.Tensor, _aten.mul.Scalar, _aten.add.Tensor, _aten.div.Scalar, _aten.neg.default),
+    *(_aten.pow.Tensor_Scalar, _aten.rsqrt.default, _aten.silu.default),
+}
+"""What a decoder does number by number. For the meta device torch has them in Python alone: 0.3 ms each, more than half
+of what a replay takes."""
+
 
 class LiveBytes(TorchDispatchMode):
     """The bytes of all tensors that were made in this context and are there yet, whoever holds them.
@@ -36,7 +45,9 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = (
+            _unwritten(args) if func in POINTWISE and not kwargs and args[0].is_meta else func(*args, **(kwargs or {}))
+        )
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._count(leaf.untyped_storage())
@@ -54,3 +65,10 @@ class LiveBytes(TorchDispatchMode):
     def _gone(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.now -= size
+
+
+def _unwritten(args: Sequence[Any]) -> torch.Tensor:
+    """A tensor of the shape and type that an operation number by number has on the meta device."""
+    shapes = [x.shape for x in args if isinstance(x, torch.Tensor)]
+    dtype = torch.result_type(*args) if len(args) == 2 else args[0].dtype
+    return torch.empty(torch.broadcast_shapes(*shapes), dtype=dtype, device="meta")
