@@ -175,7 +175,8 @@ def made_once(name: str, factory: pytest.TempPathFactory, make: Callable[[Path],
     folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / name
     with FileLock(f"{folder}.lock"):
         if not (folder / "made").exists():
-            folder.mkdir(exist_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)  # of one that failed at it
+            folder.mkdir()
             make(folder)
             (folder / "made").touch()
     return folder

@@ -214,10 +214,9 @@ def test_sweep_over_machines_of_their_own_network(
     print(f"{moved:,} bytes over the wire; sent by the hub: {dict(sent)}")
     assert set(sent.values()) == {1}
     assert {f"{machine} somebody/tiny model.safetensors" for machine in ("10.77.0.1", "10.77.0.2")} <= set(sent)
-    assert (
-        sum("somebody/words data.jsonl" in line for line in sent) == 1
-    )  # and from one machine to the other as tokens:
-    data = 5 * json.loads(directory.provenance.read_text())["data"]["train_tokens"]  # of four bytes, and a mask of one
+    assert len([line for line in sent if "somebody/words data.jsonl" in line]) == 1
+    # To the other machine it goes as tokens, of four bytes each and one of a mask.
+    data = 5 * json.loads(directory.provenance.read_text())["data"]["train_tokens"]
     assert data < moved < 1.5 * data
 
     unmarked = {name: value for name, value in environment.items() if name != "RAY_AUTH_MODE"}

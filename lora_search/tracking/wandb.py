@@ -102,7 +102,7 @@ class WandbRuns(Observer):
         thread.join(CLOSE_TIMEOUT_S)
         if thread.is_alive():
             self._warn(f"W&B is still busy after {CLOSE_TIMEOUT_S:.0f} s; what it has not taken is lost to it")
-        elif self._mode == "offline" and self._opened and not self._broken:
+        elif self._mode == "offline" and not self._broken and any(self._folder.glob("wandb/offline-run-*")):
             self._say(f"W&B runs are offline; upload them with: wandb sync {self._folder}/wandb/offline-run-*")
 
     def _later(self, work: Callable[[], None]) -> None:
