@@ -31,6 +31,7 @@ from lora_search.results import Row, read_events, run_rows
 from lora_search.rundir import RunDirectory, create_run
 from lora_search.spec import dump_spec
 from lora_search.sweep import run as sweep_module
+from lora_search.sweep.resume import shorter_trials
 from lora_search.sweep.run import run_sweep
 from lora_search.tracking import Observer
 
@@ -331,7 +332,7 @@ def says(what: str) -> Callable[[subprocess.Popen[str]], object]:
 def test_sweep_that_is_warned_in_every_phase_goes_on_as_if_nothing_had_been(
     ray: Any, tiny: Path, tmp_path: Path, undisturbed: list[Row]
 ) -> None:
-    """SIGTERM while it prepares, in the middle, and while it merges; resumed each time, and then with more trials."""
+    """SIGTERM while it prepares, in the middle, and while it merges; resumed each time, and then with more to do."""
     spec = sequential(tiny, "ended", tmp_path)
     run = RunDirectory(tmp_path / "ended")
     warned(spec, says("preparing the data"))
@@ -352,10 +353,14 @@ def test_sweep_that_is_warned_in_every_phase_goes_on_as_if_nothing_had_been(
     assert run.trials.read_bytes() == before
     assert run.report.is_file()
 
-    more = sequential(tiny, "ended", tmp_path, search={"trials": TRIALS + 2})
-    outcome = run_sweep(more, run, resume=True)
+    more = sequential(tiny, "ended", tmp_path, search={"trials": TRIALS + 2}, training={"steps": 12})
+    told: list[str] = []
+    outcome = run_sweep(more, run, resume=True, say=told.append)
     require_whole(run, TRIALS + 2)
     assert compared(outcome.rows)[:TRIALS] == undisturbed
+    reports = [event for event in read_events(run.trials) if event["event"] == "report" and event["trial"] >= TRIALS]
+    assert {report["steps_total"] for report in reports} == {12}
+    assert any("completed at 8 steps stay as they are" in line for line in told), told
 
 
 def test_sweep_whose_driver_is_killed_goes_on_as_if_nothing_had_been(
@@ -386,6 +391,19 @@ def test_fewer_steps_are_no_budget_to_resume_with(tiny: Path, tmp_path: Path) ->
     fewer = sequential(tiny, "shorter", tmp_path, training={"steps": 4})
     with pytest.raises(InputError, match=r"has trials of 8 steps; found training.steps: 4; allowed: 8 and more"):
         run_sweep(fewer, run, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("steps", "space", "said"),
+    [(12, {}, "completed at 8 steps stay as they are"), (8, {}, ""), (12, {"steps": 12}, "")],
+)
+def test_more_steps_are_for_trials_that_had_not_ended(
+    tiny: Path, tmp_path: Path, steps: int, space: dict[str, Any], said: str
+) -> None:
+    spec = sequential(tiny, "longer", tmp_path, training={"steps": steps}, search={"space": {"rank": 4, **space}})
+    rows = [{"state": "completed", "steps": 8}, {"state": "stopped", "steps": 2}]
+    assert said in (shorter_trials(spec, rows) or "")
+    assert bool(said) == (shorter_trials(spec, rows) is not None)
 
 
 def test_another_sweep_is_not_resumed_and_what_changed_is_said(tiny: Path, tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from lora_search.tracking.live import LiveView
+from lora_search.tracking.live import LiveView, Screen
 
 PARAMETERS = {"rank": 16, "alpha": 32.0, "dropout": 0.05, "target_modules": "attention-qv", "learning_rate": 1e-3}
 
@@ -24,6 +25,21 @@ class Clock:
 
 def report(step: int, loss: float, total: int = 90) -> dict[str, Any]:
     return {"step": step, "steps_total": total, "eval_loss": loss, "token_accuracy": -loss, "tokens": 100 * step}
+
+
+def test_sweep_goes_on_where_nobody_reads() -> None:
+    """As under `| head`, or when the terminal has been closed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    terminal, other = os.openpty()
+    os.close(terminal)
+    for end in (writer, other):
+        file = os.fdopen(end, "w", buffering=1)
+        shown = view(Screen(file=file, force_terminal=False), Clock())
+        for _ in range(3):
+            shown.say("a line")
+        with contextlib.suppress(OSError):
+            file.close()
 
 
 def view(console: Console, clock: Clock, **keys: Any) -> LiveView:

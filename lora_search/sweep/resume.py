@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,17 @@ def refuse_other_sweep(spec: SweepSpec, run: RunDirectory) -> None:
             f"--resume: {run.place} is of another sweep: {'; '.join(changed)}; "
             f"allowed to change: {', '.join(MAY_CHANGE)}"
         )
+
+
+def shorter_trials(spec: SweepSpec, rows: Sequence[Row]) -> str | None:
+    """What there is to say of trials that were completed when `training.steps` was less: they have ended."""
+    ends = {row["steps"] for row in rows if row["state"] == "completed" and row["steps"] < spec.training.steps}
+    if "steps" in spec.search.space or not ends:
+        return None
+    return (
+        f"WARNING: trials that were completed at {max(ends)} steps stay as they are: training.steps: "
+        f"{spec.training.steps} is for those that had not ended, and for new ones (search.trials)"
+    )
 
 
 def mend_last_line(file: Path) -> str | None:

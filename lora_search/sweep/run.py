@@ -44,7 +44,7 @@ from lora_search.sweep.controller import seated
 from lora_search.sweep.hosts import HostLost, Hosts
 from lora_search.sweep.prepare import DataSummary, prepare, refuse_other_data
 from lora_search.sweep.provenance import provenance, read_provenance, write_provenance
-from lora_search.sweep.resume import Past, mend_last_line, reconcile, refuse_other_sweep
+from lora_search.sweep.resume import Past, mend_last_line, reconcile, refuse_other_sweep, shorter_trials
 from lora_search.sweep.signals import sigterm_ends_tune, sigterm_interrupts
 from lora_search.sweep.upload import Held, kept_uploaded
 from lora_search.tracking import Observer, RunRecord
@@ -135,7 +135,7 @@ def _run(
         if (outcome := _concluded(spec, run, before)) is not None:
             if run.report.name not in run.folder.names():  # the process was ended before it was made
                 _report(run, say)
-            say("the sweep is finished; nothing is left to do")
+            say(shorter_trials(spec, outcome.rows) or "the sweep is finished; nothing is left to do")
             return outcome
         (run.path / JOURNAL_LOCK).unlink(missing_ok=True)  # of a process that was killed; ours is the only one
         for file in (run.trials, run.path / JOURNAL):
@@ -226,6 +226,8 @@ def search(
         past = reconcile(spec, run, study, record)
         if past.rows:
             say(f"{past.ended} of {planned} trials have ended, {len(past.rows) - past.ended} go on")
+            if (shorter := shorter_trials(spec, past.rows)) is not None:
+                say(shorter)
             for observer in observers:
                 observer.past(past.rows)
         if past.ended < planned:

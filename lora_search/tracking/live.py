@@ -74,6 +74,13 @@ class _Progress:
         return sum(count for _, count in self.tokens) / max(1.0, now - self.tokens[0][0])
 
 
+class Screen(Console):
+    """Standard error, which may lose its reader; a sweep goes on without one."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True  # rich would end the process
+
+
 class LiveView(Observer):
     """A display that renews itself where there is a terminal, plain lines where there is none."""
 
@@ -89,7 +96,7 @@ class LiveView(Observer):
     ) -> None:
         self._sweep = sweep
         self._metric = metric
-        self._console = console or Console(stderr=True)
+        self._console = console or Screen(stderr=True)
         self._clock = clock
         self._start = clock()
         self._said = self._start
@@ -116,7 +123,10 @@ class LiveView(Observer):
 
     def say(self, line: str) -> None:
         """Print one line, above the display where there is one."""
-        self._console.print(escape(harmless(line)), highlight=False, soft_wrap=True)
+        try:
+            self._console.print(escape(harmless(line)), highlight=False, soft_wrap=True)
+        except OSError:  # as of a terminal that has been closed
+            self._console.quiet = True
 
     def past(self, rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
