@@ -147,16 +147,30 @@ def alone(guest: Stay) -> Stay:
     return Stay(guest.config, 0, guest.leaves - guest.joins)
 
 
+def require_as_alone(engine: Engine, guests: Sequence[Stay], found: Iterator[tuple[list[float], torch.Tensor]]) -> None:
+    for guest, (losses, adapter) in zip(guests, found, strict=True):
+        ((solo_losses, solo_adapter),) = run_pack(engine, [alone(guest)])
+        assert losses == pytest.approx(solo_losses, rel=LOSS_TOLERANCE)
+        assert (adapter - solo_adapter).norm() <= 1e-2 * solo_adapter.norm()
+
+
+def under_way(engine: Engine, guests: Sequence[Stay]) -> list[str]:
+    """Trials that have made some steps together, so that B is no longer zero and A has a gradient; their names."""
+    names = [str(index) for index in range(len(guests))]
+    for name, guest in zip(names, guests, strict=True):
+        engine.admit(name, guest.config)
+    for _ in range(3):
+        losses_of(engine.step(names))
+    return names
+
+
 @property_settings
 @given(drawn=packs)
 def test_trial_is_trained_as_if_alone(
     engine: Engine, spec: SweepSpec, drawn: Sequence[tuple[dict[str, Any], int, int]]
 ) -> None:
     guests = as_stays(spec, drawn)
-    for guest, (losses, adapter) in zip(guests, run_pack(engine, guests), strict=True):
-        ((solo_losses, solo_adapter),) = run_pack(engine, [alone(guest)])
-        assert losses == pytest.approx(solo_losses, rel=LOSS_TOLERANCE)
-        assert (adapter - solo_adapter).norm() <= 1e-2 * solo_adapter.norm()
+    require_as_alone(engine, guests, run_pack(engine, guests))
 
 
 @property_settings
@@ -164,12 +178,8 @@ def test_trial_is_trained_as_if_alone(
 def test_gradient_is_the_same_alone_and_in_company(
     engine: Engine, spec: SweepSpec, drawn: Sequence[tuple[dict[str, Any], int, int]], seed: int
 ) -> None:
-    """From the same state: after some steps together, so that B is no longer zero and A has a gradient."""
-    names = [str(index) for index in range(len(drawn))]
-    for name, guest in zip(names, as_stays(spec, drawn), strict=True):
-        engine.admit(name, guest.config)
-    for _ in range(3):
-        losses_of(engine.step(names))
+    """From the same state."""
+    names = under_way(engine, as_stays(spec, drawn))
     together = engine.gradients(names)
     for name in names:
         solo = engine.gradients([name])[name]
@@ -206,11 +216,7 @@ def grouped_products() -> Iterator[list[torch.Size]]:
 def test_grouped_products_make_the_same_gradient_and_evaluation(
     one_lane: Engine, spec: SweepSpec, drawn: Sequence[tuple[dict[str, Any], int, int]]
 ) -> None:
-    names = [str(index) for index in range(len(drawn))]
-    for name, guest in zip(names, as_stays(spec, drawn), strict=True):
-        one_lane.admit(name, guest.config)
-    for _ in range(3):
-        losses_of(one_lane.step(names))
+    names = under_way(one_lane, as_stays(spec, drawn))
     apart, measured = one_lane.gradients(names), one_lane.evaluate(names)
     with grouped_products():
         grouped = one_lane.gradients(names)
@@ -245,11 +251,7 @@ def test_eight_trials_take_as_many_grouped_products_as_two(one_lane: Engine, spe
     names = [str(index) for index in range(8)]
     for index, name in enumerate(names):
         one_lane.admit(name, trial_config(spec, {"rank": 1 + index, "target_modules": "all-linear", "dropout": 0.1}))
-    layers, linear, entrances = (
-        2,
-        7,
-        4,
-    )  # query, key and value have one, gate and up; each thrice with the backward pass
+    layers, linear, entrances = 2, 7, 4  # query, key and value have one, gate and up; each three products
     for some in (names[:2], names):
         with grouped_products() as made:
             one_lane.gradients(some)
@@ -266,10 +268,7 @@ def test_trial_is_trained_as_if_alone_by_grouped_products(
     guests = as_stays(spec, drawn)
     with grouped_products():
         found = run_pack(one_lane, guests)
-    for guest, (losses, adapter) in zip(guests, found, strict=True):
-        ((solo_losses, solo_adapter),) = run_pack(one_lane, [alone(guest)])
-        assert losses == pytest.approx(solo_losses, rel=LOSS_TOLERANCE)
-        assert (adapter - solo_adapter).norm() <= 1e-2 * solo_adapter.norm()
+    require_as_alone(one_lane, guests, found)
 
 
 @property_settings

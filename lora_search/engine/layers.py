@@ -51,9 +51,10 @@ class Entrance:
         self.input = x
         self.siblings = siblings
         tokens = x.numel() // x.shape[-1]
-        by_part = x.device.type == "cpu" and tokens == pack.parts[-1].tokens.stop
+        whole = tokens == pack.parts[-1].tokens.stop
+        by_part = whole and x.device.type == "cpu"
         rows = [part.tokens for part in pack.parts] if by_part else [slice(0, tokens)]
-        self.meeting = _Meeting(rows, adapters_behind(pack, siblings, x, dtype), x.requires_grad)
+        self.meeting = _Meeting(rows, adapters_behind(pack, siblings, x, dtype, whole=whole), x.requires_grad)
         self.x_NI: torch.Tensor
         self.downs: list[torch.Tensor]
         ends_here = any(map(self.meeting.adapters.adapts, siblings))

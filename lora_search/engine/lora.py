@@ -24,9 +24,6 @@ from lora_search.engine.products import accumulate, product
 EIGHT = 8
 """Ranks of a group are filled up to a multiple: a row begins at a multiple of 16 bytes, as grouped products ask for."""
 
-FLOAT = torch.float32
-"""Of gradients. Many are added at once where both sides have it."""
-
 GROUPED_FROM = 4
 """Trials. With fewer, what brings their matrices together is as many kernels as it saves."""
 
@@ -79,20 +76,20 @@ class Adapted:
         return masks.keep(place, tuple(x_nI.shape), x_nI.device, dropout).view(torch.uint8)
 
 
-def adapters_behind(pack: Pack, siblings: Places, x: torch.Tensor, dtype: torch.dtype) -> Adapters:
+def adapters_behind(pack: Pack, siblings: Places, x: torch.Tensor, dtype: torch.dtype, *, whole: bool) -> Adapters:
     """The adapters that the pack's trials have on these layers.
 
     Args:
-        x: (..., I), what the layers read: the pack's tokens, or those that a router has picked.
+        x: (..., I), what the layers read.
         dtype: of the products.
+        whole: whether that is all of the pack's tokens, and not those that a router has picked.
     """
     adapted = [
         Adapted(index, part, adapter, down)
         for index, part in enumerate(pack.parts)
         if (adapter := part.share.adapter) is not None and (down := adapter.down(siblings)) is not None
     ]
-    all_tokens = x.numel() // x.shape[-1] == pack.parts[-1].tokens.stop
-    if len(adapted) >= GROUPED_FROM and all_tokens and multiplies_groups(x.device, dtype) and _fits_groups(adapted, x):
+    if len(adapted) >= GROUPED_FROM and whole and multiplies_groups(x.device, dtype) and _fits_groups(adapted, x):
         return Grouped(adapted, pack, x.device)
     return Apart(adapted)
 
@@ -208,7 +205,7 @@ class Grouped:
             return
         (down_Nw,) = saved
         grad_NO = grad_NO.contiguous()
-        grads_TwO = self._product(down_Nw.t(), grad_NO).to(FLOAT)
+        grads_TwO = self._product(down_Nw.t(), grad_NO).float()  # as the totals are: many are added at once
         own, grouped = zip(*self._ups(place, grads_TwO, lambda up: up.grad_b_RO), strict=True)
         torch._foreach_add_(own, grouped)
         del grads_TwO, grouped
@@ -220,7 +217,7 @@ class Grouped:
     def leave(self, x_NI: torch.Tensor, keeps: Keeps, grad_NI: torch.Tensor | None) -> None:
         grad_down_NW, self._grad_down_NW = self._grad_down_NW, None
         assert grad_down_NW is not None
-        grads_TWI = self._product(grad_down_NW.t(), self._dropped(x_NI, keeps)).to(FLOAT)
+        grads_TWI = self._product(grad_down_NW.t(), self._dropped(x_NI, keeps)).float()
         own, grouped = zip(*self._downs(grads_TWI, lambda down: down.grad_a_SI), strict=True)
         torch._foreach_add_(own, grouped)
         del grads_TWI, grouped

@@ -45,9 +45,10 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        out = (
-            _unwritten(args) if func in POINTWISE and not kwargs and args[0].is_meta else func(*args, **(kwargs or {}))
-        )
+        if func in POINTWISE and not kwargs and args[0].is_meta:
+            out = _unwritten(args)
+        else:
+            out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._count(leaf.untyped_storage())
