@@ -7,12 +7,14 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lora_search.errors import SweepError
-from lora_search.machine import memory_bytes
+from lora_search.machine import gpus_are_logical, memory_bytes, unseen_gpus
+from lora_search.placement import Node
 from lora_search.storage import Folder, is_uri
 from lora_search.versions import differences, versions
 
@@ -116,18 +118,32 @@ def _cluster(address: str, output: str) -> Iterator[Check]:
         there = nodes()
         gpus, cores = sum(node.gpus for node in there), sum(node.cpus for node in there)
         yield Check("cluster", "ok", f"{len(there)} nodes, {gpus} GPUs, {cores} cores")
-        mark, folder = f".doctor-{uuid.uuid4().hex[:8]}", Folder(output)
-        folder.write(mark, b"")
-        look = ray.remote(num_cpus=0, max_retries=0)(look_at_node)
-        began = time.time()
-        asked = {node.id: look.options(**_on(node.id)).remote(output, mark) for node in there}
-        for node in there:
-            try:
-                yield _node(node.id, ray.get(asked[node.id], timeout=NODE_ANSWERS_S), began)
-            except ray.exceptions.RayError as error:
-                yield Check(f"node {node.id[:8]}", "wrong", str(error).strip().splitlines()[-1])
-        folder.remove(mark)
+        with _marked(output) as mark:
+            look = ray.remote(num_cpus=0, max_retries=0)(look_at_node)
+            began = time.time()
+            asked = {node.id: look.options(**_on(node.id)).remote(output, mark) for node in there}
+            for node in there:
+                try:
+                    yield _node(node, ray.get(asked[node.id], timeout=NODE_ANSWERS_S), began)
+                except ray.exceptions.RayError as error:
+                    yield Check(f"node {node.id[:8]}", "wrong", str(error).strip().splitlines()[-1])
         yield from _hosts()
+
+
+@contextmanager
+def _marked(output: str) -> Iterator[str | None]:
+    """The name of a file in the output, while it is there; None where it cannot be written, as was said before."""
+    mark, folder = f".doctor-{uuid.uuid4().hex[:8]}", Folder(output, patience_s=0)
+    try:
+        folder.write(mark, b"")
+    except (OSError, ValueError):
+        yield None
+        return
+    try:
+        yield mark
+    finally:
+        with suppress(OSError):
+            folder.remove(mark)
 
 
 def _on(node: str) -> dict[str, Any]:
@@ -136,19 +152,20 @@ def _on(node: str) -> dict[str, Any]:
     return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node, soft=False)}
 
 
-def look_at_node(output: str, mark: str) -> dict[str, Any]:
+def look_at_node(output: str, mark: str | None) -> dict[str, Any]:
     """What one node says of itself; runs there.
 
     Args:
-        mark: a file that the driver has written to the output.
+        mark: a file that the driver has written to the output, if it could.
     """
     import torch
 
     try:
         folder = Folder(output, patience_s=0)
-        storage = None if mark in folder.names() else "it does not see there what this machine has written"
+        sees = mark is None or mark in folder.names()
+        storage = None if sees else "it does not see there what this machine has written"
         folder.check()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         storage = str(error)
     return {
         "host": os.uname().nodename,
@@ -160,7 +177,7 @@ def look_at_node(output: str, mark: str) -> dict[str, Any]:
     }
 
 
-def _node(node: str, said: dict[str, Any], began: float) -> Check:
+def _node(node: Node, said: dict[str, Any], began: float) -> Check:
     """
     Args:
         began: when it was asked, by this machine's clock; it has answered since, but may have taken its time.
@@ -169,12 +186,14 @@ def _node(node: str, said: dict[str, Any], began: float) -> Check:
     wrong = differences(versions(), said["versions"])
     if said["storage"] is not None:
         wrong.append(f"output {said['output']}: {said['storage']}")
-    found = f"{said['host']}, {', '.join(said['gpus']) or 'no GPU'}"
+    if len(said["gpus"]) < node.gpus and not gpus_are_logical():
+        wrong.append(unseen_gpus(node.gpus, len(said["gpus"])))
+    name, found = f"node {node.id[:8]}", f"{said['host']}, {', '.join(said['gpus']) or 'no GPU'}"
     if wrong:
-        return Check(f"node {node[:8]}", "wrong", f"{found}: {'; '.join(wrong)}")
+        return Check(name, "wrong", f"{found}: {'; '.join(wrong)}")
     if abs(skew) > MOST_CLOCK_SKEW_S:
-        return Check(f"node {node[:8]}", "note", f"{found}: its clock is {skew:+.0f} s off (no harm to a sweep)")
-    return Check(f"node {node[:8]}", "ok", f"{found}, same versions")
+        return Check(name, "note", f"{found}: its clock is {skew:+.0f} s off (no harm to a sweep)")
+    return Check(name, "ok", f"{found}, same versions")
 
 
 def _hosts() -> Iterator[Check]:

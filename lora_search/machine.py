@@ -1,4 +1,4 @@
-"""This machine's memory, or what of it this process may have: a container's or a Slurm job's limit counts.
+"""This machine: its memory, or what of it this process may have: a container's or a Slurm job's limit counts.
 
 Of Linux's control groups, version 1 and 2 (Linux, Documentation/admin-guide/cgroup-v1/memory.rst and cgroup-v2.rst).
 """
@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 GROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
 MEMINFO = Path("/proc/meminfo")
+LOGICAL_GPUS = "LORA_SEARCH_LOGICAL_GPUS"
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,19 @@ class _Limit:
     most: int
     used: int
     """Without what the kernel drops as soon as somebody needs room: its cache of files."""
+
+
+def gpus_are_logical() -> bool:
+    """Whether Ray's GPUs may be names alone, and trials train on the CPU: for tests, on machines without."""
+    return os.environ.get(LOGICAL_GPUS) == "1"
+
+
+def unseen_gpus(given: int, seen: int) -> str:
+    """What is wrong where Ray gives more GPUs than torch sees."""
+    return (
+        f"Ray says that it has {given} GPU{'s' * (given > 1)}, and torch sees {seen or 'none'}: look at NVIDIA's "
+        "driver, and at what the container was started with (--gpus all); hosts.gpus_per_host: 0 trains on the cores"
+    )
 
 
 def memory_bytes() -> int:

@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +25,6 @@ from lora_search.storage import Folder, is_uri
 
 RECORDS = ("sweep.yaml", "provenance.json", "trials.jsonl", "study.journal")
 """The small files of a run directory."""
-
-CARD = "README.md"
 
 REPORT = "report.html"
 
@@ -184,13 +182,25 @@ def fetch(run: RunDirectory) -> None:
     Raises:
         StoreError: the store fails.
     """
-    best = run.folder.below(run.best.name)
     found = {name: run.folder.read(name) for name in RECORDS if name in run.folder.names()}
     for name, content in found.items():
         (run.path / name).write_bytes(content)
-    if CARD in best.names():
-        run.best.mkdir(exist_ok=True)
-        (run.best / CARD).write_bytes(best.read(CARD))
+
+
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Write a file so that, whatever happens meanwhile, it has its old content or all of the new.
+
+    Raises:
+        OSError: there is no room, or no right to write; the old content is still there.
+    """
+    part = file.with_name(f".{file.name}.part")
+    try:
+        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        part.replace(file)
+    except OSError:
+        with suppress(OSError):
+            part.unlink()
+        raise
 
 
 def run_identity(folder: Path) -> str | None:

@@ -22,6 +22,7 @@ gc.disable()  # until all test files are imported: it would find nothing, again 
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("LORA_SEARCH_LOGICAL_GPUS", "1")  # clusters with GPUs, on machines without
 os.environ.setdefault("RAY_worker_niceness", "0")  # a sweep's hosts would wait for all that other tests compute
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait stand still beside others
 

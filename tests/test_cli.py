@@ -178,6 +178,23 @@ def test_status_says_what_runs_where_and_what_failed(
     assert "tokens/s" not in said  # no host is there any more
 
 
+def test_status_of_a_finished_sweep_that_goes_on_with_more_trials(
+    recorded: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def phase() -> str:
+        assert main(["status", str(recorded.path), "--json"]) == 0
+        return str(json.loads(capsys.readouterr().out)["phase"])
+
+    recorded.best.mkdir()
+    (recorded.best / "README.md").touch()  # it stays until there is a new best
+    recorded.provenance.write_text('{"conclusion": {"trial": 0}}')
+    assert phase() == "finished"
+    with locked(recorded):
+        assert phase() == "running"
+    recorded.provenance.write_text("{}")  # as a run writes it when it goes on
+    assert phase() == "interrupted"
+
+
 def test_status_tells_the_best_that_has_ended_from_one_ahead_that_has_not(
     recorded: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,8 +49,12 @@ def test_image_runs_a_sweep_without_rights_of_root(container: str) -> None:
     config = buildah("inspect", "--format", "{{.OCIv1.Config.User}} {{.OCIv1.Config.WorkingDir}}", container)
     assert config.stdout.split() == ["ray", "/home/ray"]
     tools = "ray lora-search gcc rsync ssh tmux wget"  # of Triton; of ray up; of KubeRay
-    found = buildah("run", container, "--", "bash", "-c", f"id -u; echo $RAY_AUTH_MODE; command -v {tools} | wc -l")
-    assert found.stdout.split() == ["1000", "token", str(len(tools.split()))], found.stderr
+    found = buildah(
+        "run", container, "--", "bash", "-c", f"id -u; echo $RAY_AUTH_MODE $HOME; command -v {tools} | wc -l"
+    )
+    assert found.stdout.split() == ["1000", "token", "/home/ray", str(len(tools.split()))], found.stderr
+    owners = buildah("run", container, "--", "stat", "--format", "%U", ".ray", ".cache/huggingface", ".cache")
+    assert owners.stdout.split() == ["ray"] * 3, owners.stderr
     script = "cat > sweep.yaml; lora-search run sweep.yaml && lora-search results image --format csv"
     ran = buildah("run", container, "--", "bash", "-c", script, given=SWEEP)
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import re
 import shlex
@@ -10,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,7 @@ def test_only_marked_lines_are_filled_in() -> None:
         "a: 7  # launch: one\nb: 2  # as it is\n"
         "  c: |  # launch: text\n    line: 1\n    line: 2\n#SBATCH --d=7  # launch: one\n"
     )
+    assert Template(Path("t.yaml"), text).fill({"one": None, "text": None}) == text
     with pytest.raises(InputError, match=r"t.yaml:1: # launch: found 'one'; allowed here: two"):
         Template(Path("t.yaml"), text).fill({"two": "2"})
 
@@ -135,11 +138,95 @@ def test_ray_up_rents_spot_workers_of_the_gpu_that_was_asked_for(
     assert work.endswith("timeout --preserve-status 28800 lora-search run sweep.yaml --address auto --set " + output[1])
     assert "--nodes 4 " in work
     assert "ray exec --tmux --stop" in command
+    assert config["docker"]["worker_run_options"] == ["--gpus all"]
 
     text, command = launched(capsys, "ray", sweep, "--template", "ray-gcp.yaml", "--gpu", "a100-80gb", *output)
     worker = yaml.safe_load(text)["available_node_types"]["worker"]
     assert worker["node_config"]["machineType"] == "a2-ultragpu-1g"
     assert worker["node_config"]["scheduling"]["provisioningModel"] == "SPOT"
+    zone = "availability_zone: us-central1-a"
+    mine = (CLUSTER / "ray-gcp.yaml").read_text(encoding="utf-8").replace(zone, "availability_zone: europe-west4-b")
+    Path("mine.yaml").write_text(mine, encoding="utf-8")
+    for gpu, count, disk in (("l4", "1", "pd-balanced"), ("h200", "8", "hyperdisk-balanced")):
+        options = ["--template", "mine.yaml", "--gpu", gpu, "--gpus-per-node", count, *output]
+        worker = yaml.safe_load(launched(capsys, "ray", sweep, *options)[0])["available_node_types"]["worker"]
+        (boot,) = worker["node_config"]["disks"]
+        assert boot["initializeParams"]["diskType"] == f"zones/europe-west4-b/diskTypes/{disk}"
+
+
+@dataclass
+class Machine:
+    """Answers what Ray's autoscaler asks a rented machine over SSH, and keeps what it was told to do."""
+
+    image_env: list[str]
+    ssh_user: str = "ubuntu"
+    cluster_name: str = "lora-search"
+    told: list[str] = field(default_factory=list)
+
+    def run(self, cmd: str, **options: Any) -> bytes:
+        self.told.append(cmd)
+        answers = {
+            "docker inspect -f '{{json .Config.Env}}'": json.dumps(self.image_env),
+            "cat /proc/meminfo": "MemAvailable: 8000000 kB",
+            "docker info": "map[nvidia:{nvidia-container-runtime}]",
+            "command -v docker": "/usr/bin/docker",
+        }
+        return next((text for asked, text in answers.items() if asked in cmd), "").encode()
+
+
+@pytest.mark.parametrize("name", ["ray-aws.yaml", "ray-gcp.yaml"])
+def test_ray_mounts_its_files_in_the_home_of_the_images_user(name: str) -> None:
+    from ray.autoscaler._private.command_runner import DockerCommandRunner
+
+    dockerfile = (CLUSTER / "Dockerfile").read_text(encoding="utf-8")
+    environment = [part for line in re.findall(r"^ENV (.*)$", dockerfile, re.MULTILINE) for part in line.split()]
+    config = yaml.safe_load((CLUSTER / name).read_text(encoding="utf-8"))
+    home = re.findall(r"^WORKDIR (.*)$", dockerfile, re.MULTILINE)[-1]
+    last = dict(part.split("=") for part in environment)
+    made = re.search(r"^RUN mkdir -p (.*)$", dockerfile, re.MULTILINE)
+    assert made
+    for as_head in (True, False):
+        runner = DockerCommandRunner.__new__(DockerCommandRunner)  # its own beginning makes an SSH connection
+        runner.ssh_command_runner = machine = Machine([f"{key}={value}" for key, value in last.items()])
+        runner.container_name, runner.docker_config, runner.docker_cmd = "lora-search", config["docker"], "docker"
+        runner.home_dir, runner.initialized = None, False
+        runner.run_init(as_head=as_head, file_mounts=dict(config["file_mounts"]), sync_run_yet=True)
+        (start,) = [command for command in machine.told if command.startswith("docker run")]
+        mounted = [mount.rpartition(":")[2] for mount in re.findall(r"-v (\S+)", start)]
+        assert mounted == [f"{home}/.ray/auth_token", f"{home}/sweep.yaml"]
+        assert ("--gpus all" in start) is not as_head
+    # Docker makes the folders that are missing as root's, who is not the user.
+    commented = re.findall(r"^  # ~/(.*?): ~/", (CLUSTER / name).read_text(encoding="utf-8"), re.MULTILINE)
+    folders = {str(Path(path).parent) for path in (*commented, ".ray/auth_token", "sweep.yaml")}
+    assert folders - {"."} <= set(made[1].split())
+
+
+@pytest.mark.parametrize(
+    ("where", "output"), [("ray", "s3://b/runs"), ("skypilot", "s3://b/runs"), ("slurm", "/shared/runs")]
+)
+def test_local_files_are_found_where_the_sweep_file_lies_elsewhere(
+    where: str, output: str, sweep: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path.cwd()
+    (folder / "my rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
+    Path(sweep).write_text(SWEEP + "data: {path: my rows.jsonl}\n", encoding="utf-8")
+    text, command = launched(capsys, where, sweep, "--set", f"output={output}")
+    if where == "slurm":
+        named = re.search(r"^sweep=(.*?)  # launch", text, re.MULTILINE)
+        assert named
+        (path,) = shlex.split(named[1])
+        options: list[str] = []
+    else:
+        path = str(folder / "elsewhere.yaml")  # the copy that goes to the head
+        shutil.copyfile(sweep, path)
+        work = shlex.split(command)[-1] if where == "ray" else yaml.safe_load(text)["envs"]["RUN_OPTIONS"]
+        words = shlex.split(work)
+        options = [value for word, value in itertools.pairwise(words) if word == "--set"]
+    head = folder / "head"
+    head.mkdir()
+    (head / "sweep.yaml").write_bytes(Path(path).read_bytes())
+    monkeypatch.chdir(head)
+    assert load_spec("sweep.yaml" if options else path, options).data.path == str(folder / "my rows.jsonl")
 
 
 def test_machines_of_the_users_own_are_never_shut_down(sweep: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -323,6 +410,30 @@ def test_kuberay_job_holds_the_sweep_with_its_paths_on_the_volume(
     assert job["activeDeadlineSeconds"] > 28800
 
 
+def test_kuberay_job_takes_no_path_that_its_pods_do_not_see(
+    sweep: str, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    def output(*options: str) -> str:
+        text, _ = launched(capsys, "kuberay", sweep, "--gpus-per-node", "1", *options)
+        return str(yaml.safe_load(documents(text)["ConfigMap"]["data"]["sweep.yaml"])["output"])
+
+    def refused(*options: str) -> str:
+        arguments = ["launch", "--on", "kuberay", sweep, *UNPLANNED, "--gpus-per-node", "1"]
+        assert main([*arguments, *options]) == 2
+        return capsys.readouterr().err
+
+    assert output("--set", f"output={Path.cwd() / 'mine'}") == "/shared/mine"
+    assert output("--set", "output=/shared/runs/mine") == "/shared/runs/mine"
+    assert "output: found '/data/runs', which no pod sees; allowed: " in refused("--set", "output=/data/runs")
+    assert "output: found '../runs', which" in refused("--set", "output=../runs")
+    rows = tmp_path_factory.mktemp("outside") / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
+    assert f"data.path: found '{rows}', which no pod sees" in refused("--set", f"data.path={rows}")
+    text = (CLUSTER / "kuberay-job.yaml").read_text(encoding="utf-8")
+    Path("mine.yaml").write_text(text.replace("mountPath: /shared", f"mountPath: {rows.parent}"), encoding="utf-8")
+    assert output("--template", "mine.yaml", "--set", f"output={rows.parent}/runs") == f"{rows.parent}/runs"
+
+
 # SkyPilot
 
 
@@ -361,6 +472,50 @@ def test_skypilot_task_has_the_fields_of_its_schema(sweep: str, capsys: pytest.C
     assert "RAY_AUTH_MODE=token" in task["run"]
     assert "--dashboard-host=127.0.0.1" in task["run"]
     assert not re.search(r"^\s*ray stop", task["run"], re.MULTILINE)
+    # SkyPilot's subprocess_daemon ends what is left of a task's processes, of which Ray's are some at first.
+    assert re.search(r"ray start --address.*\n(\s*#.*\n)*\s*sleep \d+\n\s*exit\n", task["run"])
+
+
+# Whatever the platform
+
+
+@pytest.mark.parametrize("where", ["slurm", "kuberay", "ray", "skypilot"])
+def test_resume_reaches_the_run(where: str, sweep: str, capsys: pytest.CaptureFixture[str]) -> None:
+    ran = {
+        "slurm": r"^arguments=\(.*--resume\)",
+        "kuberay": r"^  entrypoint: .*lora-search run .*--resume ",
+        "ray": r"lora-search run .*--resume'$",
+        "skypilot": r'^  RUN_OPTIONS: ".*--resume"',
+    }
+    output = ["--set", "output=s3://b/runs"]
+    text, command = launched(capsys, where, sweep, *output)
+    assert not re.search(ran[where], f"{text}\n{command}", re.MULTILINE)
+    text, command = launched(capsys, where, sweep, *output, "--resume")
+    assert re.search(ran[where], f"{text}\n{command}", re.MULTILINE)
+    if where == "kuberay":  # a job that has ended begins again only when it is made anew
+        assert command == "kubectl delete --ignore-not-found -f launched.kuberay && kubectl apply -f launched.kuberay"
+
+
+def test_launch_file_of_a_resumed_sweep_stands_beside_that_of_its_start(
+    sweep: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["launch", "--on", "slurm", sweep, *UNPLANNED]
+    assert main(arguments) == main([*arguments, "--resume"]) == 0
+    assert {path.name for path in Path().glob("Tiny*")} == {
+        "Tiny.sweep.slurm.sbatch",
+        "Tiny.sweep-resume.slurm.sbatch",
+    }
+
+
+def test_image_of_ones_own_template_stays(sweep: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for where, file in (("kuberay", "kuberay-job.yaml"), ("ray", "ray-gcp.yaml"), ("skypilot", "skypilot.yaml")):
+        text = (CLUSTER / file).read_text(encoding="utf-8").replace("EDIT/lora-search:latest", "registry/mine:7")
+        Path("mine.yaml").write_text(text, encoding="utf-8")
+        options = ["--template", "mine.yaml", "--set", "output=s3://b/runs"]
+        assert "registry/mine:7" in launched(capsys, where, sweep, *options)[0]
+        other, _ = launched(capsys, where, sweep, *options, "--image", "registry/other:8")
+        assert "registry/other:8" in other
+        assert "registry/mine:7" not in other
 
 
 # The image
@@ -529,7 +684,7 @@ def test_submit_refuses_a_file_that_is_not_complete(sweep: str, capsys: pytest.C
     arguments = ["launch", "--on", "ray", sweep, *UNPLANNED, "--set", "output=s3://b/runs"]
     assert main(arguments) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Edit ")]
-    assert [line.split(": ")[1] for line in said] == ["ImageId", "SecurityGroupIds", "IamInstanceProfile"]
+    assert [line.split(": ")[1] for line in said] == ["image", "ImageId", "SecurityGroupIds", "IamInstanceProfile"]
     assert main([*arguments, "--submit"]) == 2
     assert "EDIT first" in capsys.readouterr().err
 

@@ -28,6 +28,7 @@ def launch(
     template: str | None,
     image: str | None,
     out: str | None,
+    resumes: bool,
     submits: bool,
 ) -> None:
     """Write a sweep's launch file; what was assumed goes to standard error, the command to standard output."""
@@ -44,6 +45,7 @@ def launch(
             template=template,
             image=image,
             out=local_path(out) if out else None,
+            resumes=resumes,
         )
     write(found)
     for line in _told(found):

@@ -80,6 +80,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
                 template=arguments.template,
                 image=arguments.image,
                 out=arguments.out,
+                resumes=arguments.resume,
                 submits=arguments.submit,
             )
         case "status":
@@ -230,7 +231,8 @@ def _add_launch(command: argparse.ArgumentParser) -> None:
     command.add_argument("--gpu", metavar="NAME", help="such as L4 or H100; default: the smallest that fits")
     command.add_argument("--time-limit", metavar="TIME", help="such as 90m, 8h or 2d; default: twice the plan's")
     command.add_argument("--template", metavar="FILE", help="an edited copy of a file of cluster/, or its name there")
-    command.add_argument("--image", metavar="REF", help="container image with lora-search, where one is used")
+    command.add_argument("--image", metavar="REF", help="container image with lora-search; default: the template's")
+    command.add_argument("--resume", action="store_true", help="go on with the newest run of that name")
     command.add_argument("--submit", action="store_true", help="run the command too")
 
 

@@ -11,7 +11,18 @@ from typing import Any
 
 from lora_search.cli.out import local_path
 from lora_search.errors import InputError, SweepError, harmless
-from lora_search.results import Row, ahead_row, best_row, column, read_events, render, rows_frame, run_rows, trial_rows
+from lora_search.results import (
+    Row,
+    Run,
+    ahead_row,
+    best_row,
+    column,
+    read_events,
+    render,
+    rows_frame,
+    run_rows,
+    trial_rows,
+)
 from lora_search.rundir import RunDirectory, find_run, is_locked
 from lora_search.space import planned_trials
 from lora_search.spec import SweepSpec, recorded_spec
@@ -106,8 +117,8 @@ def sweep_status(directory: RunDirectory) -> dict[str, Any]:
     rows = trial_rows(events)
     states = ("running", "completed", "stopped", "failed")
     counts = {state: sum(row["state"] == state for row in rows) for state in states}
-    finished = (directory.best / "README.md").is_file()
-    phase = "finished" if finished else "running" if is_locked(directory) else "interrupted"
+    finished = "conclusion" in Run(directory).provenance
+    phase = "running" if is_locked(directory) else "finished" if finished else "interrupted"
     hosts: dict[str, dict[str, Any]] = {}
     for row in rows if phase == "running" else ():
         if row["state"] == "running" and row.get("host") is not None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import yaml
 
 import lora_search
 from lora_search.errors import InputError
-from lora_search.launch.machines import MACHINES, SKYPILOT, find_machine
+from lora_search.launch.machines import DISK, DISKS, MACHINES, SKYPILOT, find_machine
 from lora_search.launch.size import START, Size, Wishes, size_cluster
 from lora_search.launch.template import Template, left_to_edit, load_template
 from lora_search.spec import SweepSpec, dump_spec
@@ -38,7 +39,9 @@ class Request:
     sweep: Path
     overrides: tuple[str, ...]
     size: Size
-    image: str
+    image: str | None
+    """None leaves the template's."""
+    resumes: bool
     template: Template
     out: Path
 
@@ -50,8 +53,15 @@ class Request:
 
     @property
     def options(self) -> list[str]:
-        """The sweep's overrides, as `run` takes them."""
-        return [part for override in self.overrides for part in ("--set", override)]
+        """Of the run, where it finds local files as this machine does."""
+        sets = [part for override in self.overrides for part in ("--set", override)]
+        return sets + ["--resume"] * self.resumes
+
+    @property
+    def options_elsewhere(self) -> list[str]:
+        """Of the run, where the sweep file is in another folder: local files by their whole paths."""
+        paths = tuple(f"{key}={json.dumps(path)}" for key, path in _local_files(self.spec).items())
+        return replace(self, overrides=(*self.overrides, *paths)).options
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,8 @@ class Launch:
 
 @dataclass(frozen=True)
 class _Filled:
-    values: dict[str, str]
+    values: dict[str, str | None]
+    """What stands in the template stays where one is None."""
     command: str
     tools: tuple[str, ...]
     machine: str
@@ -91,6 +102,7 @@ def compose(
     template: str | None = None,
     image: str | None = None,
     out: Path | None = None,
+    resumes: bool = False,
 ) -> Launch:
     """Plan a sweep and fill in its launch file.
 
@@ -99,8 +111,9 @@ def compose(
         sweep: the sweep's file.
         overrides: `key.path=value`, already laid over `spec`.
         template: a file, or the name of one in cluster/; default: the platform's own.
-        image: reference of a container image with lora-search.
+        image: reference of a container image with lora-search; default: the template's.
         out: the launch file to be.
+        resumes: whether the run goes on with the newest of its name.
 
     Raises:
         InputError: something of it cannot be; the message is complete.
@@ -115,9 +128,10 @@ def compose(
         sweep=sweep.resolve(),
         overrides=tuple(overrides),
         size=size,
-        image=image or f"lora-search:{lora_search.__version__}",
+        image=image,
+        resumes=resumes,
         template=source,
-        out=out or Path(f"{spec.name}.{where}{source.path.suffix}"),
+        out=out or Path(f"{spec.name}{'-resume' * resumes}.{where}{source.path.suffix}"),
     )
     filled = platform.fill(request)
     text = source.fill(filled.values)
@@ -136,7 +150,7 @@ def compose(
 def _slurm(request: Request) -> _Filled:
     size = request.size
     minutes = size.limit // 60
-    values = {
+    values: dict[str, str | None] = {
         "name": request.spec.name,
         "nodes": str(size.nodes),
         "gpus": str(size.gpus_per_node),
@@ -151,15 +165,15 @@ def _slurm(request: Request) -> _Filled:
 
 
 def _kuberay(request: Request) -> _Filled:
-    spec, copies = _on_volume(request.spec)
+    spec, copies = _on_volume(request.spec, _mounts(request.template))
     size = request.size
-    values = {
+    values: dict[str, str | None] = {
         "name": request.label,
         "configmap": f"{{name: {request.label}}}",
         "sweep": dump_spec(spec),
-        "entrypoint": shlex.join([*_until(size.limit), *ENTRYPOINT]),
+        "entrypoint": shlex.join([*_until(size.limit), *ENTRYPOINT, *["--resume"] * request.resumes]),
         "seconds": str(size.limit + START),
-        "image": json.dumps(request.image),
+        "image": json.dumps(request.image) if request.image else None,
         "nodes": str(size.nodes),
         "gpus": str(size.gpus_per_node),
     }
@@ -167,25 +181,56 @@ def _kuberay(request: Request) -> _Filled:
         f"The claim lora-search is mounted at {VOLUME} in every pod; the run directory is {spec.output}/{spec.name}."
     ]
     notes += [f"Copy {here} to the volume first, as {there}." for here, there in copies]
-    command = shlex.join(["kubectl", "apply", "-f", str(request.out)])
-    return _Filled(values, command, ("kubectl",), "node that holds a worker pod", tuple(notes))
+    out = shlex.quote(str(request.out))
+    # A job that has ended begins again only when it is made anew.
+    again = f"kubectl delete --ignore-not-found -f {out} && " if request.resumes else ""
+    return _Filled(values, f"{again}kubectl apply -f {out}", ("kubectl",), "node that holds a worker pod", tuple(notes))
 
 
-def _on_volume(spec: SweepSpec) -> tuple[SweepSpec, list[tuple[Path, Path]]]:
-    """The sweep as the pods see it: the volume stands for the working directory. And what has to be copied there."""
+def _mounts(template: Template) -> tuple[Path, ...]:
+    """Where the pods of a template see volumes, its own and those that the user has put in."""
+
+    def mounts(value: Any) -> Iterator[Path]:
+        if isinstance(value, dict):
+            if isinstance(value.get("mountPath"), str):
+                yield Path(value["mountPath"])
+            value = list(value.values())
+        for part in value if isinstance(value, list) else ():
+            yield from mounts(part)
+
+    try:
+        return tuple(mounts(list(yaml.safe_load_all(template.text))))
+    except yaml.YAMLError as error:
+        raise InputError(f"{template.path}: not YAML: {error}") from None
+
+
+def _on_volume(spec: SweepSpec, mounts: Sequence[Path]) -> tuple[SweepSpec, list[tuple[Path, Path]]]:
+    """The sweep as the pods see it: the volume stands for the working directory. And what has to be copied there.
+
+    Raises:
+        InputError: a path is neither below the working directory nor on a volume of the pods.
+    """
     copies: list[tuple[Path, Path]] = []
 
-    def moved(value: Any) -> Any:
-        here = Path(value) if isinstance(value, str) else None
-        if here is None or not here.is_absolute() or not here.is_relative_to(Path.cwd()):
-            return value
+    def moved(key: str, path: Path) -> Path:
+        here = Path(os.path.normpath(Path.cwd() / path))
+        if any(here.is_relative_to(mount) for mount in mounts):
+            return here
+        if not here.is_relative_to(Path.cwd()):
+            volumes = ", ".join(dict.fromkeys(map(str, mounts)))
+            raise InputError(
+                f"{key}: found {str(path)!r}, which no pod sees; allowed: a path below {Path.cwd()}, for which "
+                f"{VOLUME} stands in the pods, or one below a volume of the template: {volumes}"
+            )
         there = VOLUME / here.relative_to(Path.cwd())
-        copies.append((here, there))
-        return str(there)
+        if key != "output":
+            copies.append((here, there))
+        return there
 
-    base = spec.base.model_copy(update={"model": moved(spec.base.model)})
-    data = spec.data.model_copy(update={key: moved(getattr(spec.data, key)) for key in ("path", "validation", "test")})
-    output = spec.output if is_uri(spec.output) else str(VOLUME / spec.output)
+    files = {key: str(moved(key, Path(path))) for key, path in _local_files(spec).items()}
+    base = spec.base.model_copy(update={"model": files.pop("base.model", spec.base.model)})
+    data = spec.data.model_copy(update={key.removeprefix("data."): path for key, path in files.items()})
+    output = spec.output if is_uri(spec.output) else str(moved("output", Path(spec.output)))
     return spec.model_copy(update={"base": base, "data": data, "output": output}), copies
 
 
@@ -208,10 +253,15 @@ def _machines_of_ones_own(template: Template) -> int | None:
 
 
 def _ray(request: Request) -> _Filled:
-    provider = _provider(request.template)["type"]
+    rented = _provider(request.template)
+    provider = rented["type"]
     size = request.size
     _check_output(request)
-    values = {"name": request.label, "sweep": json.dumps(str(request.sweep)), "checkout": json.dumps(_checkout())}
+    values: dict[str, str | None] = {
+        "name": request.label,
+        "sweep": json.dumps(str(request.sweep)),
+        "checkout": json.dumps(_checkout()),
+    }
     machine, nodes = "machine of yours", size.nodes
     if provider in MACHINES:
         if size.gpu is None:
@@ -219,13 +269,14 @@ def _ray(request: Request) -> _Filled:
         machine, cores = find_machine(provider, size.gpu, size.gpus_per_node)
         values |= {
             "nodes": str(size.nodes),
-            "image": json.dumps(request.image),
+            "image": json.dumps(request.image) if request.image else None,
             "machine": machine,
+            "disk": f"zones/{rented.get('availability_zone')}/diskTypes/{DISKS.get(size.gpu, DISK)}",
             "resources": f"{{CPU: {cores}, GPU: {size.gpus_per_node}}}",
         }
         nodes += 1  # the head
     wait = ["python3", "-m", "lora_search.launch.wait", "--nodes", str(nodes)]
-    run = [*_until(size.limit), "lora-search", "run", "sweep.yaml", "--address", "auto", *request.options]
+    run = [*_until(size.limit), "lora-search", "run", "sweep.yaml", "--address", "auto", *request.options_elsewhere]
     work = f"export RAY_AUTH_MODE=token; {shlex.join(wait)} && {shlex.join(run)}"
     # `ray exec --stop` ends with `sudo shutdown`: right for rented workers, never for a machine of the user's.
     stop = ["--stop"] if provider in MACHINES else []
@@ -241,14 +292,14 @@ def _skypilot(request: Request) -> _Filled:
     if size.gpu is None:
         raise InputError("--gpus-per-node: found 0; allowed on skypilot: 1 or more")
     _check_output(request)
-    values = {
+    values: dict[str, str | None] = {
         "name": request.label,
         "nodes": str(size.nodes),
         "accelerators": json.dumps(f"{SKYPILOT[size.gpu]}:{size.gpus_per_node}"),
-        "image": json.dumps(f"docker:{request.image}"),
+        "image": json.dumps(f"docker:{request.image}") if request.image else None,
         "sweep": json.dumps(str(request.sweep)),
         "limit": json.dumps(str(size.limit)),
-        "arguments": json.dumps(shlex.join(request.options)),
+        "arguments": json.dumps(shlex.join(request.options_elsewhere)),
     }
     launch = shlex.join(["sky", "launch", "-y", "-d", "-c", request.label])
     secrets = " ".join(f"${{{name}:+--secret {name}}}" for name in ("HF_TOKEN", "WANDB_API_KEY"))
@@ -271,15 +322,17 @@ def _check_output(request: Request) -> None:
         )
 
 
+def _local_files(spec: SweepSpec) -> dict[str, str]:
+    """The files and folders of this machine that a sweep reads, by their keys in the sweep file."""
+    values = {"base.model": spec.base.model, "data.path": spec.data.path}
+    values |= {f"data.{key}": getattr(spec.data, key) for key in ("validation", "test")}  # a path, or a share
+    return {key: value for key, value in values.items() if isinstance(value, str) and Path(value).is_absolute()}
+
+
 def _same_paths(spec: SweepSpec) -> tuple[str, ...]:
     """What local files ask of the nodes."""
-    values = {"base.model": spec.base.model, "data.path": spec.data.path}
-    values |= {f"data.{key}": getattr(spec.data, key) for key in ("validation", "test")}
-    return tuple(
-        f"{key} {value} has to lie at the same path on every node."
-        for key, value in values.items()
-        if isinstance(value, str) and Path(value).is_absolute()
-    )
+    files = _local_files(spec).items()
+    return tuple(f"{key} {path} has to lie at the same path on every node." for key, path in files)
 
 
 def _checkout() -> str:

@@ -45,6 +45,13 @@ MACHINES: dict[str, dict[str, dict[int, tuple[str, int]]]] = {
 }
 """By provider, GPU and GPUs of a machine: its type and its virtual cores."""
 
+DISK = "pd-balanced"
+"""What most of Google's machines with GPUs start from; without a word they would be given a disk that G2 and A3 refuse
+(Compute Engine, Disks, machine series support)."""
+
+DISKS = {"H200": "hyperdisk-balanced"}
+"""By GPU, of machines that take no other."""
+
 
 def find_gpu(wanted: str) -> str:
     """The GPU of the planner that is meant: 'a100-80gb' is 'A100 80 GB', 'h100' is 'H100 80 GB'.

@@ -27,8 +27,8 @@ class Template:
     path: Path
     text: str
 
-    def fill(self, values: Mapping[str, str]) -> str:
-        """The file with a sweep's values; one of several lines becomes a YAML block.
+    def fill(self, values: Mapping[str, str | None]) -> str:
+        """The file with a sweep's values; one of several lines becomes a YAML block, and None is what stands there.
 
         Raises:
             InputError: the file marks a line with a key that is not in `values`.
@@ -36,14 +36,16 @@ class Template:
         lines = self.text.splitlines()
         return "\n".join(self._line(number, line, values) for number, line in enumerate(lines, start=1)) + "\n"
 
-    def _line(self, number: int, line: str, values: Mapping[str, str]) -> str:
+    def _line(self, number: int, line: str, values: Mapping[str, str | None]) -> str:
         found = MARK.match(line)
         if found is None:
             return line
-        value = values.get(found["name"])
-        if value is None:
+        if found["name"] not in values:
             allowed = ", ".join(values)
             raise InputError(f"{self.path}:{number}: # launch: found {found['name']!r}; allowed here: {allowed}")
+        value = values[found["name"]]
+        if value is None:
+            return line
         if "\n" in value:
             indent = " " * (len(line) - len(line.lstrip()) + 2)
             value, block = "|", "".join(f"\n{indent}{part}" for part in value.rstrip("\n").split("\n"))

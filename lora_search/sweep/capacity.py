@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Literal
 
 from lora_search.errors import SweepError
+from lora_search.machine import gpus_are_logical, unseen_gpus
 from lora_search.memory import BaseMemory, Setup, corners, refuse_what_never_fits
 from lora_search.memory.gauge import Gauge, usable_bytes
 from lora_search.placement import HostPlace
@@ -25,12 +27,13 @@ def devices_of(place: HostPlace) -> tuple[torch.device, ...]:
     """
     import torch
 
-    if not place.gpus or not torch.cuda.is_available():
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not place.gpus or (not there and gpus_are_logical()):
         return (torch.device("cpu"),)
+    if there < place.gpus:
+        raise SweepError(f"{place.name} on {os.uname().nodename}: {unseen_gpus(place.gpus, there)}")
     if place.gpus == 1:
         return (torch.device("cuda"),)
-    if torch.cuda.device_count() < place.gpus:
-        raise SweepError(f"{place.name} was given {place.gpus} GPUs, and sees {torch.cuda.device_count()}")
     return tuple(torch.device("cuda", index) for index in range(place.gpus))
 
 

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from lora_search.rundir import write_whole
 from lora_search.spec import SweepSpec
 from lora_search.versions import versions
 
@@ -48,7 +49,7 @@ def read_provenance(file: Path) -> dict[str, Any]:
 
 
 def write_provenance(file: Path, facts: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(file, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 
 def _git_commit() -> str | None:

@@ -15,7 +15,7 @@ from lora_search.checkpoint import Shelf
 from lora_search.errors import InputError
 from lora_search.job import lasting
 from lora_search.results import Row, ended_count, read_events, trial_rows
-from lora_search.rundir import RunDirectory
+from lora_search.rundir import RunDirectory, write_whole
 from lora_search.search.searcher import MEMORY
 from lora_search.search.study import decode
 from lora_search.space import trial_config
@@ -89,9 +89,7 @@ def mend_last_line(file: Path) -> str | None:
         whole = whole[: -len(last)]
     if whole == content:
         return None
-    part = file.with_name(f".{file.name}.part")
-    part.write_bytes(whole)
-    part.replace(file)
+    write_whole(file, whole)
     return f"{file}: the last line was damaged, and is left out ({len(content) - len(whole)} bytes)"
 
 

@@ -31,7 +31,7 @@ from lora_search.imports import import_libraries
 from lora_search.journal import JOURNAL, JOURNAL_LOCK
 from lora_search.report import document, page
 from lora_search.results import Row, Run, best_row, ended_count, run_rows, sampled
-from lora_search.rundir import RunDirectory, discard, locked
+from lora_search.rundir import RunDirectory, discard, locked, write_whole
 from lora_search.search import StudySearcher, create_study
 from lora_search.search.asha import InOrder, StepAsha
 from lora_search.seat import SEAT_BYTES
@@ -141,7 +141,7 @@ def _run(
         for file in (run.trials, run.path / JOURNAL):
             if (mended := mend_last_line(file)) is not None:
                 say(mended)
-    run.spec.write_text(dump_spec(spec), encoding="utf-8")
+    write_whole(run.spec, dump_spec(spec))
     facts = provenance(spec, before)
     write_provenance(run.provenance, facts)
     grown = asked_of_autoscaler(spec.hosts, planned_trials(spec)) if address else nullcontext()
@@ -184,7 +184,7 @@ def _report(run: RunDirectory, say: Say) -> None:
         logging.getLogger(__name__).warning("no report", exc_info=True)
         say(f"no report was written: {type(error).__name__}: {error}")
         return
-    run.report.write_text(html, encoding="utf-8")
+    write_whole(run.report, html)
 
 
 def _concluded(spec: SweepSpec, run: RunDirectory, before: Mapping[str, Any]) -> Outcome | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -56,6 +58,7 @@ def kept_uploaded(run: RunDirectory, held: Callable[[], bool]) -> Iterator[None]
         run.folder.below(run.best.name).upload(run.best)
         if run.report.is_file():
             run.folder.write(run.report.name, run.report.read_bytes())
+        atexit.register(shutil.rmtree, run.path.parent, ignore_errors=True)  # the copy here: all of it is there
 
 
 class Held(Observer):
