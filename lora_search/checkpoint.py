@@ -94,7 +94,7 @@ class Saved:
     checkpoint: Checkpoint | None
     """None where all that there are are damaged."""
     parameters: Mapping[str, Any] | None
-    """Of the trial; None where it did not report there."""
+    """Of the trial, as it told them at its last report; None where it has not reported yet."""
     reports: Sequence[dict[str, Any]]
     """All that it had reported, the last one there; whoever was to hear it may have been lost."""
     damaged: tuple[str, ...]
@@ -154,8 +154,28 @@ class Shelf:
             except (SweepError, OSError, ValueError) as error:
                 damaged.append(str(error))
             else:
-                return Saved(checkpoint, told.get("parameters"), told.get("reports", ()), tuple(damaged))
+                parameters = told["parameters"] if told else self._parameters()
+                return Saved(checkpoint, parameters, told.get("reports", ()), tuple(damaged))
         return Saved(None, None, (), tuple(damaged)) if damaged else None
+
+    def clear(self) -> None:
+        """Remove all checkpoints: they are another trial's, that has had this number."""
+        for name in self._names():
+            self._folder.remove(name)
+
+    def _parameters(self) -> dict[str, Any] | None:
+        """Of the newest checkpoint that tells them."""
+        for name in reversed(self._names()):
+            folder = self._folder.below(name)
+            try:
+                if REPORTS in folder.names():
+                    found: dict[str, Any] = json.loads(folder.read(REPORTS))["parameters"]
+                    return found
+            except StoreError:
+                raise
+            except (OSError, ValueError, KeyError, TypeError):  # damaged
+                continue
+        return None
 
     def _names(self) -> list[str]:
         return [name for name in self._folder.names() if name.startswith("checkpoint_")]

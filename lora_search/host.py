@@ -229,6 +229,8 @@ class Host:
                 answer.set_result(work())
             except BaseException as error:  # it belongs to whoever asked; the thread goes on
                 answer.set_exception(error)
+                if isinstance(error, HostFailed):
+                    self._break_off(error)
 
         with self._wake:
             self._asked.append(answered)

@@ -80,6 +80,32 @@ def place_hosts(nodes: Sequence[Node], hosts: Hosts) -> tuple[HostPlace, ...]:
     return tuple(replace(place, neighbours=on_node[place.node]) for place in chosen)
 
 
+def missing_hosts(nodes: Sequence[Node], hosts: Hosts, running: Sequence[HostPlace]) -> tuple[HostPlace, ...]:
+    """Places without a host: what a node has left, and never more hosts in all than the sweep file asks for.
+
+    Args:
+        nodes: those that there are now.
+        running: the hosts' places, of before nodes came or went.
+    """
+    try:
+        wanted = place_hosts(nodes, hosts)
+    except InputError:  # not as many as the sweep file asks for: all that there can be
+        wanted = place_hosts(nodes, hosts.model_copy(update={"count": "auto"})) if nodes else ()
+    taken = Counter(place.node for place in running)
+    cores = {n.id: n.cpus - sum(place.cpus for place in running if place.node == n.id) for n in nodes}
+    gpus = {n.id: n.gpus - sum(place.gpus for place in running if place.node == n.id) for n in nodes}
+    left = len(wanted) if hosts.count == "auto" else hosts.count - len(running)
+    missing: list[HostPlace] = []
+    for place in wanted:
+        if taken[place.node]:
+            taken[place.node] -= 1
+        elif place.cpus <= cores[place.node] and place.gpus <= gpus[place.node] and len(missing) < left:
+            cores[place.node] -= place.cpus
+            gpus[place.node] -= place.gpus
+            missing.append(place)
+    return tuple(missing)
+
+
 def most_trials(place: HostPlace, hosts: Hosts) -> int:
     """Trials resident on a host at once, at most; where the sweep file leaves it open, its memory has a say too."""
     if hosts.trials_per_host != "auto":

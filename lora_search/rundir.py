@@ -19,14 +19,18 @@ import yaml
 from filelock import FileLock, Timeout
 
 from lora_search.errors import InputError
-from lora_search.lease import is_leased, leased
+from lora_search.lease import LEASE, is_leased, leased
 from lora_search.spec.secret import ADVICE, MASK, secret_kind
 from lora_search.storage import Folder, is_uri
 
-RECORDS = ("sweep.yaml", "provenance.json", "trials.jsonl", "study.journal")
+SWEEP_FILE = "sweep.yaml"
+
+RECORDS = (SWEEP_FILE, "provenance.json", "trials.jsonl", "study.journal")
 """The small files of a run directory."""
 
 REPORT = "report.html"
+
+LOCK = ".lock"
 
 PATIENCE_S = 0.5
 """How long the lock is waited for: who only looks whether it is held takes it for a moment."""
@@ -57,7 +61,7 @@ class RunDirectory:
     @property
     def spec(self) -> Path:
         """The resolved sweep file."""
-        return self.path / "sweep.yaml"
+        return self.path / SWEEP_FILE
 
     @property
     def provenance(self) -> Path:
@@ -71,7 +75,7 @@ class RunDirectory:
     @property
     def lock(self) -> Path:
         """Held by the process that writes to the run directory."""
-        return self.path / ".lock"
+        return self.path / LOCK
 
     @property
     def tune(self) -> Path:
@@ -106,6 +110,8 @@ def create_run(output: str | Path, name: str, *, exact: bool) -> RunDirectory:
                 path.mkdir()
                 return RunDirectory(path)
             except FileExistsError:
+                if exact and _is_unused(Folder(path)):
+                    return RunDirectory(path)
                 if exact:
                     raise InputError(f"--name {name}: {path} exists already; choose another name") from None
                 number += 1
@@ -120,10 +126,15 @@ def _create_in_store(output: str, name: str, exact: bool) -> RunDirectory:
         taken = folder.names()
     except (OSError, ValueError) as error:
         raise InputError(f"output: found {output!r}, which cannot be written to: {error}") from None
-    if exact and name in taken:
+    if exact and name in taken and not _is_unused(folder.below(name)):
         raise InputError(f"--name {name}: {folder.below(name).place} exists already; choose another name")
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    return _stored_run(folder.below(next(name for name in names if name not in taken)))
+    return _stored_run(folder.below(name if exact else next(name for name in names if name not in taken)))
+
+
+def _is_unused(folder: Folder) -> bool:
+    """Whether there is nothing yet but a lock: whoever took the name was ended before the sweep had begun."""
+    return set(folder.names()) <= {LOCK, LEASE}
 
 
 def discard(run: RunDirectory) -> None:
@@ -148,7 +159,7 @@ def newest_run(output: str | Path, name: str, *, exact: bool = False) -> RunDire
             int(found.removeprefix(name).removeprefix("-") or 1): found
             for found in folder.names()
             if re.fullmatch(re.escape(name) + ("" if exact else r"(-\d+)?"), found)
-            and "sweep.yaml" in folder.below(found).names()
+            and SWEEP_FILE in folder.below(found).names()
             and (found == name or _sweep_name(folder.below(found)) == name)
         }
     except (OSError, ValueError) as error:
@@ -162,7 +173,7 @@ def newest_run(output: str | Path, name: str, *, exact: bool = False) -> RunDire
 def _sweep_name(folder: Folder) -> object:
     """What a run directory's sweep is called: `llama-7` may be a sweep of its own, or the seventh run of `llama`."""
     try:
-        found = yaml.safe_load(folder.read("sweep.yaml"))
+        found = yaml.safe_load(folder.read(SWEEP_FILE))
     except yaml.YAMLError:
         return None
     return found.get("name") if isinstance(found, dict) else None
@@ -265,11 +276,11 @@ def find_run(run: str, output: Path = Path("runs")) -> RunDirectory:
         return _find_in_store(run)
     try:
         for path in (at_home(run), output / run):
-            if (path / "sweep.yaml").is_file():
+            if (path / SWEEP_FILE).is_file():
                 return RunDirectory(path)
     except OSError as error:  # a name that is too long, or a folder that may not be read
         raise InputError(f"RUN: found {run[:80]!r}, which cannot be read: {error.strerror or error}") from None
-    known = sorted(path.parent.name for path in output.glob("*/sweep.yaml"))
+    known = sorted(path.parent.name for path in output.glob(f"*/{SWEEP_FILE}"))
     there = f"{output} has {', '.join(known)}" if known else f"{output} has no runs"
     raise InputError(f"RUN: found {run!r}, which is neither a run directory nor the name of one; {there}")
 
@@ -287,8 +298,8 @@ def _find_in_store(uri: str) -> RunDirectory:
         raise InputError(f"RUN: found {MASK}, which looks like {kind}; {ADVICE}")
     folder = Folder(uri, patience_s=0)
     try:
-        if "sweep.yaml" not in folder.names():
-            raise InputError(f"RUN: found {uri!r}, where there is no run directory: it has no sweep.yaml")
+        if SWEEP_FILE not in folder.names():
+            raise InputError(f"RUN: found {uri!r}, where there is no run directory: it has no {SWEEP_FILE}")
         run = _stored_run(folder)
         atexit.register(shutil.rmtree, run.path.parent, ignore_errors=True)
         fetch(run)

@@ -103,7 +103,8 @@ class Seat:
         """Go on from the newest checkpoint, if there is one; what is new about that."""
         saved = self._shelf.newest()
         if saved and saved.parameters not in (None, self._parameters):
-            saved = None  # of a trial that the study has lost, and whose number it has given to another
+            self._shelf.clear()  # of a trial that the study has lost, and whose number it has given to another
+            saved = None
         self._checkpoint = saved.checkpoint if saved else None
         self._reports = list(saved.reports) if saved else []
         self._untold = deque(self._reports)

@@ -24,7 +24,9 @@ PATIENCE_S = 300.0
 
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
 
-REFUSED = re.compile(r"ACCESS_DENIED|NO_SUCH_BUCKET|ACCESS_KEY|SIGNATURE|TOKEN|HTTP status 4(?!08|29)\d\d")
+REFUSED = re.compile(
+    r"ACCESS_DENIED|NO_SUCH_BUCKET|Bucket '[^']*' not found|ACCESS_KEY|SIGNATURE|TOKEN|HTTP status 4(?!08|29)\d\d"
+)
 """What pyarrow says of a fault that stays; any other of an object store may pass."""
 
 
@@ -140,18 +142,22 @@ class Folder:
         self.remove(name)
 
     def _ask(self, do: Callable[[FileSystem, str], T]) -> T:
-        """Call with file system and path; an object store again, until it is done or patience ends."""
-        system, path = self._open()
-        if _is_local(system):
-            return do(system, path)
+        """Call with file system and path; an object store again, until it is done or patience ends.
+
+        To open one is to ask it too: where a bucket's region is not given, pyarrow asks for it.
+        """
+        if not is_uri(self.place):
+            return do(*self._open())
         end = time.monotonic() + self._patience_s
         for attempt in itertools.count():
             delay = min(LONGEST_DELAY_S, FIRST_DELAY_S * 2**attempt) * random.uniform(0.5, 1)
             try:
-                return do(system, path)
+                return do(*self._open())
             except FileNotFoundError:
                 raise
             except OSError as error:
+                if self._opened is not None and _is_local(self._opened[0]):  # file://
+                    raise
                 if REFUSED.search(str(error)) or time.monotonic() + delay > end:
                     raise StoreError(f"{self.place}: {error}") from error
             time.sleep(delay)

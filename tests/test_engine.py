@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -150,6 +151,24 @@ def test_restored_trial_goes_on_to_the_bit(
     ours, theirs = load_tensors(snapshot[OPTIMIZER]), load_tensors(end[OPTIMIZER])
     assert ours.keys() == theirs.keys() == {"step", "exp_avg", "exp_avg_sq"}
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_report_that_was_lost_is_made_again_from_the_checkpoint(engine: Engine, tiny_spec: SweepSpec) -> None:
+    mine = config(tiny_spec)
+    engine.admit("a", mine)
+    train(engine, "a", 3)
+    told = report_of(engine, "a")
+    checkpoint = engine.snapshot("a")
+    engine.release("a")
+    engine.admit("a", mine, checkpoint)
+    again = report_of(engine, "a")
+    assert len(again.history) == 3
+    assert again.seconds > told.seconds  # by the second evaluation alone
+    assert again.seconds - told.seconds < told.seconds
+    same = [replace(report, seconds=0.0, peak_memory_bytes=0) for report in (told, again)]
+    assert same[0] == same[1]
+    train(engine, "a", 2)
+    assert [step.step for step in report_of(engine, "a").history] == [4, 5]
 
 
 def test_checkpoint_holds_no_pickle_and_peft_loads_its_adapter(

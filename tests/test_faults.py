@@ -425,9 +425,13 @@ def test_data_that_has_changed_is_not_resumed(ray: Any, tiny: Path, tmp_path: Pa
     from lora_search.spec import dump_spec
 
     run.spec.write_text(dump_spec(spec))
-    run.provenance.write_text(json.dumps({"data": {"fingerprint": "0" * 64}}))
-    with pytest.raises(InputError, match="the data has changed since the sweep began"):
-        run_sweep(spec, run, resume=True)
+    for changed, known in (("data", {"fingerprint": "0" * 64}), ("base", {"base": "0" * 64})):
+        run.provenance.write_text(json.dumps({"data": known}))
+        longer = spec.model_copy(update={"training": spec.training.model_copy(update={"steps": 120})})
+        for attempt in (longer, spec):  # a refusal leaves what it was refused for, and the shorter sweep its steps
+            with pytest.raises(InputError, match=f"the {changed} has changed since the sweep began: found .*, was 000"):
+                run_sweep(attempt, run, resume=True)
+    assert run.spec.read_text() == dump_spec(spec)
 
 
 def test_second_run_on_one_run_directory_is_refused(tiny: Path, tmp_path: Path) -> None:

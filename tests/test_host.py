@@ -245,6 +245,27 @@ def test_host_whose_step_breaks_takes_no_more_trials_and_says_why() -> None:
     asyncio.run(story())
 
 
+@pytest.mark.parametrize("asked", ["admit", "snapshot"])
+def test_host_whose_device_fails_between_two_steps_takes_no_more_trials(asked: str) -> None:
+    engine = CountingEngine()
+
+    def fail(*given: Any) -> Any:
+        raise HostFailed("AcceleratorError: CUDA error: an illegal memory access was encountered")
+
+    async def story() -> None:
+        host = await make_host(engine)
+        alive = asyncio.ensure_future(host.live())
+        await host.admit("a", CONFIG)
+        setattr(engine, asked, fail)
+        with pytest.raises(HostFailed, match="illegal memory access"):
+            await (host.admit("b", CONFIG) if asked == "admit" else host.snapshot("a"))
+        with pytest.raises(HostFailed, match="illegal memory access"):
+            await alive
+        assert (await host.room())[0] <= 0
+
+    asyncio.run(story())
+
+
 def test_trial_that_is_not_on_a_host_is_not_waited_for_there() -> None:
     async def story() -> None:
         host = await make_host(CountingEngine())

@@ -10,7 +10,7 @@ import pytest
 from conftest import make_spec
 
 from lora_search.errors import InputError
-from lora_search.placement import Node, place_hosts
+from lora_search.placement import Node, missing_hosts, place_hosts
 from lora_search.rundir import create_run
 from lora_search.spec import Hosts
 from lora_search.sweep.run import run_sweep
@@ -51,6 +51,25 @@ def test_hosts_are_placed(nodes: list[Node], hosts: dict[str, Any], places: list
 def test_too_small_a_cluster_is_said(nodes: list[Node], hosts: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"hosts.count: .* has room for"):
         place_hosts(nodes, Hosts(**hosts))
+
+
+def test_node_that_joins_or_leaves_changes_nothing_but_its_own_hosts() -> None:
+    def starts(before: list[Node], lost: str, now: list[Node], **hosts: Any) -> list[tuple[str, int, int]]:
+        running = [place for place in place_hosts(before, Hosts(**hosts)) if place.node not in lost]
+        return [(place.node, place.cpus, place.gpus) for place in missing_hosts(now, Hosts(**hosts), running)]
+
+    a, b, c = (Node(name, 8, 0) for name in "abc")
+    assert starts([a], "", [a, b]) == [("b", 2, 0)] * 4
+    assert starts([a, b], "b", [a]) == []
+    assert starts([a, b], "b", [a, c]) == [("c", 2, 0)] * 4
+    # As many as the sweep file asks for, and on no cores that another has.
+    assert starts([a], "", [a, b], count=2) == []
+    assert starts([a, b], "b", [a], count=2) == []
+    assert starts([a, b], "b", [a, c], count=2) == [("c", 8, 0)]
+    with_gpus = [Node(name, 8, 1) for name in "abc"]
+    assert starts(with_gpus[:2], "", [with_gpus[2], *with_gpus[:2]], count=2) == []
+    assert starts(with_gpus, "b", [with_gpus[2], with_gpus[0]], count=2) == [("c", 8, 1)]
+    assert starts(with_gpus, "abc", [], count=2) == []
 
 
 @pytest.mark.slow

@@ -13,12 +13,14 @@ import pytest
 from conftest import PATIENCE, make_spec, wait_until
 from test_host import CONFIG, CountingEngine
 
-from lora_search.checkpoint import Checkpoint, seal
+from lora_search.checkpoint import Checkpoint, Shelf, seal
+from lora_search.errors import InputError
 from lora_search.host import Host
 from lora_search.placement import HostPlace
 from lora_search.rundir import create_run
-from lora_search.seat import ASKED_AT_ONCE, Lobby
+from lora_search.seat import ASKED_AT_ONCE, Lobby, Seat
 from lora_search.spec import SweepSpec
+from lora_search.storage import Folder
 
 HOSTS = 2 * ASKED_AT_ONCE
 PREFIX = "lora-search-of-a-test-"
@@ -158,6 +160,90 @@ class IdleEngine(CountingEngine):
 
 
 def build_idle(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> IdleEngine:
+    return IdleEngine()
+
+
+def test_host_whose_cores_are_held_is_not_waited_for_and_joins_when_they_are_free(
+    started: Hosts, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_search.sweep.hosts import Hosts as SweepHosts
+
+    monkeypatch.setattr("lora_search.sweep.hosts.START_S", 5.0)
+    ray = started.ray
+    cores = int(ray.cluster_resources()["CPU"])
+    holder = ray.remote(Host).options(num_cpus=cores // 2).remote("holder", 1, lambda data: CountingEngine())
+    ray.get(holder.room.remote())
+    spec = make_spec(tiny, name="held", hosts={"cpus_per_host": cores // 2}, output=str(tmp_path))
+    said: list[str] = []
+    run = create_run(tmp_path, spec.name, exact=True)
+    run.spec.touch()
+    hosts = SweepHosts(spec, build_idle, said.append, run.folder)
+    try:
+        hosts.require_same_nodes()
+        (line,) = said
+        assert "the sweep begins without some hosts: host-" in line
+        assert f"wants {cores // 2} cores and 0 GPUs: something else on the cluster holds them" in line
+        assert len(hosts.load()) == 1
+        alone = hosts.capacity
+        assert hosts.finish(lambda engine: "tested", lambda data: "merged") == ("tested", "merged")  # by that one
+        assert hosts.save_all(run.folder) == []
+        ray.kill(holder)
+
+        def joined() -> bool:
+            hosts.look()
+            return hosts.capacity == 2 * alone
+
+        wait_until(joined)
+        assert len(said) == 1
+    finally:
+        hosts.end()
+    assert not list(run.path.glob(".probe-*"))
+
+
+def test_output_that_nodes_do_not_see_ends_the_sweep_before_it_begins(
+    started: Hosts, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_search.sweep.build import greet
+    from lora_search.sweep.hosts import Hosts as SweepHosts
+
+    monkeypatch.setattr("lora_search.sweep.build.SEEN_S", 0.0)
+    _, unseen = greet(Folder(tmp_path / "elsewhere"))
+    assert unseen == f"{tmp_path / 'elsewhere'} is not there"
+    (tmp_path / "a file").touch()
+    spec = make_spec(tiny, name="unseen", hosts={"count": 1}, output="a file")
+    hosts = SweepHosts(spec, build_idle, run=Folder(tmp_path / "a file" / "run"))
+    try:
+        with pytest.raises(InputError, match=r"output: found 'a file', which not every node can use \(node \w{8}: "):
+            hosts.require_same_nodes()
+    finally:
+        hosts.end()
+
+
+def test_seat_clears_away_the_checkpoints_of_a_trial_that_had_its_number(
+    started: Hosts, tiny: Path, tmp_path: Path
+) -> None:
+    """The study had lost that trial. Its checkpoints are of later steps, and would be taken for the newer ones."""
+    shelf = Shelf(Folder(tmp_path), 7)
+    for step in (2, 4):
+        shelf.put(seal({"weights.bin": b"lost"}, {"step": step}), {"rank": 8}, [{"step": step}])
+    shelf.put(seal({"weights.bin": b"lost"}, {"step": 5}))  # as it stood when the sweep was interrupted
+    saved = shelf.newest()
+    assert saved is not None
+    assert (saved.parameters, saved.reports) == ({"rank": 8}, ())
+    params = {"rank": 4, "alpha_ratio": 2, "dropout": 0.0, "target_modules": "all-linear", "learning_rate": 1e-3}
+    spec = make_spec(tiny, name="number", training={"steps": 4, "eval_every": 2}, output=str(tmp_path))
+    host = started.ray.remote(Host).options(num_cpus=0, name="lora-search-number-0").remote("h", 1, build_counting)
+    started.ray.get(host.load.remote(None))
+    seat = Seat({"trial": 7, "params": params, "again": False}, spec, Folder(tmp_path), "lora-search-number-")
+    assert "resumed" not in seat.train()
+    assert [path.name for path in (tmp_path / "tune" / "trial-0007").iterdir()] == ["checkpoint_000002"]
+    saved = shelf.newest()
+    assert saved is not None
+    assert saved.parameters == params
+    started.ray.kill(host)
+
+
+def build_counting(data: Any) -> IdleEngine:
     return IdleEngine()
 
 

@@ -31,6 +31,7 @@ from lora_search.results import Row, run_rows
 from lora_search.rundir import RunDirectory, create_run, find_run, newest_run
 from lora_search.spec import load_spec
 from lora_search.storage import Folder, StoreError
+from lora_search.sweep.provenance import write_provenance
 from lora_search.sweep.run import Outcome, run_sweep
 from lora_search.sweep.upload import kept_uploaded
 from lora_search.tracking import Observer
@@ -198,6 +199,8 @@ class Kept:
     """What was said to the second."""
     faults: int
     """Of the store."""
+    best: list[str]
+    """What `best/` held there when the sweep was first said to have come to its end: it may be killed then."""
 
 
 @pytest.fixture(scope="module")
@@ -215,8 +218,17 @@ def kept(ray: Any, server: tuple[str, int], tiny: Path) -> Iterator[Kept]:
     spec = sequential(tiny, "whole", store.uri("runs"))
     second = Second(spec)
     strikes = Strikes({(0, 2): lambda: fail(status(500), 10), (0, 4): hang_and_kill})
-    outcome = run_sweep(spec, create_run(spec.output, spec.name, exact=True), [second, strikes])
-    yield Kept(store, outcome, strikes, second.refused, store.faults)
+    there: list[str] = []
+
+    def when_it_says_that_it_is_finished(file: Path, facts: Mapping[str, Any]) -> None:
+        if "conclusion" in facts:
+            there.extend(Folder(spec.output).below("whole").below("best").names())
+        write_provenance(file, facts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lora_search.sweep.run.write_provenance", when_it_says_that_it_is_finished)
+        outcome = run_sweep(spec, create_run(spec.output, spec.name, exact=True), [second, strikes])
+    yield Kept(store, outcome, strikes, second.refused, store.faults, there)
     store.close()
 
 
@@ -264,6 +276,29 @@ def test_checkpoint_is_not_taken_for_damaged_because_the_store_fails(store: Stor
     saved = shelf.newest()
     assert saved is not None
     assert (saved.checkpoint, len(saved.damaged)) == (None, 2)
+
+
+def test_opening_a_store_is_tried_again_too(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a bucket's region is not given, pyarrow asks for it then."""
+    from pyarrow import fs
+
+    opened: list[str] = []
+
+    class Failing:
+        @staticmethod
+        def from_uri(uri: str) -> Any:
+            opened.append(uri)
+            if len(opened) < 3:
+                raise OSError("When resolving region for bucket 'a': AWS Error NETWORK_CONNECTION during HeadBucket")
+            return real(uri)
+
+    real = fs.FileSystem.from_uri
+    monkeypatch.setattr(fs, "FileSystem", Failing)
+    Folder(store.uri("opened")).write("a", b"kept")
+    assert len(opened) == 3
+    opened.clear()
+    with pytest.raises(StoreError, match="When resolving region"):
+        Folder(store.uri("opened"), patience_s=0).read("a")
 
 
 def test_store_that_refuses_is_not_asked_again(store: Store) -> None:
@@ -351,6 +386,7 @@ def test_sweep_lives_whole_in_the_store(
     )
     best = Folder(uri).below("best")
     assert best.names() == ["README.md", "adapter", "config.yaml", "merged"]
+    assert kept.best == best.names()
     assert ADAPTER_WEIGHTS in best.below("adapter").names()
     assert {"config.json", "model.safetensors"} <= set(best.below("merged").names())
     with pytest.raises(InputError, match="exists already"):

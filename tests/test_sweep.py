@@ -19,12 +19,18 @@ from conftest import PATIENCE, make_spec, processes, wait_until
 from optuna.trial import TrialState
 from trained_run import train_run
 
-from lora_search.errors import InputError, SweepError
+from lora_search.errors import InputError, Interrupted, SweepError
 from lora_search.journal import open_study
 from lora_search.results import read_events, run_rows
-from lora_search.rundir import RunDirectory, create_run
+from lora_search.rundir import RunDirectory, create_run, newest_run
 from lora_search.spec import load_spec
 from lora_search.sweep.run import Outcome, run_sweep
+from lora_search.sweep.signals import (
+    sigterm_as_sigint,
+    sigterm_ends_tune,
+    sigterm_interrupts,
+    sigterm_kept_from_ray,
+)
 from lora_search.tracking import Observer
 
 if TYPE_CHECKING:
@@ -223,6 +229,42 @@ def test_two_hosts_share_the_trials(ray: Any, tiny: Path) -> None:
     )
     outcome = run_sweep(spec, create_run(Path(spec.output), spec.name, exact=False))
     assert {row["host"] for row in outcome.rows} == {"host-0", "host-1"}
+
+
+def test_sigterm_before_there_is_a_ray_leaves_what_can_be_resumed(tiny: Path, tmp_path: Path) -> None:
+    spec = make_spec(tiny, name="early", hosts=ONE, output=str(tmp_path))
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
+    command = [sys.executable, "-m", "lora_search", "run", str(file), "--name", "early"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr
+    assert "early -> " in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130, said
+    assert "Traceback" not in said
+    assert not (tmp_path / "early" / "trials.jsonl").exists()
+    left = newest_run(tmp_path, "early", exact=True) or create_run(tmp_path, "early", exact=True)
+    assert left.path == tmp_path / "early"
+    left.spec.touch()
+    with pytest.raises(InputError, match="exists already"):
+        create_run(tmp_path, "early", exact=True)
+
+
+def test_sigterm_before_tune_listens_interrupts_the_sweep() -> None:
+    with pytest.raises(KeyboardInterrupt), sigterm_ends_tune():
+        signal.raise_signal(signal.SIGTERM)
+    with (
+        pytest.raises(Interrupted, match="with --resume goes on"),
+        sigterm_interrupts("runs/a"),
+        sigterm_kept_from_ray(),
+    ):
+        sys.exit(signal.SIGTERM)  # as Ray's own handler does
+    with sigterm_as_sigint():
+        with sigterm_kept_from_ray():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
 
 
 def test_interrupt_ends_the_sweep_cleanly(tiny: Path, tmp_path: Path) -> None:

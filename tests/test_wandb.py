@@ -160,6 +160,19 @@ def test_user_is_told_once_how_to_upload(written: Any) -> None:
     assert said == [f"W&B runs are offline; upload them with: wandb sync {folder}/wandb/offline-run-*"]
 
 
+def test_trial_that_is_given_up_before_it_went_on_costs_no_other_its_record(tmp_path: Path) -> None:
+    """It began in an earlier process: in this one, its end is the first that is told of it."""
+    said: list[str] = []
+    runs = WandbRuns(OFFLINE, "demo", tmp_path, {"name": "demo"}, said.append)
+    runs.trial_ended(3, "failed", "given up after 3 retries: ActorDiedError: gone")
+    runs.trial_started(4, {"rank": 4})
+    runs.trial_ended(4, "completed", None)
+    runs.close()
+    found = read_runs(tmp_path, 2)
+    assert {name: run["summary"]["state"] for name, run in found.items()} == {"demo-3": "failed", "demo-4": "completed"}
+    assert len(said) == 1
+
+
 def test_failing_wandb_costs_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
@@ -268,7 +281,7 @@ def test_server_that_misbehaves_costs_one_warning_and_no_time(misbehaving: Any, 
     assert status == 0, errors
     warning, longest, close = said
     assert warning.startswith("W&B failed and is left out from here on: CommError")
-    assert float(longest.split()[-1]) < 0.1  # 1,200 calls; a fraction of a millisecond each, but for a busy machine
+    assert float(longest.split()[-1]) < 1  # of 1,200 calls; to wait for the server takes 5 seconds, on a quiet machine
     assert float(close.split()[-1]) < 20  # one run is waited for, and not 400
     assert not errors
 

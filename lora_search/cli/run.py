@@ -13,6 +13,7 @@ from lora_search.job import cluster_address, lasting, refuse_passing_output
 from lora_search.rundir import create_run, newest_run
 from lora_search.space import planned_trials
 from lora_search.spec import load_spec
+from lora_search.sweep.signals import sigterm_as_sigint
 
 if TYPE_CHECKING:
     from lora_search.spec import SweepSpec
@@ -25,6 +26,11 @@ def run(sweep: str, overrides: Sequence[str], *, name: str | None, address: str 
     Args:
         resume: go on with the newest run of that name, where there is one.
     """
+    with sigterm_as_sigint():
+        _run(sweep, overrides, name, address, resume)
+
+
+def _run(sweep: str, overrides: Sequence[str], name: str | None, address: str | None, resume: bool) -> None:
     # As JSON, which is YAML too: 42 and 2026-11-24 are names, not a number and a date.
     spec = load_spec(sweep, [*overrides, *([f"name={json.dumps(name)}"] if name else [])])
     refuse_passing_output(spec.output)

@@ -28,7 +28,7 @@ from lora_search.engine.products import working_dtype
 from lora_search.engine.random import seeded
 from lora_search.engine.sites import attach_sites, introduce_siblings
 from lora_search.engine.trial import ResidentTrial, lora_config
-from lora_search.engine.trouble import free_memory, require_finite, trouble_of
+from lora_search.engine.trouble import device_fails_host, free_memory, require_finite, trouble_of
 from lora_search.errors import TrialFailed
 from lora_search.memory.gauge import Gauge
 from lora_search.model import FrozenBase
@@ -83,12 +83,14 @@ class Engine:
         """Bytes that a trial takes by itself, as far as is known."""
         return 0 if self._gauge is None else self._gauge.size(config)
 
+    @device_fails_host()
     def admit(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None = None) -> None:
         """Make a trial resident, at its start or where a checkpoint left it.
 
         Raises:
             InputError: the target modules are none of this base.
             SweepError: the checkpoint is damaged.
+            HostFailed: the device computes no longer.
         """
         if trial in self._trials:
             raise ValueError(f"trial {trial} is resident already")
@@ -129,8 +131,13 @@ class Engine:
         """Optimiser steps that a resident trial has done."""
         return self._trials[trial].step
 
+    @device_fails_host()
     def snapshot(self, trial: str) -> Checkpoint:
-        """The checkpoint of a resident trial."""
+        """The checkpoint of a resident trial.
+
+        Raises:
+            HostFailed: the device computes no longer.
+        """
         return self._trials[trial].snapshot()
 
     def step(self, trials: Sequence[str]) -> dict[str, StepMetrics | TrialFailed]:
@@ -213,14 +220,14 @@ class Engine:
         return losses
 
     def report(self, trials: Sequence[str]) -> dict[str, Report | TrialFailed]:
-        """Evaluate resident trials on the validation split, together, and close their windows since the last report."""
+        """Evaluate resident trials on the validation split, together, and close their windows."""
         start = time.perf_counter()
         evaluations = self._evaluate_apart(trials)
         seconds = (time.perf_counter() - start) / max(1, len(trials))
         reports: dict[str, Report | TrialFailed] = {}
         for name, evaluation in evaluations.items():
             resident = self._trials[name]
-            resident.seconds += resident.window_seconds + seconds
+            resident.evaluated(seconds)
             try:
                 if isinstance(evaluation, TrialFailed):
                     raise evaluation
@@ -232,7 +239,6 @@ class Engine:
                 )
             except TrialFailed as failure:
                 reports[name] = failure
-            resident.window, resident.window_seconds = [], 0.0
         if self._gauge is not None:
             self._gauge.saw([trial.config for trial in self._trials.values()], peak_memory_bytes(self.base.devices))
         return reports

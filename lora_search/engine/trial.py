@@ -60,9 +60,12 @@ class ResidentTrial:
         self.tokens = 0
         self.seconds = 0.0
         self.window: list[StepMetrics] = []
-        """Steps since the last report."""
+        """Steps since the last report, or those that it was of, where none has been taken since."""
         self.window_seconds = 0.0
-        """This trial's share, by tokens, of the time that its packs took since the last report."""
+        """This trial's share, by tokens, of the time that its packs took for them."""
+        self.told = False
+        """Whether the window has been reported. It stays until the next step: whoever was to keep the report may be
+        lost, and asks again, of a checkpoint."""
         self._model = model
         training = config.training
         self.optimizer = torch.optim.AdamW(
@@ -108,6 +111,8 @@ class ResidentTrial:
 
     def stepped(self, loss: float, grad_norm: float, tokens: int) -> StepMetrics:
         """The optimiser has taken a step: move the schedule on, and note what the step was."""
+        if self.told:
+            self.window, self.window_seconds, self.told = [], 0.0, False
         lr = float(self._schedule.get_last_lr()[0])
         self._schedule.step()
         self.adapter.refresh()
@@ -117,8 +122,13 @@ class ResidentTrial:
         self.window.append(metrics)
         return metrics
 
+    def evaluated(self, seconds: float) -> None:
+        """It was evaluated, which took so long of its time: the window is closed, and its time counted, once."""
+        self.seconds += seconds + (0.0 if self.told else self.window_seconds)
+        self.told = True
+
     def report(self, evaluation: Evaluation, *, peak_memory_bytes: int, trial_memory_bytes: int | None) -> Report:
-        """Its report since the last one."""
+        """Its report of the window."""
         window, steps = self.window, max(1, len(self.window))
         return Report(
             step=self.step,
@@ -159,6 +169,7 @@ class ResidentTrial:
                 "schedule": schedule,
                 "window": [asdict(metrics) for metrics in self.window],
                 "window_seconds": self.window_seconds,
+                "told": self.told,
             },
         )
 
@@ -182,6 +193,7 @@ class ResidentTrial:
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.window = [StepMetrics(**metrics) for metrics in state["window"]]
         self.window_seconds = state["window_seconds"]
+        self.told = state.get("told", False)  # checkpoints of 0.1.0 have none: their windows were emptied when told
 
     def _moments(self) -> dict[str, torch.Tensor]:
         """The optimiser's state as that of one parameter, whatever devices it is on; empty before the first step."""

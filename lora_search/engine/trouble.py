@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -41,9 +43,28 @@ def trouble_of(error: Exception) -> Trouble:
     line = str(error).partition("\n")[0]
     if is_out_of_memory(error):
         return Trouble(line, memory=True)
+    _require_device(error)
+    return Trouble(f"{type(error).__name__}: {line}", memory=False)
+
+
+@contextmanager
+def device_fails_host() -> Iterator[None]:
+    """
+    Raises:
+        HostFailed: in place of an error that is the device's; any other comes through as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            _require_device(error)
+        raise
+
+
+def _require_device(error: Exception) -> None:
+    line = str(error).partition("\n")[0]
     if isinstance(error, torch.AcceleratorError) or line.startswith(DEVICE_ERRORS):
         raise HostFailed(f"{type(error).__name__}: {line}") from error
-    return Trouble(f"{type(error).__name__}: {line}", memory=False)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

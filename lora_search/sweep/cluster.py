@@ -19,6 +19,7 @@ from ray.autoscaler.sdk import request_resources
 from lora_search.errors import InputError, SweepError
 from lora_search.placement import HostPlace, Node, most_trials, place_hosts
 from lora_search.spec import Hosts as HostSpec
+from lora_search.sweep.signals import sigterm_kept_from_ray
 
 Say = Callable[[str], None]
 
@@ -48,7 +49,7 @@ def cluster(address: str | None, say: Say = lambda line: None) -> Iterator[None]
         # No runtime_env: workers that Ray has started ahead would not have it, and be thrown away.
         options: dict[str, Any] = {} if address else {"include_dashboard": False}
         try:
-            with nullcontext() if address else _on_loopback(), _private_token():
+            with nullcontext() if address else _on_loopback(), _private_token(), sigterm_kept_from_ray():
                 ray.init(
                     address=address or "local",
                     logging_level=logging.ERROR,

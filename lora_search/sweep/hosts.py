@@ -15,12 +15,12 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lora_search.errors import InputError, SweepError
+from lora_search.errors import HostFailed, InputError, SweepError
 from lora_search.host import Host
-from lora_search.placement import HostPlace, Node, most_trials, place_hosts
+from lora_search.placement import HostPlace, Node, missing_hosts, most_trials
 from lora_search.spec import SweepSpec
 from lora_search.storage import Folder
-from lora_search.sweep.build import Build
+from lora_search.sweep.build import Build, greet
 from lora_search.sweep.cluster import Say, first_places, nodes
 from lora_search.versions import differences, versions
 
@@ -36,6 +36,9 @@ HOST_NAMES = "lora-search-"
 """What the names of all hosts begin with, as actors."""
 
 LOOK_EVERY_S = 1.0
+
+START_S = 60.0
+"""A host that does not run by then is not waited for, if others do: something else holds what Ray would give it."""
 
 LOSSES_PER_NODE = 5
 """Hosts that a node may lose; then something is wrong with the node."""
@@ -61,10 +64,12 @@ class _Running:
     actor: ActorHandle
     alive: Any
     """A call that is never answered: it ends when the host does."""
-    versions: Any
-    """A call that is answered with the versions on its node; None where they have been compared."""
+    greeting: Any
+    """A call that is answered as soon as it runs (`greet`); None where the answer has been looked at."""
     loading: Any = None
-    """A call that is answered when the base is loaded."""
+    """A call that is answered when the base is loaded, where nobody waits for that."""
+    late: bool = False
+    """It had not begun to run when the sweep did."""
 
 
 class Hosts:
@@ -73,17 +78,18 @@ class Hosts:
     Seats find them by name.
     """
 
-    def __init__(self, spec: SweepSpec, build: Build, say: Say = lambda line: None) -> None:
+    def __init__(self, spec: SweepSpec, build: Build, say: Say = lambda line: None, run: Folder | None = None) -> None:
         """Start them over all nodes.
 
         Args:
             build: makes the engine on the host.
             say: prints one line to the user.
+            run: the run directory, which each host must see.
 
         Raises:
             InputError: the cluster has no room for the hosts that the sweep file asks for.
         """
-        self._spec, self._build, self._say = spec, build, say
+        self._spec, self._build, self._say, self._run = spec, build, say, run
         self.prefix = f"{HOST_NAMES}{uuid.uuid4().hex[:12]}-"
         """What the names of their actors begin with."""
         self._running: dict[str, _Running] = {}
@@ -107,19 +113,39 @@ class Hosts:
     @property
     def capacity(self) -> int:
         """Trials that all hosts together hold."""
-        return sum(host.capacity for host in self._running.values())
+        return sum(host.capacity for host in self._begun)
 
-    def require_same_versions(self) -> None:
+    @property
+    def _begun(self) -> list[_Running]:
+        return [host for host in self._running.values() if not host.late]
+
+    @property
+    def _ready(self) -> list[_Running]:
+        """Those that have loaded the base; all, where none has."""
+        return [host for host in self._begun if host.loading is None] or list(self._running.values())
+
+    def require_same_nodes(self) -> None:
         """
         Raises:
-            InputError: a node has other versions of what decides a result; it says which.
+            InputError: a node has other versions of what decides a result, or does not see the run directory; it
+                says which.
         """
-        here = versions()
-        there = self._each(lambda host: host.versions)
-        wrong = {host.place.node: differences(here, other) for host, other in there}
-        if any(wrong.values()):
-            found = "; ".join(f"node {node[:8]} has {', '.join(what)}" for node, what in wrong.items() if what)
+        differing, blind = {}, {}
+        for host, (there, unseen) in self._each(lambda host: host.greeting):
+            host.greeting = None
+            node = f"node {host.place.node[:8]}"
+            if what := differences(versions(), there):
+                differing[node] = f"{node} has {', '.join(what)}"
+            if unseen is not None:
+                blind[node] = f"{node}: {unseen}"
+        if differing:
+            found = "; ".join(differing.values())
             raise InputError(f"the cluster's nodes differ: {found}; install the same versions on every node")
+        if blind:
+            raise InputError(
+                f"output: found {self._spec.output!r}, which not every node can use ({'; '.join(blind.values())}); "
+                "allowed: a folder that all nodes see at the same path, or an object store"
+            )
 
     def prepare(self, work: Callable[[HostPlace], tuple[T, Any]], warm: Callable[[], None]) -> T:
         """Have one host prepare the data for all; what it says of it.
@@ -129,7 +155,8 @@ class Hosts:
             warm: what the other hosts do meanwhile.
         """
         while True:
-            first, *others = self._running.values()
+            self._await_start()
+            first, *others = self._begun
             self._work = partial(work, first.place)
             said = self._prepare(first)
             for host in others:
@@ -151,7 +178,29 @@ class Hosts:
         Raises:
             InputError, SweepError: a host cannot be started; the message says why.
         """
-        return [ready for _, ready in self._each(lambda host: host.actor.load.remote(self._data))]
+        ready = [ready for _, ready in self._each(lambda host: host.actor.load.remote(self._data))]
+        for host in self._running.values():
+            if host.late:
+                host.loading = host.actor.load.remote(self._data)
+        return ready
+
+    def _await_start(self) -> None:
+        """Wait until every host runs; from START_S on, no more for one that does not, if another does."""
+        end = time.monotonic() + START_S
+        said = False
+        while waiting := [h for h in self._begun if h.greeting is not None and not _done(h.greeting)]:
+            left = end - time.monotonic()
+            ray.wait([host.greeting for host in waiting], num_returns=len(waiting), timeout=max(LOOK_EVERY_S, left))
+            if left > 0:
+                continue
+            if alone := len(waiting) == len(self._begun):
+                if not said:
+                    self._say("WARNING: no host runs yet: " + _held(waiting))
+                said = True
+            else:
+                self._say("WARNING: the sweep begins without some hosts: " + _held(waiting))
+            for host in waiting:
+                host.late = not alone
 
     def _each(self, ask: Callable[[_Running], Any]) -> list[tuple[_Running, Any]]:
         """What every host answers; one that is lost before it has is replaced, and that one asked.
@@ -160,7 +209,11 @@ class Hosts:
             InputError, SweepError: as the host said, or no host is left.
         """
         answered: dict[str, Any] = {}
-        while asked := [(host, ask(host)) for name, host in self._running.items() if name not in answered]:
+        while True:
+            self._await_start()
+            asked = [(host, ask(host)) for host in self._begun if host.place.name not in answered]
+            if not asked:
+                break
             data = self._data
             for host, answer in asked:
                 try:
@@ -171,7 +224,7 @@ class Hosts:
                 except HostLost as lost:
                     self._lose(host, str(lost))
             self._fill(nodes())
-        return [(host, answered[name]) for name, host in self._running.items()]
+        return [(host, answered[host.place.name]) for host in self._begun]
 
     def renew(self, why: str) -> None:
         """Put hosts that have loaded the base in place of all, after one of them was lost.
@@ -215,7 +268,8 @@ class Hosts:
         Raises:
             SweepError: no host is left, and none can be started.
         """
-        started = [self._start(place) for place in self._missing(there)]
+        sound = [node for node in there if self._losses[node.id] <= LOSSES_PER_NODE]
+        started = [self._start(place) for place in missing_hosts(sound, self._spec.hosts, self.places)]
         for host in started:
             self._say(f"{host.place.name} starts on node {host.place.node[:8]}")
         if not self._running:
@@ -226,35 +280,23 @@ class Hosts:
         """Why a host is no more; None where it lives."""
         if host.place.node not in {node.id for node in there}:
             return "its node is gone"
-        if host.versions is not None and _done(host.versions) and _failed(host.versions) is None:
-            other, host.versions = ray.get(host.versions), None
+        if host.greeting is not None and _done(host.greeting) and _failed(host.greeting) is None:
+            (other, unseen), host.greeting = ray.get(host.greeting), None
             if what := differences(versions(), other):
                 return f"its node has {', '.join(what)}"
+            if unseen is not None:
+                return f"its node cannot use the run directory: {unseen}"
         if host.loading is not None and _done(host.loading):
             loading, host.loading = host.loading, None
             try:
                 unwrap(loading)
+                host.late = False
             except _DataLost:
                 self._prepare(host)
                 host.loading = host.actor.load.remote(self._data)
             except SweepError as error:
                 return str(error)
         return _failed(host.alive)
-
-    def _missing(self, there: Sequence[Node]) -> list[HostPlace]:
-        """Places without a host; a node that loses one host after the other gets no more."""
-        try:
-            wanted = place_hosts(there, self._spec.hosts)
-        except InputError:  # not as many as the sweep file asks for: all that there can be
-            wanted = place_hosts(there, self._spec.hosts.model_copy(update={"count": "auto"})) if there else ()
-        taken = Counter(place.node for place in self.places)
-        missing = []
-        for place in wanted:
-            if taken[place.node]:
-                taken[place.node] -= 1
-            elif self._losses[place.node] <= LOSSES_PER_NODE:
-                missing.append(place)
-        return missing
 
     def _start(self, place: HostPlace) -> _Running:
         place = replace(place, name=f"host-{self._started}")
@@ -271,13 +313,13 @@ class Hosts:
             )
             .remote(place.name, capacity, partial(self._build, self._spec, place, capacity))
         )
-        host = _Running(place, capacity, actor, actor.live.remote(), actor.run.remote(versions))
+        host = _Running(place, capacity, actor, actor.live.remote(), actor.run.remote(greet, self._run))
         self._running[place.name] = host
         return host
 
     def finish(self, test: Callable[[Any], T], merge: Callable[[Any], R]) -> tuple[T, R]:
         """Have one host test with its engine, and the last one merge on its device, which it makes free for that."""
-        actors = self.actors
+        actors = [host.actor for host in self._ready]
         tested = actors[0].run_with_engine.remote(test)
         if len(actors) == 1:
             ray.wait([tested])
@@ -291,7 +333,7 @@ class Hosts:
         A host that is lost, or cannot write, keeps none; its trials have those of their last reports.
         """
         saved = []
-        for answer in [actor.save_all.remote(run) for actor in self.actors]:
+        for answer in [host.actor.save_all.remote(run) for host in self._ready]:
             try:
                 saved += ray.get(answer, timeout=SAVE_S)
             except ray.exceptions.RayError as error:
@@ -307,6 +349,14 @@ class Hosts:
     def end(self) -> None:
         for actor in self.actors:
             ray.kill(actor)
+
+
+def _held(hosts: Sequence[_Running]) -> str:
+    """What there is to say of hosts that do not start."""
+    told = "; ".join(
+        f"{h.place.name} on node {h.place.node[:8]} wants {h.place.cpus} cores and {h.place.gpus} GPUs" for h in hosts
+    )
+    return f"{told}: something else on the cluster holds them; as soon as they are free, it starts"
 
 
 def _done(answer: Any) -> bool:
@@ -336,6 +386,8 @@ def unwrap(reference: Any) -> Any:
         cause = error.cause
         if isinstance(cause, ray.exceptions.ObjectLostError):
             raise _DataLost(_first_line(cause)) from None
+        if isinstance(cause, HostFailed):
+            raise HostLost(str(cause)) from None
         if isinstance(cause, SweepError):
             raise type(cause)(str(cause)) from None
         raise SweepError(f"{type(cause).__name__}: {cause}") from error

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What the driver is told of the data; the tokens stay in the object store."""
+    """What the driver is told of the data and the base; the tokens stay in the object store."""
 
     train_rows: int
     validation_rows: int
@@ -34,6 +34,8 @@ class DataSummary:
     advice: str | None
     """Of rows longer than the base was made for."""
     fingerprint: str
+    base: str | None
+    """The base's fingerprint."""
 
 
 def prepare(spec: SweepSpec, place: HostPlace) -> tuple[DataSummary, TokenizedData]:
@@ -44,7 +46,7 @@ def prepare(spec: SweepSpec, place: HostPlace) -> tuple[DataSummary, TokenizedDa
     """
     import_libraries()
     from lora_search.data import tokenize_data
-    from lora_search.model import load_tokenizer, refuse_long_rows
+    from lora_search.model import base_fingerprint, load_tokenizer, model_path, refuse_long_rows
     from lora_search.targets import module_tree, resolve, skeleton
 
     model = skeleton(spec.base.model, trust_remote_code=spec.base.trust_remote_code, revision=spec.base.revision)
@@ -71,21 +73,24 @@ def prepare(spec: SweepSpec, place: HostPlace) -> tuple[DataSummary, TokenizedDa
         data.overlapping,
         advice,
         data.fingerprint,
+        base_fingerprint(model_path(spec.base.model), spec.base.revision),
     )
     return summary, data
 
 
-def refuse_other_data(before: Mapping[str, Any], fingerprint: str) -> None:
+def refuse_other_material(before: Mapping[str, Any], summary: DataSummary) -> None:
     """
     Args:
         before: the provenance of the sweep that is resumed.
 
     Raises:
-        InputError: it was started on other data.
+        InputError: it was started on other data, or on another base of the same name.
     """
-    was = str(before.get("data", {}).get("fingerprint", fingerprint))
-    if was != fingerprint:
-        raise InputError(
-            f"--resume: the data has changed since the sweep began: found {fingerprint[:12]}, was {was[:12]} "
-            "(fingerprints of the tokens)"
-        )
+    known = before.get("data", {})
+    for key, what, found in (("fingerprint", "data", summary.fingerprint), ("base", "base", summary.base)):
+        was = known.get(key)
+        if was is not None and found is not None and was != found:
+            raise InputError(
+                f"--resume: the {what} has changed since the sweep began: found {found[:12]}, was {str(was)[:12]} "
+                f"(fingerprints of the {'tokens' if what == 'data' else 'weights'})"
+            )

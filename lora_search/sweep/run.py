@@ -42,7 +42,7 @@ from lora_search.sweep.build import build_engine
 from lora_search.sweep.cluster import Say, asked_of_autoscaler, cluster
 from lora_search.sweep.controller import seated
 from lora_search.sweep.hosts import HostLost, Hosts
-from lora_search.sweep.prepare import DataSummary, prepare, refuse_other_data
+from lora_search.sweep.prepare import DataSummary, prepare, refuse_other_material
 from lora_search.sweep.provenance import provenance, read_provenance, write_provenance
 from lora_search.sweep.resume import Past, mend_last_line, reconcile, refuse_other_sweep, shorter_trials
 from lora_search.sweep.signals import sigterm_ends_tune, sigterm_interrupts
@@ -98,7 +98,7 @@ def run_sweep(
     """
     try:
         unused = nullcontext() if resume else _discarded_unused(run)
-        with locked(run) as held, unused, kept_uploaded(run, held):
+        with sigterm_interrupts(run.place), locked(run) as held, unused, kept_uploaded(run, held):
             return _run(spec, run, [*observers, Held(run, held)], address, resume, say)
     except OSError as error:
         if error.errno not in UNWRITABLE and not isinstance(error, StoreError):
@@ -141,17 +141,18 @@ def _run(
         for file in (run.trials, run.path / JOURNAL):
             if (mended := mend_last_line(file)) is not None:
                 say(mended)
-    write_whole(run.spec, dump_spec(spec))
     facts = provenance(spec, before)
-    write_provenance(run.provenance, facts)
+    if not run.spec.exists():
+        write_whole(run.spec, dump_spec(spec))
+        write_provenance(run.provenance, facts)
     grown = asked_of_autoscaler(spec.hosts, planned_trials(spec)) if address else nullcontext()
-    with cluster(address, say), grown, sigterm_interrupts(run.place):
+    with cluster(address, say), grown:
         say("preparing the data and the hosts")
-        hosts = Hosts(spec, build_engine, say)
+        hosts = Hosts(spec, build_engine, say, run.folder)
         try:
-            hosts.require_same_versions()
+            hosts.require_same_nodes()
             summary = hosts.prepare(partial(prepare, spec), import_libraries)
-            refuse_other_data(before, summary.fingerprint)
+            refuse_other_material(before, summary)
             say(_data_line(summary))
             if (planned := planned_trials(spec)) < spec.search.trials:
                 say(
@@ -160,6 +161,7 @@ def _run(
             if summary.advice is not None:
                 say(f"WARNING: {summary.advice}")
             ready = hosts.load()
+            write_whole(run.spec, dump_spec(spec))  # only now: what is resumed stays as it was until this one can be
             write_provenance(run.provenance, facts | {"data": asdict(summary), "hosts": ready})
             rows = search(spec, run, hosts, observers, say)
             best = best_row(rows, spec.search.metric, spec.search.mode)
@@ -170,6 +172,8 @@ def _run(
         finally:
             hosts.end()
     write_card(spec, run, rows, best, found)
+    if run.uri is not None:  # before anything there says that the sweep has come to its end
+        run.folder.below(run.best.name).upload(run.best)
     write_provenance(run.provenance, read_provenance(run.provenance) | {"conclusion": found.to_dict()})
     for observer in observers:
         observer.concluded(rows, best, run.best / "adapter")

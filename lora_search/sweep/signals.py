@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from lora_search.errors import Interrupted
 
 
+def sigterm_as_sigint() -> AbstractContextManager[None]:
+    """Let SIGTERM raise what SIGINT raises: KeyboardInterrupt."""
+    return _handled(signal.SIGTERM, signal.default_int_handler)
+
+
 @contextmanager
 def sigterm_interrupts(place: str) -> Iterator[None]:
-    """Let SIGTERM raise what SIGINT raises; inside Ray's calls nothing else would come through.
-
-    Begins when Ray has started, for Ray puts a handler of its own there, which aborts.
+    """Let SIGTERM do what SIGINT does; inside Ray's calls nothing but that one's exception would come through.
 
     Args:
         place: of the run directory.
@@ -23,24 +27,55 @@ def sigterm_interrupts(place: str) -> Iterator[None]:
         Interrupted: by either; the sweep can be resumed.
     """
     try:
-        with _on_sigterm(signal.default_int_handler):
+        with sigterm_as_sigint():
             yield
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; the sweep is in {place}, and the same command with --resume goes on") from None
 
 
-def sigterm_ends_tune() -> Any:
-    """Let SIGTERM end Ray Tune's loop as cleanly as SIGINT does.
+@contextmanager
+def sigterm_kept_from_ray() -> Iterator[None]:
+    """Keep what SIGTERM does while Ray starts, which puts a handler of its own there: it exits, and leaves no word.
 
-    Tune catches SIGINT and SIGUSR1 alone; each ends its loop after the current event.
+    Raises:
+        KeyboardInterrupt: the signal came while Ray's handler was there.
     """
-    return _on_sigterm(lambda number, frame: signal.raise_signal(signal.SIGUSR1))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if _in_main_thread():
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 @contextmanager
-def _on_sigterm(handler: Callable[[int, Any], Any]) -> Iterator[None]:
-    before = signal.signal(signal.SIGTERM, handler)
+def sigterm_ends_tune() -> Iterator[None]:
+    """Let SIGTERM end Ray Tune's loop as cleanly as SIGINT does.
+
+    Tune catches SIGINT and SIGUSR1 alone, each of which ends its loop after the current event; before it does,
+    SIGUSR1 would kill.
+    """
+    with (
+        _handled(signal.SIGUSR1, signal.default_int_handler),
+        _handled(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGUSR1)),
+    ):
+        yield
+
+
+@contextmanager
+def _handled(number: int, handler: Callable[[int, Any], Any]) -> Iterator[None]:
+    """Nothing is done in other threads than the first, which alone may say what signals do."""
+    if not _in_main_thread():
+        yield
+        return
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

@@ -55,7 +55,6 @@ def kept_uploaded(run: RunDirectory, held: Callable[[], bool]) -> Iterator[None]
         thread.join()
         require_held(run, held)
         uploads.changed(run.folder)
-        run.folder.below(run.best.name).upload(run.best)
         if run.report.is_file():
             run.folder.write(run.report.name, run.report.read_bytes())
         atexit.register(shutil.rmtree, run.path.parent, ignore_errors=True)  # the copy here: all of it is there

@@ -87,7 +87,11 @@ class WandbRuns(Observer):
         self._later(lambda: self._log(self._runs[trial], report))
 
     def trial_ended(self, trial: int, state: State, reason: str | None) -> None:
-        self._later(lambda: self._finish(self._runs.pop(trial), state, reason))
+        def finish() -> None:
+            run = self._runs.pop(trial, None)  # None: it began in an earlier process, and was lost before it went on
+            self._finish(run or self._init("trial", str(trial), {"trial": trial}), state, reason)
+
+        self._later(finish)
 
     def concluded(self, rows: Sequence[Mapping[str, Any]], best: Mapping[str, Any], adapter: Path) -> None:
         """Add the summary run: the trials as a table, the best trial's figures, its adapter as an artifact."""
