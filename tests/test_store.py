@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -363,6 +364,25 @@ def test_of_two_that_begin_at_once_one_gives_way_before_it_has_uploaded_anything
     gave_way.set()
     thread.join()
     assert first.folder.read("sweep.yaml") == b"the second's"
+
+
+def test_copy_of_a_stored_run_goes_when_the_process_ends_unless_it_holds_offline_runs(store: Store) -> None:
+    code = (
+        "import sys\n"
+        "from lora_search.rundir import create_run, locked\n"
+        "from lora_search.sweep.upload import kept_uploaded\n"
+        "run = create_run(sys.argv[1], 'copied', exact=False)\n"
+        "with locked(run) as held, kept_uploaded(run, held): run.spec.touch()\n"
+        "for name in sys.argv[2:]: (run.path / 'wandb' / name).mkdir(parents=True)\n"
+        "print(run.path.is_dir(), run.path)"
+    )
+    for made, stays in (("run-online", False), ("offline-run-a", True)):
+        command = [sys.executable, "-c", code, store.uri("copies"), made]
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+        there, path = answer.stdout.split()
+        assert there == "True"
+        assert Path(path).is_dir() is stays
+    shutil.rmtree(Path(path).parent)
 
 
 def test_sweep_whose_input_is_wrong_leaves_nothing_in_the_store(ray: Any, store: Store, tiny: Path) -> None:

@@ -57,7 +57,13 @@ def kept_uploaded(run: RunDirectory, held: Callable[[], bool]) -> Iterator[None]
         uploads.changed(run.folder)
         if run.report.is_file():
             run.folder.write(run.report.name, run.report.read_bytes())
-        atexit.register(shutil.rmtree, run.path.parent, ignore_errors=True)  # the copy here: all of it is there
+        atexit.register(_discard_copy, run)
+
+
+def _discard_copy(run: RunDirectory) -> None:
+    """Remove what the store has all of; what it has not, W&B's offline runs, stays where the user was told."""
+    if not any(run.path.glob("wandb/offline-run-*")):
+        shutil.rmtree(run.path.parent, ignore_errors=True)
 
 
 class Held(Observer):
