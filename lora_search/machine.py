@@ -6,6 +6,7 @@ Of Linux's control groups, version 1 and 2 (Linux, Documentation/admin-guide/cgr
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -26,8 +27,8 @@ class _Limit:
 
 
 def gpus_are_logical() -> bool:
-    """Whether Ray's GPUs may be names alone, and trials train on the CPU: for tests, on machines without."""
-    return os.environ.get(LOGICAL_GPUS) == "1"
+    """Whether Ray's GPUs may be none that torch trains on: a Mac's, and in tests names alone."""
+    return os.environ.get(LOGICAL_GPUS) == "1" or sys.platform == "darwin"
 
 
 def unseen_gpus(given: int, seen: int) -> str:

@@ -90,7 +90,9 @@ def missing_hosts(nodes: Sequence[Node], hosts: Hosts, running: Sequence[HostPla
     try:
         wanted = place_hosts(nodes, hosts)
     except InputError:  # not as many as the sweep file asks for: all that there can be
-        wanted = place_hosts(nodes, hosts.model_copy(update={"count": "auto"})) if nodes else ()
+        if hosts.count == "auto":
+            return ()
+        return missing_hosts(nodes, hosts.model_copy(update={"count": "auto"}), running)[: hosts.count - len(running)]
     taken = Counter(place.node for place in running)
     cores = {n.id: n.cpus - sum(place.cpus for place in running if place.node == n.id) for n in nodes}
     gpus = {n.id: n.gpus - sum(place.gpus for place in running if place.node == n.id) for n in nodes}

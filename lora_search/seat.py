@@ -136,6 +136,8 @@ class Lobby:
         """
         self._prefix = prefix
         self._known: dict[str, ActorHandle] = {}
+        self._silent: dict[str, Any] = {}
+        """By host, what it was asked and has not answered."""
         self._last = ""
         """The host that admitted the last trial of this seat: where that has ended, there is room."""
 
@@ -168,6 +170,7 @@ class Lobby:
     def _names(self) -> set[str]:
         names = {name for name in ray.util.list_named_actors() if name.startswith(self._prefix)}
         self._known = {name: host for name, host in self._known.items() if name in names}
+        self._silent = {name: answer for name, answer in self._silent.items() if name in names}
         return names
 
     def _as_asked(self, names: set[str]) -> Iterator[str]:
@@ -184,13 +187,24 @@ class Lobby:
         yield from full
 
     def _rooms(self, names: list[str]) -> list[tuple[tuple[int, int], str]]:
-        """What room the hosts have that answer, as they say it, and their names; the most first."""
-        asked = {host.room.remote(): name for name in names if (host := self._host(name)) is not None}
-        answers, _ = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWER_S) if asked else ([], [])
+        """What room the hosts have that answer, as they say it, and their names; the most first.
+
+        One that has not answered is not waited for a second time: it may not run at all yet.
+        """
+        hosts = {name: host for name in names if (host := self._host(name)) is not None}
+        asked = {name: host.room.remote() for name, host in hosts.items() if name not in self._silent}
+        if asked:
+            ray.wait(list(asked.values()), num_returns=len(asked), timeout=ANSWER_S)
+        asked |= {name: self._silent[name] for name in hosts if name in self._silent}
         rooms: list[tuple[tuple[int, int], str]] = []
-        for answer in answers:
+        for name, answer in asked.items():
+            answered, _ = ray.wait([answer], timeout=0)
+            if not answered:
+                self._silent[name] = answer
+                continue
+            self._silent.pop(name, None)
             try:
-                rooms.append((ray.get(answer), asked[answer]))
+                rooms.append((ray.get(answer), name))
             except ray.exceptions.RayActorError:
                 continue
         return sorted(rooms, key=lambda pair: pair[0], reverse=True)

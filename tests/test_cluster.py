@@ -217,7 +217,9 @@ def test_sweep_over_machines_of_their_own_network(
     assert sorted(machines["safetensors"]) == ["10.77.0.1", "10.77.0.2"]
     assert len(machines["jsonl"]) == 1
     # To the other machine the data goes as tokens, of four bytes each and one of a mask.
-    data = 5 * json.loads(directory.provenance.read_text())["data"]["train_tokens"]
+    facts = json.loads(directory.provenance.read_text())
+    assert len(facts["base"]["fingerprint"]) == 64  # of what both machines have in their caches
+    data = 5 * facts["data"]["train_tokens"]
     files = [line.split()[1:] for line in sent if line.startswith("10.77.0.2")]
     from_hub = sum((tmp_path / "hub" / repository / file).stat().st_size for repository, file in files)
     assert data < moved - from_hub < 1.5 * data

@@ -419,14 +419,17 @@ def test_another_sweep_is_not_resumed_and_what_changed_is_said(tiny: Path, tmp_p
     assert "search.space.rank.choice: found [2, 16], was [2, 4, 8]" in str(refused.value)
 
 
-def test_data_that_has_changed_is_not_resumed(ray: Any, tiny: Path, tmp_path: Path) -> None:
+OTHER = {"fingerprint": "0" * 64}
+
+
+def test_data_or_base_that_has_changed_is_not_resumed(ray: Any, tiny: Path, tmp_path: Path) -> None:
     spec = sequential(tiny, "changed-data", tmp_path)
     run = create_run(tmp_path, spec.name, exact=True)
     from lora_search.spec import dump_spec
 
     run.spec.write_text(dump_spec(spec))
-    for changed, known in (("data", {"fingerprint": "0" * 64}), ("base", {"base": "0" * 64})):
-        run.provenance.write_text(json.dumps({"data": known}))
+    for changed, known in (("data", {"data": OTHER}), ("base", {"base": OTHER})):
+        run.provenance.write_text(json.dumps(known))
         longer = spec.model_copy(update={"training": spec.training.model_copy(update={"steps": 120})})
         for attempt in (longer, spec):  # a refusal leaves what it was refused for, and the shorter sweep its steps
             with pytest.raises(InputError, match=f"the {changed} has changed since the sweep began: found .*, was 000"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from conftest import ROOT, make_spec
 from transformers import AutoModelForCausalLM
 
 from lora_search.errors import InputError
-from lora_search.model import compute_dtype, load_base, load_tokenizer, round_trip_nf4
+from lora_search.model import base_fingerprint, compute_dtype, load_base, load_tokenizer, round_trip_nf4
 from lora_search.model.precision import quantised_linears
 from lora_search.spec import Base
 
@@ -133,6 +134,28 @@ def test_model_that_is_not_there_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         load_base(Base(model=str(tmp_path)), CPU)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_fingerprint_follows_the_weights_and_nothing_else(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(tiny / "model", tmp_path / "models--a--b" / "snapshots" / "1234")
+    found = base_fingerprint(str(folder), None)
+    assert found == base_fingerprint(str(tiny / "model"), None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))  # where a hub's models lie
+    (tmp_path / "models--a--b" / "refs").mkdir()
+    (tmp_path / "models--a--b" / "refs" / "main").write_text("1234")
+    assert base_fingerprint("a/b", None) == base_fingerprint("a/b", "1234") == found
+    assert base_fingerprint("a/other", None) is None
+    (folder / "README.md").write_text("new words")
+    assert base_fingerprint(str(folder), None) == found
+    base = Base(model=str(folder), quantization="none", compute_dtype="float32")
+    model = load_base(base, "cpu").model
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1 + 1e-3)
+    model.save_pretrained(str(folder))
+    assert base_fingerprint(str(folder), None) != found
 
 
 def test_nf4_round_trip_is_what_the_quantised_base_computes_with(tiny: Path) -> None:

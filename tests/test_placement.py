@@ -70,6 +70,8 @@ def test_node_that_joins_or_leaves_changes_nothing_but_its_own_hosts() -> None:
     assert starts(with_gpus[:2], "", [with_gpus[2], *with_gpus[:2]], count=2) == []
     assert starts(with_gpus, "b", [with_gpus[2], with_gpus[0]], count=2) == [("c", 8, 1)]
     assert starts(with_gpus, "abc", [], count=2) == []
+    head = Node("head", 0, 0)
+    assert starts([head, *with_gpus], "abc", [head]) == starts([head, *with_gpus], "abc", [head], count=2) == []
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,7 +184,10 @@ def test_host_whose_cores_are_held_is_not_waited_for_and_joins_when_they_are_fre
         (line,) = said
         assert "the sweep begins without some hosts: host-" in line
         assert f"wants {cores // 2} cores and 0 GPUs: something else on the cluster holds them" in line
+        (begun,) = hosts._begun
+        ray.kill(begun.actor)  # its cores go to the one that has waited, and a third has to wait
         assert len(hosts.load()) == 1
+        assert [host.place.name for host in hosts._begun] != [begun.place.name]
         alone = hosts.capacity
         assert hosts.finish(lambda engine: "tested", lambda data: "merged") == ("tested", "merged")  # by that one
         assert hosts.save_all(run.folder) == []
@@ -194,7 +198,7 @@ def test_host_whose_cores_are_held_is_not_waited_for_and_joins_when_they_are_fre
             return hosts.capacity == 2 * alone
 
         wait_until(joined)
-        assert len(said) == 1
+        assert sum("begins without some hosts" in line for line in said) == 2
     finally:
         hosts.end()
     assert not list(run.path.glob(".probe-*"))
@@ -207,16 +211,47 @@ def test_output_that_nodes_do_not_see_ends_the_sweep_before_it_begins(
     from lora_search.sweep.hosts import Hosts as SweepHosts
 
     monkeypatch.setattr("lora_search.sweep.build.SEEN_S", 0.0)
+    monkeypatch.setattr("lora_search.sweep.hosts.START_S", 1.0)
     _, unseen = greet(Folder(tmp_path / "elsewhere"))
     assert unseen == f"{tmp_path / 'elsewhere'} is not there"
     (tmp_path / "a file").touch()
-    spec = make_spec(tiny, name="unseen", hosts={"count": 1}, output="a file")
-    hosts = SweepHosts(spec, build_idle, run=Folder(tmp_path / "a file" / "run"))
+    spec = make_spec(tiny, name="unseen", hosts={"count": 2}, output="runs")
+    hosts = SweepHosts(spec, build_idle, run=SeenByOne(tmp_path / "run"))
     try:
-        with pytest.raises(InputError, match=r"output: found 'a file', which not every node can use \(node \w{8}: "):
+        with pytest.raises(InputError, match=r"output: found 'runs', which not every node can use \(node \w{8}: far\)"):
             hosts.require_same_nodes()
     finally:
         hosts.end()
+
+
+class SeenByOne(Folder):
+    """A folder that one host sees, and no other, which it learns only after some time."""
+
+    def __reduce__(self) -> Any:
+        return SeenByOne, (self.place,)
+
+    def names(self) -> list[str]:
+        try:
+            Path(self.place).mkdir()
+        except FileExistsError:
+            time.sleep(3)
+            raise OSError("far") from None
+        return ["sweep.yaml"]
+
+
+def test_host_that_does_not_run_is_waited_for_once(hosts: Hosts, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_search.seat.ANSWER_S", 2.0)
+    pending = hosts.ray.remote(Asked).options(num_cpus=10_000, name=f"{PREFIX}pending").remote()
+    try:
+        lobby, seconds = Lobby(PREFIX), []
+        for _ in range(2):
+            began = time.monotonic()
+            rooms = lobby._rooms([f"{PREFIX}0", f"{PREFIX}pending"])
+            seconds.append(time.monotonic() - began)
+            assert [name for _, name in rooms] == [f"{PREFIX}0"]
+        assert seconds[1] < seconds[0] / 2
+    finally:
+        hosts.ray.kill(pending)
 
 
 def test_seat_clears_away_the_checkpoints_of_a_trial_that_had_its_number(

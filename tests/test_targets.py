@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -194,6 +195,11 @@ def counted_by_peft(model: PreTrainedModel, targets: Targets) -> list[int]:
     return [sum(p.numel() for name, p in wrapped.named_parameters() if f".rank{rank}." in name) for rank in RANKS]
 
 
+@cache
+def tree_of(name: str) -> ModuleTree:
+    return module_tree(skeleton(str(shared(f"configs/{name}"))))
+
+
 def counted(tree: ModuleTree, targets: Targets) -> list[int]:
     return [trainable_parameters(tree, targets, rank) for rank in RANKS]
 
@@ -201,10 +207,9 @@ def counted(tree: ModuleTree, targets: Targets) -> list[int]:
 @pytest.mark.parametrize("target", TARGET_SETS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_set_of_a_known_model_counts_as_peft_counts(name: str, target: str) -> None:
-    folder = str(shared(f"configs/{name}"))
-    tree = module_tree(skeleton(folder))
+    tree = tree_of(name)
     targets = resolve(tree, target)
-    assert counted(tree, targets) == counted_by_peft(skeleton(folder), targets)
+    assert counted(tree, targets) == counted_by_peft(skeleton(str(shared(f"configs/{name}"))), targets)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +222,7 @@ def test_every_set_of_a_known_model_counts_as_peft_counts(name: str, target: str
     ],
 )
 def test_published_counts_are_met(name: str, target: Any, rank: int, count: int) -> None:
-    tree = module_tree(skeleton(str(shared(f"configs/{name}"))))
+    tree = tree_of(name)
     assert trainable_parameters(tree, resolve(tree, target), rank) == count
 
 

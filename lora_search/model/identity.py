@@ -8,22 +8,24 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
-"""Of each file of weights. Whatever trains or quantises a model anew changes nearly all of its bytes."""
+"""Of each file of weights, at even distances. Whatever trains or quantises a model anew changes nearly all of it."""
 
 
 def base_fingerprint(path: str, revision: str | None) -> str | None:
-    """Of a hub model its commit; of a folder a digest of its configuration and of samples of its weights.
+    """A digest of a model's configuration and of samples of its weights.
 
     Args:
-        path: the folder, or the hub id, whose configuration has been loaded.
+        path: a folder, or a hub id of which all files that are needed have been loaded.
 
     Returns:
-        None where the hub's cache does not tell.
+        None where the hub's cache does not have it.
     """
     folder = Path(path)
     if not folder.is_dir():
-        cached = try_to_load_from_cache(path, "config.json", revision=revision)  # .../snapshots/COMMIT/config.json
-        return Path(cached).parent.name if isinstance(cached, str) else None
+        cached = try_to_load_from_cache(path, "config.json", revision=revision)
+        if not isinstance(cached, str):
+            return None
+        folder = Path(cached).parent
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size

@@ -231,7 +231,11 @@ class Hosts(Section):
     gpus_per_host: int = Field(1, ge=0, description="0: train on the CPU even where there are GPUs")
     cpus_per_host: Auto | int = Field("auto", description="cores of a host")
     trials_per_host: Auto | int = Field("auto", description="trials resident on a host at once")
-    wait_s: float = Field(0, ge=0, description="seconds to wait for GPUs that an autoscaler has yet to start")
+    wait_s: float = Field(
+        0,
+        ge=0,
+        description="seconds to wait for GPUs that an autoscaler has yet to start, and for new ones when all are lost",
+    )
     max_retries: int = Field(3, ge=0, description="in a row, of a trial whose machine or host is lost")
 
     @field_validator("count", "cpus_per_host", "trials_per_host")

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -64,12 +65,14 @@ class _Running:
     actor: ActorHandle
     alive: Any
     """A call that is never answered: it ends when the host does."""
+    started: Any
+    """A call that is answered as soon as its process runs."""
     greeting: Any
-    """A call that is answered as soon as it runs (`greet`); None where the answer has been looked at."""
+    """A call that is answered by what its node is like (`greet`); None where the answer has been looked at."""
     loading: Any = None
-    """A call that is answered when the base is loaded, where nobody waits for that."""
+    """A call that is answered when the base is loaded; None before it is asked, and where it is."""
     late: bool = False
-    """It had not begun to run when the sweep did."""
+    """It did not start while others did, and nobody waits for it."""
 
 
 class Hosts:
@@ -97,9 +100,13 @@ class Hosts:
         self._losses: Counter[str] = Counter()
         """Hosts lost by node."""
         self._looked = time.monotonic()
+        self._none_since: float | None = None
+        """When the last host was lost, while there is none."""
         self._work: Callable[[], tuple[Any, Any]]
         self._data: Any = None
-        for place in first_places(spec.hosts):
+        places = first_places(spec.hosts)
+        self._on_gpus = any(place.gpus for place in places)
+        for place in places:
             self._start(place)
 
     @property
@@ -121,8 +128,8 @@ class Hosts:
 
     @property
     def _ready(self) -> list[_Running]:
-        """Those that have loaded the base; all, where none has."""
-        return [host for host in self._begun if host.loading is None] or list(self._running.values())
+        """Those that have loaded the base, once all that begin with the sweep have."""
+        return [host for host in self._begun if host.loading is None]
 
     def require_same_nodes(self) -> None:
         """
@@ -178,29 +185,50 @@ class Hosts:
         Raises:
             InputError, SweepError: a host cannot be started; the message says why.
         """
-        ready = [ready for _, ready in self._each(lambda host: host.actor.load.remote(self._data))]
+
+        def ask(host: _Running) -> Any:
+            host.loading = host.loading or host.actor.load.remote(self._data)
+            return host.loading
+
+        found = self._each(ask)
+        for host, _ in found:
+            host.loading = None
         for host in self._running.values():
             if host.late:
-                host.loading = host.actor.load.remote(self._data)
-        return ready
+                ask(host)
+        return [ready for _, ready in found]
+
+    def ask_all(self, work: Callable[..., T], *given: Any) -> list[T]:
+        """What the hosts that have loaded the base answer; one that is lost meanwhile says nothing."""
+        found = []
+        for answer in [host.actor.run.remote(work, *given) for host in self._ready]:
+            with suppress(HostLost):
+                found.append(unwrap(answer))
+        return found
 
     def _await_start(self) -> None:
         """Wait until every host runs; from START_S on, no more for one that does not, if another does."""
         end = time.monotonic() + START_S
         said = False
-        while waiting := [h for h in self._begun if h.greeting is not None and not _done(h.greeting)]:
+        while True:
+            for host in self._running.values():
+                if host.late and (_done(host.started) or not self._begun):
+                    host.late = False
+            waiting = [host for host in self._begun if not _done(host.started)]
+            if not waiting:
+                return
             left = end - time.monotonic()
-            ray.wait([host.greeting for host in waiting], num_returns=len(waiting), timeout=max(LOOK_EVERY_S, left))
+            ray.wait([host.started for host in waiting], num_returns=len(waiting), timeout=max(LOOK_EVERY_S, left))
             if left > 0:
                 continue
-            if alone := len(waiting) == len(self._begun):
-                if not said:
-                    self._say("WARNING: no host runs yet: " + _held(waiting))
-                said = True
-            else:
+            waiting = [host for host in waiting if not _done(host.started)]
+            if waiting and len(waiting) < len(self._begun):
                 self._say("WARNING: the sweep begins without some hosts: " + _held(waiting))
-            for host in waiting:
-                host.late = not alone
+                for host in waiting:
+                    host.late = True
+            elif waiting and not said:
+                self._say("WARNING: no host runs yet: " + _held(waiting))
+                said = True
 
     def _each(self, ask: Callable[[_Running], Any]) -> list[tuple[_Running, Any]]:
         """What every host answers; one that is lost before it has is replaced, and that one asked.
@@ -219,6 +247,7 @@ class Hosts:
                 try:
                     answered[host.place.name] = unwrap(answer)
                 except _DataLost:
+                    host.loading = None
                     if self._data is data:
                         self._prepare(host)
                 except HostLost as lost:
@@ -253,7 +282,7 @@ class Hosts:
             why = self._why_lost(host, there)
             if why is not None:
                 self._lose(host, f"{why}; its trials go on elsewhere from their last checkpoints")
-        for host in self._fill(there):
+        for host in self._fill(there, self._spec.hosts.wait_s):
             host.loading = host.actor.load.remote(self._data)
 
     def _lose(self, host: _Running, why: str) -> None:
@@ -262,19 +291,32 @@ class Hosts:
         self._losses[host.place.node] += 1
         self._say(f"{host.place.name} was lost: {why}")
 
-    def _fill(self, there: Sequence[Node]) -> list[_Running]:
+    def _fill(self, there: Sequence[Node], wait_s: float = 0.0) -> list[_Running]:
         """Start a host wherever there should be one and is none; those.
+
+        A sweep that began on GPUs gets none on cores.
+
+        Args:
+            wait_s: how long there may be none at all, until nodes join.
 
         Raises:
             SweepError: no host is left, and none can be started.
         """
         sound = [node for node in there if self._losses[node.id] <= LOSSES_PER_NODE]
-        started = [self._start(place) for place in missing_hosts(sound, self._spec.hosts, self.places)]
+        missing = missing_hosts(sound, self._spec.hosts, self.places)
+        started = [self._start(place) for place in missing if place.gpus or not self._on_gpus]
         for host in started:
             self._say(f"{host.place.name} starts on node {host.place.node[:8]}")
-        if not self._running:
+        if self._running:
+            self._none_since = None
+            return started
+        if self._none_since is None:
+            self._none_since = time.monotonic()
+            if wait_s:
+                self._say(f"all hosts were lost; nodes that join within {wait_s:.0f} s (hosts.wait_s) get new ones")
+        if time.monotonic() - self._none_since >= wait_s:
             raise SweepError("all hosts were lost, and none can be started; the sweep can be resumed with --resume")
-        return started
+        return []
 
     def _why_lost(self, host: _Running, there: Sequence[Node]) -> str | None:
         """Why a host is no more; None where it lives."""
@@ -313,12 +355,16 @@ class Hosts:
             )
             .remote(place.name, capacity, partial(self._build, self._spec, place, capacity))
         )
-        host = _Running(place, capacity, actor, actor.live.remote(), actor.run.remote(greet, self._run))
+        calls = actor.live.remote(), actor.room.remote(), actor.run.remote(greet, self._run)
+        host = _Running(place, capacity, actor, *calls)
         self._running[place.name] = host
         return host
 
     def finish(self, test: Callable[[Any], T], merge: Callable[[Any], R]) -> tuple[T, R]:
         """Have one host test with its engine, and the last one merge on its device, which it makes free for that."""
+        while not self._ready:  # those that come after all others were lost
+            time.sleep(LOOK_EVERY_S)
+            self.look()
         actors = [host.actor for host in self._ready]
         tested = actors[0].run_with_engine.remote(test)
         if len(actors) == 1:

@@ -5,9 +5,9 @@ Runs on a host, so that the driver never imports torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lora_search.errors import InputError
 from lora_search.imports import import_libraries
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What the driver is told of the data and the base; the tokens stay in the object store."""
+    """What the driver is told of the data; the tokens stay in the object store."""
 
     train_rows: int
     validation_rows: int
@@ -34,8 +34,6 @@ class DataSummary:
     advice: str | None
     """Of rows longer than the base was made for."""
     fingerprint: str
-    base: str | None
-    """The base's fingerprint."""
 
 
 def prepare(spec: SweepSpec, place: HostPlace) -> tuple[DataSummary, TokenizedData]:
@@ -46,7 +44,7 @@ def prepare(spec: SweepSpec, place: HostPlace) -> tuple[DataSummary, TokenizedDa
     """
     import_libraries()
     from lora_search.data import tokenize_data
-    from lora_search.model import base_fingerprint, load_tokenizer, model_path, refuse_long_rows
+    from lora_search.model import load_tokenizer, refuse_long_rows
     from lora_search.targets import module_tree, resolve, skeleton
 
     model = skeleton(spec.base.model, trust_remote_code=spec.base.trust_remote_code, revision=spec.base.revision)
@@ -73,24 +71,44 @@ def prepare(spec: SweepSpec, place: HostPlace) -> tuple[DataSummary, TokenizedDa
         data.overlapping,
         advice,
         data.fingerprint,
-        base_fingerprint(model_path(spec.base.model), spec.base.revision),
     )
     return summary, data
 
 
-def refuse_other_material(before: Mapping[str, Any], summary: DataSummary) -> None:
+def fingerprint_of_base(spec: SweepSpec) -> str | None:
+    """What tells its weights from others of the same name, on a host that has loaded it."""
+    from lora_search.model import base_fingerprint, model_path
+
+    return base_fingerprint(model_path(spec.base.model), spec.base.revision)
+
+
+def one_base(found: Sequence[str | None]) -> str | None:
+    """The fingerprint that all hosts found.
+
+    Raises:
+        InputError: they found several.
+    """
+    known = sorted({one for one in found if one is not None})
+    if len(known) > 1:
+        raise InputError(
+            f"base.model: the nodes have other weights by that name (fingerprints {', '.join(o[:12] for o in known)}); "
+            "put the same files on every node, or name a base.revision"
+        )
+    return known[0] if known else None
+
+
+def refuse_other_material(before: Mapping[str, Any], what: Literal["data", "base"], found: str | None) -> None:
     """
     Args:
         before: the provenance of the sweep that is resumed.
+        found: the fingerprint now.
 
     Raises:
         InputError: it was started on other data, or on another base of the same name.
     """
-    known = before.get("data", {})
-    for key, what, found in (("fingerprint", "data", summary.fingerprint), ("base", "base", summary.base)):
-        was = known.get(key)
-        if was is not None and found is not None and was != found:
-            raise InputError(
-                f"--resume: the {what} has changed since the sweep began: found {found[:12]}, was {str(was)[:12]} "
-                f"(fingerprints of the {'tokens' if what == 'data' else 'weights'})"
-            )
+    was = before.get(what, {}).get("fingerprint")
+    if was is not None and found is not None and was != found:
+        raise InputError(
+            f"--resume: the {what} has changed since the sweep began: found {found[:12]}, was {str(was)[:12]} "
+            f"(fingerprints of the {'tokens' if what == 'data' else 'weights'})"
+        )

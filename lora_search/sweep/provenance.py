@@ -15,7 +15,7 @@ from lora_search.rundir import write_whole
 from lora_search.spec import SweepSpec
 from lora_search.versions import versions
 
-KINDS = {"id": str, "started": str, "resumed": list, "data": dict, "conclusion": dict}
+KINDS = {"id": str, "started": str, "resumed": list, "data": dict, "base": dict, "conclusion": dict}
 """What is read again when a sweep is resumed."""
 
 

@@ -42,7 +42,7 @@ from lora_search.sweep.build import build_engine
 from lora_search.sweep.cluster import Say, asked_of_autoscaler, cluster
 from lora_search.sweep.controller import seated
 from lora_search.sweep.hosts import HostLost, Hosts
-from lora_search.sweep.prepare import DataSummary, prepare, refuse_other_material
+from lora_search.sweep.prepare import DataSummary, fingerprint_of_base, one_base, prepare, refuse_other_material
 from lora_search.sweep.provenance import provenance, read_provenance, write_provenance
 from lora_search.sweep.resume import Past, mend_last_line, reconcile, refuse_other_sweep, shorter_trials
 from lora_search.sweep.signals import sigterm_ends_tune, sigterm_interrupts
@@ -152,7 +152,7 @@ def _run(
         try:
             hosts.require_same_nodes()
             summary = hosts.prepare(partial(prepare, spec), import_libraries)
-            refuse_other_material(before, summary)
+            refuse_other_material(before, "data", summary.fingerprint)
             say(_data_line(summary))
             if (planned := planned_trials(spec)) < spec.search.trials:
                 say(
@@ -161,8 +161,12 @@ def _run(
             if summary.advice is not None:
                 say(f"WARNING: {summary.advice}")
             ready = hosts.load()
+            base = one_base(hosts.ask_all(fingerprint_of_base, spec))
+            refuse_other_material(before, "base", base)
             write_whole(run.spec, dump_spec(spec))  # only now: what is resumed stays as it was until this one can be
-            write_provenance(run.provenance, facts | {"data": asdict(summary), "hosts": ready})
+            write_provenance(
+                run.provenance, facts | {"data": asdict(summary), "base": {"fingerprint": base}, "hosts": ready}
+            )
             rows = search(spec, run, hosts, observers, say)
             best = best_row(rows, spec.search.metric, spec.search.mode)
             if best is None:

@@ -55,9 +55,10 @@ def sigterm_ends_tune() -> Iterator[None]:
     """Let SIGTERM end Ray Tune's loop as cleanly as SIGINT does.
 
     Tune catches SIGINT and SIGUSR1 alone, each of which ends its loop after the current event; before it does,
-    SIGUSR1 would kill.
+    SIGUSR1 would kill, and after it has, SIGINT would do nothing.
     """
     with (
+        _handled(signal.SIGINT, signal.getsignal(signal.SIGINT)),
         _handled(signal.SIGUSR1, signal.default_int_handler),
         _handled(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGUSR1)),
     ):
@@ -65,7 +66,7 @@ def sigterm_ends_tune() -> Iterator[None]:
 
 
 @contextmanager
-def _handled(number: int, handler: Callable[[int, Any], Any]) -> Iterator[None]:
+def _handled(number: int, handler: Callable[[int, Any], Any] | int | None) -> Iterator[None]:
     """Nothing is done in other threads than the first, which alone may say what signals do."""
     if not _in_main_thread():
         yield
