@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from conftest import ROOT, make_spec
+from conftest import ROOT, flip_bit, make_spec
 from transformers import AutoModelForCausalLM
 
 from lora_search.errors import InputError
@@ -148,6 +148,7 @@ def test_fingerprint_follows_the_weights_and_nothing_else(
     assert base_fingerprint("a/b", None) == base_fingerprint("a/b", "1234") == found
     assert base_fingerprint("a/other", None) is None
     (folder / "README.md").write_text("new words")
+    (folder / "consolidated.safetensors").write_bytes(b"the same in another layout, which nobody loads")
     assert base_fingerprint(str(folder), None) == found
     base = Base(model=str(folder), quantization="none", compute_dtype="float32")
     model = load_base(base, "cpu").model
@@ -155,7 +156,15 @@ def test_fingerprint_follows_the_weights_and_nothing_else(
         for weight in model.parameters():
             weight.mul_(1 + 1e-3)
     model.save_pretrained(str(folder))
-    assert base_fingerprint(str(folder), None) != found
+    changed = base_fingerprint(str(folder), None)
+    assert changed != found
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(str(folder), max_shard_size="20KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    in_shards = base_fingerprint(str(folder), None)
+    assert in_shards not in (found, changed)
+    flip_bit(min(folder.glob("model-*.safetensors")), 100)
+    assert base_fingerprint(str(folder), None) != in_shards
 
 
 def test_nf4_round_trip_is_what_the_quantised_base_computes_with(tiny: Path) -> None:

@@ -198,6 +198,20 @@ def test_host_whose_cores_are_held_is_not_waited_for_and_joins_when_they_are_fre
             return hosts.capacity == 2 * alone
 
         wait_until(joined)
+        assert len(set(hosts.ask_all(os.getpid))) == 2
+        ray.kill(hosts._begun[0].actor)  # the one in its place gives another answer
+
+        def refused() -> bool:
+            hosts.look()
+            return any(
+                line.endswith(
+                    "was lost: its node has other weights by the base's name; its trials go on "
+                    "elsewhere from their last checkpoints"
+                )
+                for line in said
+            )
+
+        wait_until(refused)
         assert sum("begins without some hosts" in line for line in said) == 2
     finally:
         hosts.end()
@@ -211,12 +225,13 @@ def test_output_that_nodes_do_not_see_ends_the_sweep_before_it_begins(
     from lora_search.sweep.hosts import Hosts as SweepHosts
 
     monkeypatch.setattr("lora_search.sweep.build.SEEN_S", 0.0)
-    monkeypatch.setattr("lora_search.sweep.hosts.START_S", 1.0)
     _, unseen = greet(Folder(tmp_path / "elsewhere"))
     assert unseen == f"{tmp_path / 'elsewhere'} is not there"
     (tmp_path / "a file").touch()
     spec = make_spec(tiny, name="unseen", hosts={"count": 2}, output="runs")
     hosts = SweepHosts(spec, build_idle, run=SeenByOne(tmp_path / "run"))
+    started.ray.get([host.started for host in hosts._running.values()])
+    monkeypatch.setattr("lora_search.sweep.hosts.START_S", 0.5)  # it runs: how long it takes to answer is no matter
     try:
         with pytest.raises(InputError, match=r"output: found 'runs', which not every node can use \(node \w{8}: far\)"):
             hosts.require_same_nodes()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
 """Of each file of weights, at even distances. Whatever trains or quantises a model anew changes nearly all of it."""
@@ -27,7 +29,7 @@ def base_fingerprint(path: str, revision: str | None) -> str | None:
             return None
         folder = Path(cached).parent
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in _weights(folder):
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())
         with file.open("rb") as opened:
@@ -35,3 +37,12 @@ def base_fingerprint(path: str, revision: str | None) -> str | None:
                 opened.seek(size * sample // SAMPLES)
                 digest.update(opened.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The files that transformers loads; what else lies there may be another copy of the model, or a part of one."""
+    whole, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if whole.is_file() or not index.is_file():
+        return [whole] * whole.is_file()
+    named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / name for name in sorted(set(named))]

@@ -71,6 +71,8 @@ class _Running:
     """A call that is answered by what its node is like (`greet`); None where the answer has been looked at."""
     loading: Any = None
     """A call that is answered when the base is loaded; None before it is asked, and where it is."""
+    telling: Any = None
+    """A call that is answered by what was asked of all hosts before this one came."""
     late: bool = False
     """It did not start while others did, and nobody waits for it."""
 
@@ -105,7 +107,11 @@ class Hosts:
         self._work: Callable[[], tuple[Any, Any]]
         self._data: Any = None
         places = first_places(spec.hosts)
-        self._on_gpus = any(place.gpus for place in places)
+        self.on_gpus = any(place.gpus for place in places)
+        self._known: Callable[[], Any] = str
+        """Asked of every host that has loaded the base."""
+        self._answers: list[Any] = []
+        """One of which each must give."""
         for place in places:
             self._start(place)
 
@@ -119,8 +125,12 @@ class Hosts:
 
     @property
     def capacity(self) -> int:
-        """Trials that all hosts together hold."""
-        return sum(host.capacity for host in self._begun)
+        """Trials that all hosts together hold; one where there is no host for the moment, so that one waits for it.
+
+        With none that runs or waits Tune would look at nothing else for ten minutes (tune_controller.py of 2.60,
+        _maybe_update_trial_queue).
+        """
+        return max(1, sum(host.capacity for host in self._begun))
 
     @property
     def _begun(self) -> list[_Running]:
@@ -172,7 +182,7 @@ class Hosts:
                 return cast("T", unwrap(said))
             except HostLost as lost:
                 self._lose(first, str(lost))
-                self._fill(nodes())
+                self._refill()
 
     def _prepare(self, host: _Running) -> Any:
         """Have a host prepare the data; a call that is answered with what it says of it."""
@@ -198,12 +208,16 @@ class Hosts:
                 ask(host)
         return [ready for _, ready in found]
 
-    def ask_all(self, work: Callable[..., T], *given: Any) -> list[T]:
-        """What the hosts that have loaded the base answer; one that is lost meanwhile says nothing."""
+    def ask_all(self, work: Callable[[], T]) -> list[T]:
+        """What the hosts that have loaded the base answer; one that is lost meanwhile says nothing.
+
+        Hosts that come later have to give one of these answers too.
+        """
         found = []
-        for answer in [host.actor.run.remote(work, *given) for host in self._ready]:
+        for answer in [host.actor.run.remote(work) for host in self._ready]:
             with suppress(HostLost):
                 found.append(unwrap(answer))
+        self._known, self._answers = work, found
         return found
 
     def _await_start(self) -> None:
@@ -252,7 +266,7 @@ class Hosts:
                         self._prepare(host)
                 except HostLost as lost:
                     self._lose(host, str(lost))
-            self._fill(nodes())
+            self._refill()
         return [(host, answered[host.place.name]) for host in self._begun]
 
     def renew(self, why: str) -> None:
@@ -264,7 +278,7 @@ class Hosts:
         self._say(f"a host was lost: {why}; what it did is done again")
         self.end()
         self._running.clear()
-        self._fill(nodes())
+        self._refill()
         self.load()
 
     def look(self) -> None:
@@ -282,7 +296,7 @@ class Hosts:
             why = self._why_lost(host, there)
             if why is not None:
                 self._lose(host, f"{why}; its trials go on elsewhere from their last checkpoints")
-        for host in self._fill(there, self._spec.hosts.wait_s):
+        for host in self._fill(there):
             host.loading = host.actor.load.remote(self._data)
 
     def _lose(self, host: _Running, why: str) -> None:
@@ -291,20 +305,29 @@ class Hosts:
         self._losses[host.place.node] += 1
         self._say(f"{host.place.name} was lost: {why}")
 
-    def _fill(self, there: Sequence[Node], wait_s: float = 0.0) -> list[_Running]:
-        """Start a host wherever there should be one and is none; those.
-
-        A sweep that began on GPUs gets none on cores.
-
-        Args:
-            wait_s: how long there may be none at all, until nodes join.
+    def _refill(self) -> None:
+        """Put hosts in place of those that were lost, and wait while there is none, as long as the sweep file allows.
 
         Raises:
             SweepError: no host is left, and none can be started.
         """
+        self._fill(nodes())
+        while not self._running:
+            time.sleep(LOOK_EVERY_S)
+            self._fill(nodes())
+
+    def _fill(self, there: Sequence[Node]) -> list[_Running]:
+        """Start a host wherever there should be one and is none; those.
+
+        A sweep that began on GPUs gets none on cores. There may be none at all for `hosts.wait_s`, until nodes join.
+
+        Raises:
+            SweepError: no host is left, and none can be started.
+        """
+        wait_s = self._spec.hosts.wait_s
         sound = [node for node in there if self._losses[node.id] <= LOSSES_PER_NODE]
         missing = missing_hosts(sound, self._spec.hosts, self.places)
-        started = [self._start(place) for place in missing if place.gpus or not self._on_gpus]
+        started = [self._start(place) for place in missing if place.gpus or not self.on_gpus]
         for host in started:
             self._say(f"{host.place.name} starts on node {host.place.node[:8]}")
         if self._running:
@@ -332,12 +355,16 @@ class Hosts:
             loading, host.loading = host.loading, None
             try:
                 unwrap(loading)
-                host.late = False
+                host.late, host.telling = False, host.actor.run.remote(self._known)
             except _DataLost:
                 self._prepare(host)
                 host.loading = host.actor.load.remote(self._data)
             except SweepError as error:
                 return str(error)
+        if host.telling is not None and _done(host.telling) and _failed(host.telling) is None:
+            told, host.telling = ray.get(host.telling), None
+            if self._answers and told not in self._answers:
+                return "its node has other weights by the base's name"
         return _failed(host.alive)
 
     def _start(self, place: HostPlace) -> _Running:

@@ -161,8 +161,9 @@ def _run(
             if summary.advice is not None:
                 say(f"WARNING: {summary.advice}")
             ready = hosts.load()
-            base = one_base(hosts.ask_all(fingerprint_of_base, spec))
+            base = one_base(hosts.ask_all(partial(fingerprint_of_base, spec)))
             refuse_other_material(before, "base", base)
+            base = base or before.get("base", {}).get("fingerprint")
             write_whole(run.spec, dump_spec(spec))  # only now: what is resumed stays as it was until this one can be
             write_provenance(
                 run.provenance, facts | {"data": asdict(summary), "base": {"fingerprint": base}, "hosts": ready}
@@ -315,7 +316,7 @@ def _conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts) -> Co
     config = trial_config(spec, sampled(best, spec.search.space))
     tested, merged = hosts.finish(
         partial(test_adapter, config, checkpoint),
-        partial(merge_best, spec, run, checkpoint, best["eval_loss"], hosts.places[-1].gpus > 0),
+        partial(merge_best, spec, run, checkpoint, best["eval_loss"], hosts.on_gpus),
     )
     return Conclusion(trial=best["trial"], **tested, **merged)
 
