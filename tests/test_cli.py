@@ -225,6 +225,7 @@ def test_name_is_taken_as_it_stands(
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "sweep.yaml").write_text("output: ~/runs\n")
     (tmp_path / "runs" / name).mkdir(parents=True)
+    (tmp_path / "runs" / name / "sweep.yaml").touch()
     assert main(["run", str(tmp_path / "sweep.yaml"), "--name", name]) == 2
     assert f"--name {name}: {tmp_path / 'runs' / name} exists already" in capsys.readouterr().err
 
@@ -234,6 +235,8 @@ def test_taken_name_is_refused_and_a_default_one_numbered(tmp_path: Path) -> Non
 
     names = [create_run(tmp_path, "demo", exact=False).name for _ in range(3)]
     assert names == ["demo", "demo-2", "demo-3"]
+    assert create_run(tmp_path, "demo", exact=True).name == "demo"  # whoever took it was ended before anything else
+    (tmp_path / "demo" / "sweep.yaml").touch()
     with pytest.raises(InputError, match="exists already"):
         create_run(tmp_path, "demo", exact=True)
 
