@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,7 @@ from conftest import ROOT, make_spec, shared
 from lora_search.cli import main
 from lora_search.errors import InputError
 from lora_search.memory import corners
-from lora_search.placement import HostPlace
+from lora_search.placement import HostPlace, Node
 from lora_search.plan import plan_sweep
 from lora_search.plan.devices import GPUS, this_machine
 from lora_search.plan.rows import row_facts
@@ -269,3 +271,23 @@ def test_reports_are_counted_as_a_trial_makes_them(tiny: Path) -> None:
     made = report_steps(spec, trial_config(spec, {}))
     for stopped in (*rungs(spec), 100):
         assert report_count(spec, stopped) == sum(step <= stopped for step in made)
+
+
+def test_gpu_that_torch_does_not_see_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_search import doctor
+    from lora_search.versions import versions
+
+    def looked() -> doctor.Check:
+        said = {"host": "there", "versions": versions(), "time": time.time(), "output": "runs", "storage": None}
+        return doctor._node(Node("1234567890", 8, 1), said | {"gpus": []}, time.time())
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    place = HostPlace("host-0", "here", cpus=2, gpus=1)
+    assert [device.type for device in capacity.devices_of(place)] == ["cpu"]  # the tests' own clusters have such GPUs
+    assert looked().state == "ok"
+    monkeypatch.delenv("LORA_SEARCH_LOGICAL_GPUS")
+    with pytest.raises(InputError, match=r"^host-0 on .*: Ray says that it has 1 GPU, and torch sees none: "):
+        capacity.devices_of(place)
+    assert looked().state == "wrong"
+    assert "Ray says that it has 1 GPU, and torch sees none" in looked().found
+    assert [device.type for device in capacity.devices_of(replace(place, gpus=0))] == ["cpu"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Literal
 
-from lora_search.errors import SweepError
+from lora_search.errors import InputError
 from lora_search.machine import gpus_are_logical, unseen_gpus
 from lora_search.memory import BaseMemory, Setup, corners, refuse_what_never_fits
 from lora_search.memory.gauge import Gauge, usable_bytes
@@ -23,7 +23,7 @@ def devices_of(place: HostPlace) -> tuple[torch.device, ...]:
     """The devices that a host trains on: the GPUs that Ray shows it, or its cores.
 
     Raises:
-        SweepError: it sees fewer GPUs than it was given.
+        InputError: it sees fewer GPUs than it was given.
     """
     import torch
 
@@ -31,7 +31,7 @@ def devices_of(place: HostPlace) -> tuple[torch.device, ...]:
     if not place.gpus or (not there and gpus_are_logical()):
         return (torch.device("cpu"),)
     if there < place.gpus:
-        raise SweepError(f"{place.name} on {os.uname().nodename}: {unseen_gpus(place.gpus, there)}")
+        raise InputError(f"{place.name} on {os.uname().nodename}: {unseen_gpus(place.gpus, there)}")
     if place.gpus == 1:
         return (torch.device("cuda"),)
     return tuple(torch.device("cuda", index) for index in range(place.gpus))
