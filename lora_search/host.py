@@ -92,8 +92,11 @@ class Host:
         self._thread = threading.Thread(target=self._train_for_ever, name="training", daemon=True)
         self._thread.start()
 
-    async def load(self, data: Any) -> dict[str, Any]:
+    async def load(self, data: Any, check: Callable[[], None] | None = None) -> dict[str, Any]:
         """Load the base, for trials on this data; what this host is.
+
+        Args:
+            check: called before any trial is let in; raises where none is to be.
 
         Raises:
             InputError: the base cannot be loaded.
@@ -101,6 +104,8 @@ class Host:
 
         def load() -> int:
             self._engine = self._build(data)
+            if check is not None:
+                check()
             return self._engine.room()
 
         self._bytes_left = await self._ask(load)

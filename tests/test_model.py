@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,11 @@ def test_fingerprint_follows_the_weights_and_nothing_else(
     assert in_shards not in (found, changed)
     flip_bit(min(folder.glob("model-*.safetensors")), 100)
     assert base_fingerprint(str(folder), None) != in_shards
+    named = json.loads((folder / "config.json").read_text()) | {"transformers_weights": "consolidated.safetensors"}
+    (folder / "config.json").write_text(json.dumps(named))
+    by_name = base_fingerprint(str(folder), None)
+    flip_bit(folder / "consolidated.safetensors")
+    assert base_fingerprint(str(folder), None) != by_name
 
 
 def test_nf4_round_trip_is_what_the_quantised_base_computes_with(tiny: Path) -> None:

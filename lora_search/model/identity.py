@@ -41,8 +41,11 @@ def base_fingerprint(path: str, revision: str | None) -> str | None:
 
 def _weights(folder: Path) -> list[Path]:
     """The files that transformers loads; what else lies there may be another copy of the model, or a part of one."""
-    whole, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
-    if whole.is_file() or not index.is_file():
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    whole, index = folder / (config.get("transformers_weights") or SAFE_WEIGHTS_NAME), folder / SAFE_WEIGHTS_INDEX_NAME
+    if whole.name.endswith(".index.json"):
+        index = whole
+    elif whole.is_file() or not index.is_file():
         return [whole] * whole.is_file()
     named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [folder / name for name in sorted(set(named))]
+    return [folder / name for name in sorted(set(named)) if (folder / name).is_file()]

@@ -71,8 +71,6 @@ class _Running:
     """A call that is answered by what its node is like (`greet`); None where the answer has been looked at."""
     loading: Any = None
     """A call that is answered when the base is loaded; None before it is asked, and where it is."""
-    telling: Any = None
-    """A call that is answered by what was asked of all hosts before this one came."""
     late: bool = False
     """It did not start while others did, and nobody waits for it."""
 
@@ -107,11 +105,9 @@ class Hosts:
         self._work: Callable[[], tuple[Any, Any]]
         self._data: Any = None
         places = first_places(spec.hosts)
-        self.on_gpus = any(place.gpus for place in places)
-        self._known: Callable[[], Any] = str
-        """Asked of every host that has loaded the base."""
-        self._answers: list[Any] = []
-        """One of which each must give."""
+        self._on_gpus = any(place.gpus for place in places)
+        self.check: Callable[[], None] | None = None
+        """What every host has to pass that loads the base from now on; raises HostFailed."""
         for place in places:
             self._start(place)
 
@@ -195,29 +191,22 @@ class Hosts:
         Raises:
             InputError, SweepError: a host cannot be started; the message says why.
         """
-
-        def ask(host: _Running) -> Any:
-            host.loading = host.loading or host.actor.load.remote(self._data)
-            return host.loading
-
-        found = self._each(ask)
+        found = self._each(self._load)
         for host, _ in found:
             host.loading = None
-        for host in self._running.values():
-            if host.late:
-                ask(host)
         return [ready for _, ready in found]
 
-    def ask_all(self, work: Callable[[], T]) -> list[T]:
-        """What the hosts that have loaded the base answer; one that is lost meanwhile says nothing.
+    def _load(self, host: _Running) -> Any:
+        """Have a host load the base; a call that is answered when it has."""
+        host.loading = host.loading or host.actor.load.remote(self._data, self.check)
+        return host.loading
 
-        Hosts that come later have to give one of these answers too.
-        """
+    def ask_all(self, work: Callable[[], T]) -> list[T]:
+        """What the hosts that have loaded the base answer; one that is lost meanwhile says nothing."""
         found = []
         for answer in [host.actor.run.remote(work) for host in self._ready]:
             with suppress(HostLost):
                 found.append(unwrap(answer))
-        self._known, self._answers = work, found
         return found
 
     def _await_start(self) -> None:
@@ -296,8 +285,9 @@ class Hosts:
             why = self._why_lost(host, there)
             if why is not None:
                 self._lose(host, f"{why}; its trials go on elsewhere from their last checkpoints")
-        for host in self._fill(there):
-            host.loading = host.actor.load.remote(self._data)
+        late = [host for host in self._running.values() if host.late and _done(host.started)]
+        for host in [*self._fill(there), *late]:
+            self._load(host)
 
     def _lose(self, host: _Running, why: str) -> None:
         ray.kill(host.actor)  # where it is not its process that has ended
@@ -327,7 +317,7 @@ class Hosts:
         wait_s = self._spec.hosts.wait_s
         sound = [node for node in there if self._losses[node.id] <= LOSSES_PER_NODE]
         missing = missing_hosts(sound, self._spec.hosts, self.places)
-        started = [self._start(place) for place in missing if place.gpus or not self.on_gpus]
+        started = [self._start(place) for place in missing if place.gpus or not self._on_gpus]
         for host in started:
             self._say(f"{host.place.name} starts on node {host.place.node[:8]}")
         if self._running:
@@ -355,16 +345,12 @@ class Hosts:
             loading, host.loading = host.loading, None
             try:
                 unwrap(loading)
-                host.late, host.telling = False, host.actor.run.remote(self._known)
+                host.late = False
             except _DataLost:
                 self._prepare(host)
-                host.loading = host.actor.load.remote(self._data)
+                self._load(host)
             except SweepError as error:
                 return str(error)
-        if host.telling is not None and _done(host.telling) and _failed(host.telling) is None:
-            told, host.telling = ray.get(host.telling), None
-            if self._answers and told not in self._answers:
-                return "its node has other weights by the base's name"
         return _failed(host.alive)
 
     def _start(self, place: HostPlace) -> _Running:
@@ -387,17 +373,21 @@ class Hosts:
         self._running[place.name] = host
         return host
 
-    def finish(self, test: Callable[[Any], T], merge: Callable[[Any], R]) -> tuple[T, R]:
-        """Have one host test with its engine, and the last one merge on its device, which it makes free for that."""
+    def finish(self, test: Callable[[Any], T], merge: Callable[[bool, Any], R]) -> tuple[T, R]:
+        """Have one host test with its engine, and the last one merge on its device, which it makes free for that.
+
+        Args:
+            merge: given whether that is a GPU, and the data.
+        """
         while not self._ready:  # those that come after all others were lost
             time.sleep(LOOK_EVERY_S)
             self.look()
-        actors = [host.actor for host in self._ready]
-        tested = actors[0].run_with_engine.remote(test)
-        if len(actors) == 1:
+        first, last = self._ready[0], self._ready[-1]
+        tested = first.actor.run_with_engine.remote(test)
+        if first is last:
             ray.wait([tested])
-        ray.wait([actors[-1].unload.remote()])
-        merged = actors[-1].run.remote(merge, self._data)
+        ray.wait([last.actor.unload.remote()])
+        merged = last.actor.run.remote(merge, last.place.gpus > 0, self._data)
         return unwrap(tested), unwrap(merged)
 
     def save_all(self, run: Folder) -> list[tuple[int, int, str]]:

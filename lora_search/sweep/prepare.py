@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from lora_search.errors import InputError
+from lora_search.errors import HostFailed, InputError
 from lora_search.imports import import_libraries
 from lora_search.placement import HostPlace
 from lora_search.spec import SweepSpec
@@ -80,6 +80,17 @@ def fingerprint_of_base(spec: SweepSpec) -> str | None:
     from lora_search.model import base_fingerprint, model_path
 
     return base_fingerprint(model_path(spec.base.model), spec.base.revision)
+
+
+def require_base(spec: SweepSpec, known: str | None) -> None:
+    """On a host that comes later, when it has loaded the base.
+
+    Raises:
+        HostFailed: its weights are other ones.
+    """
+    found = fingerprint_of_base(spec)
+    if known is not None and found is not None and found != known:
+        raise HostFailed(f"its node has other weights by the name {spec.base.model}")
 
 
 def one_base(found: Sequence[str | None]) -> str | None:

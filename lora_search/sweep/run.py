@@ -42,7 +42,14 @@ from lora_search.sweep.build import build_engine
 from lora_search.sweep.cluster import Say, asked_of_autoscaler, cluster
 from lora_search.sweep.controller import seated
 from lora_search.sweep.hosts import HostLost, Hosts
-from lora_search.sweep.prepare import DataSummary, fingerprint_of_base, one_base, prepare, refuse_other_material
+from lora_search.sweep.prepare import (
+    DataSummary,
+    fingerprint_of_base,
+    one_base,
+    prepare,
+    refuse_other_material,
+    require_base,
+)
 from lora_search.sweep.provenance import provenance, read_provenance, write_provenance
 from lora_search.sweep.resume import Past, mend_last_line, reconcile, refuse_other_sweep, shorter_trials
 from lora_search.sweep.signals import sigterm_ends_tune, sigterm_interrupts
@@ -164,6 +171,7 @@ def _run(
             base = one_base(hosts.ask_all(partial(fingerprint_of_base, spec)))
             refuse_other_material(before, "base", base)
             base = base or before.get("base", {}).get("fingerprint")
+            hosts.check = partial(require_base, spec, base)
             write_whole(run.spec, dump_spec(spec))  # only now: what is resumed stays as it was until this one can be
             write_provenance(
                 run.provenance, facts | {"data": asdict(summary), "base": {"fingerprint": base}, "hosts": ready}
@@ -316,7 +324,7 @@ def _conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts) -> Co
     config = trial_config(spec, sampled(best, spec.search.space))
     tested, merged = hosts.finish(
         partial(test_adapter, config, checkpoint),
-        partial(merge_best, spec, run, checkpoint, best["eval_loss"], hosts.on_gpus),
+        partial(merge_best, spec, run, checkpoint, best["eval_loss"]),
     )
     return Conclusion(trial=best["trial"], **tested, **merged)
 
