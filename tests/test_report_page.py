@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import require_accessible
+from conftest import require_accessible, wait_until
 from searched_run import CONCLUSION, write_searched
 
 from lora_search import open_run
@@ -127,7 +127,8 @@ def test_top_says_what_was_found_and_what_to_do_with_it(visit: Callable[..., Pag
     assert f"lora-search merge {searched.parent} --trial {told['best']}" in command.locator("code").inner_text()
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     command.locator("button").click()
-    page.wait_for_function("document.querySelector('.command button').textContent === 'Copied'")
+    # Not Playwright's wait_for_function: it evaluates again from within the page, which the page's policy forbids.
+    wait_until(lambda: page.evaluate("document.querySelector('.command button').textContent === 'Copied'"))
     assert page.evaluate("navigator.clipboard.readText()") == command.locator("code").inner_text()
 
 
@@ -174,7 +175,7 @@ def test_brushed_axis_filters_the_table(visit: Callable[..., Page], searched: Pa
     page.mouse.move(x, box["y"] + 70, steps=3)
     page.mouse.move(x, box["y"] + 40 + 0.55 * (box["height"] - 64), steps=3)
     page.mouse.up()
-    page.wait_for_function(f"document.querySelectorAll('#trials tbody tr').length < {TRIALS}")
+    wait_until(lambda: page.evaluate(f"document.querySelectorAll('#trials tbody tr').length < {TRIALS}"))
     assert sorted(shown(page)) == [row["trial"] for row in told["rows"] if row["rank"] >= 16]
 
 
@@ -228,8 +229,10 @@ def test_every_chart_has_a_name_and_a_table(visit: Callable[..., Page], searched
     page.locator("#best-time summary").press("Enter")
     page.locator("#best-time tbody").wait_for()
     page.evaluate(OPEN_ALL)
-    page.wait_for_function(
-        "document.querySelectorAll('figure tbody').length === document.querySelectorAll('figure').length"
+    wait_until(
+        lambda: page.evaluate(
+            "document.querySelectorAll('figure tbody').length === document.querySelectorAll('figure').length"
+        )
     )
     assert all(figure.locator("tbody tr").count() > 0 for figure in page.locator("figure").all())
     assert page.locator("#curves tbody tr").count() == told["reports"]
@@ -240,8 +243,10 @@ def test_every_chart_has_a_name_and_a_table(visit: Callable[..., Page], searched
 def test_page_keeps_nobody_out(visit: Callable[..., Page], searched: Path, scheme: str) -> None:
     page = visit(searched, color_scheme=scheme)
     page.evaluate(OPEN_ALL)
-    page.wait_for_function(
-        "document.querySelectorAll('figure tbody').length === document.querySelectorAll('figure').length"
+    wait_until(
+        lambda: page.evaluate(
+            "document.querySelectorAll('figure tbody').length === document.querySelectorAll('figure').length"
+        )
     )
     require_accessible(page)
 
