@@ -200,7 +200,7 @@ def _hosts() -> Iterator[Check]:
     """The hosts of the sweeps that run on the cluster now."""
     import ray
 
-    from lora_search.sweep.hosts import HOST_NAMES
+    from lora_search.sweep.running import HOST_NAMES
 
     for actor in ray.util.list_named_actors(all_namespaces=True):
         if not actor["name"].startswith(HOST_NAMES):

@@ -8,33 +8,27 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
 import ray
 from ray.actor import ActorHandle
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lora_search.errors import HostFailed, InputError, SweepError
-from lora_search.host import Host
+from lora_search.errors import InputError, SweepError
 from lora_search.placement import HostPlace, Node, missing_hosts, most_trials
 from lora_search.spec import SweepSpec
 from lora_search.storage import Folder
-from lora_search.sweep.build import Build, greet
+from lora_search.sweep.answers import DataLost, HostLost, is_done, unwrap, why_failed
+from lora_search.sweep.build import Build
 from lora_search.sweep.cluster import Say, first_places, nodes
+from lora_search.sweep.running import HOST_NAMES, RunningHost, start_host, what_is_held
 from lora_search.versions import differences, versions
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-HOST_CONCURRENCY = 1000
-"""Calls that an actor may have open; each seat waits in one."""
-
-HOST_NAMES = "lora-search-"
-"""What the names of all hosts begin with, as actors."""
 
 LOOK_EVERY_S = 1.0
 
@@ -46,33 +40,6 @@ LOSSES_PER_NODE = 5
 
 SAVE_S = 60.0
 """A host that takes longer to save its trials when the sweep is interrupted is not waited for."""
-
-
-class HostLost(SweepError):
-    """A host, or what it had answered, is no more; the message says why."""
-
-
-class _DataLost(HostLost):
-    """The data went with the node that had prepared it."""
-
-
-@dataclass
-class _Running:
-    """A host, as the driver knows it."""
-
-    place: HostPlace
-    capacity: int
-    actor: ActorHandle
-    alive: Any
-    """A call that is never answered: it ends when the host does."""
-    started: Any
-    """A call that is answered as soon as its process runs."""
-    greeting: Any
-    """A call that is answered by what its node is like (`greet`); None where the answer has been looked at."""
-    loading: Any = None
-    """A call that is answered when the base is loaded; None before it is asked, and where it is."""
-    late: bool = False
-    """It did not start while others did, and nobody waits for it."""
 
 
 class Hosts:
@@ -95,7 +62,7 @@ class Hosts:
         self._spec, self._build, self._say, self._run = spec, build, say, run
         self.prefix = f"{HOST_NAMES}{uuid.uuid4().hex[:12]}-"
         """What the names of their actors begin with."""
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, RunningHost] = {}
         self._started = 0
         self._losses: Counter[str] = Counter()
         """Hosts lost by node."""
@@ -129,11 +96,11 @@ class Hosts:
         return max(1, sum(host.capacity for host in self._begun))
 
     @property
-    def _begun(self) -> list[_Running]:
+    def _begun(self) -> list[RunningHost]:
         return [host for host in self._running.values() if not host.late]
 
     @property
-    def _ready(self) -> list[_Running]:
+    def _ready(self) -> list[RunningHost]:
         """Those that have loaded the base, once all that begin with the sweep have."""
         return [host for host in self._begun if host.loading is None]
 
@@ -180,7 +147,7 @@ class Hosts:
                 self._lose(first, str(lost))
                 self._refill()
 
-    def _prepare(self, host: _Running) -> Any:
+    def _prepare(self, host: RunningHost) -> Any:
         """Have a host prepare the data; a call that is answered with what it says of it."""
         said, self._data = host.actor.run.options(num_returns=2).remote(self._work)
         return said
@@ -196,7 +163,7 @@ class Hosts:
             host.loading = None
         return [ready for _, ready in found]
 
-    def _load(self, host: _Running) -> Any:
+    def _load(self, host: RunningHost) -> Any:
         """Have a host load the base; a call that is answered when it has."""
         host.loading = host.loading or host.actor.load.remote(self._data, self.check)
         return host.loading
@@ -215,25 +182,25 @@ class Hosts:
         said = False
         while True:
             for host in self._running.values():
-                if host.late and (_done(host.started) or not self._begun):
+                if host.late and (is_done(host.started) or not self._begun):
                     host.late = False
-            waiting = [host for host in self._begun if not _done(host.started)]
+            waiting = [host for host in self._begun if not is_done(host.started)]
             if not waiting:
                 return
             left = end - time.monotonic()
             ray.wait([host.started for host in waiting], num_returns=len(waiting), timeout=max(LOOK_EVERY_S, left))
             if left > 0:
                 continue
-            waiting = [host for host in waiting if not _done(host.started)]
+            waiting = [host for host in waiting if not is_done(host.started)]
             if waiting and len(waiting) < len(self._begun):
-                self._say("WARNING: the sweep begins without some hosts: " + _held(waiting))
+                self._say("WARNING: the sweep begins without some hosts: " + what_is_held(waiting))
                 for host in waiting:
                     host.late = True
             elif waiting and not said:
-                self._say("WARNING: no host runs yet: " + _held(waiting))
+                self._say("WARNING: no host runs yet: " + what_is_held(waiting))
                 said = True
 
-    def _each(self, ask: Callable[[_Running], Any]) -> list[tuple[_Running, Any]]:
+    def _each(self, ask: Callable[[RunningHost], Any]) -> list[tuple[RunningHost, Any]]:
         """What every host answers; one that is lost before it has is replaced, and that one asked.
 
         Raises:
@@ -249,7 +216,7 @@ class Hosts:
             for host, answer in asked:
                 try:
                     answered[host.place.name] = unwrap(answer)
-                except _DataLost:
+                except DataLost:
                     host.loading = None
                     if self._data is data:
                         self._prepare(host)
@@ -285,11 +252,11 @@ class Hosts:
             why = self._why_lost(host, there)
             if why is not None:
                 self._lose(host, f"{why}; its trials go on elsewhere from their last checkpoints")
-        late = [host for host in self._running.values() if host.late and _done(host.started)]
+        late = [host for host in self._running.values() if host.late and is_done(host.started)]
         for host in [*self._fill(there), *late]:
             self._load(host)
 
-    def _lose(self, host: _Running, why: str) -> None:
+    def _lose(self, host: RunningHost, why: str) -> None:
         ray.kill(host.actor)  # where it is not its process that has ended
         del self._running[host.place.name]
         self._losses[host.place.node] += 1
@@ -306,7 +273,7 @@ class Hosts:
             time.sleep(LOOK_EVERY_S)
             self._fill(nodes())
 
-    def _fill(self, there: Sequence[Node]) -> list[_Running]:
+    def _fill(self, there: Sequence[Node]) -> list[RunningHost]:
         """Start a host wherever there should be one and is none; those.
 
         A sweep that began on GPUs gets none on cores. There may be none at all for `hosts.wait_s`, until nodes join.
@@ -331,46 +298,34 @@ class Hosts:
             raise SweepError("all hosts were lost, and none can be started; the sweep can be resumed with --resume")
         return []
 
-    def _why_lost(self, host: _Running, there: Sequence[Node]) -> str | None:
+    def _why_lost(self, host: RunningHost, there: Sequence[Node]) -> str | None:
         """Why a host is no more; None where it lives."""
         if host.place.node not in {node.id for node in there}:
             return "its node is gone"
-        if host.greeting is not None and _done(host.greeting) and _failed(host.greeting) is None:
+        if host.greeting is not None and is_done(host.greeting) and why_failed(host.greeting) is None:
             (other, unseen), host.greeting = ray.get(host.greeting), None
             if what := differences(versions(), other):
                 return f"its node has {', '.join(what)}"
             if unseen is not None:
                 return f"its node cannot use the run directory: {unseen}"
-        if host.loading is not None and _done(host.loading):
+        if host.loading is not None and is_done(host.loading):
             loading, host.loading = host.loading, None
             try:
                 unwrap(loading)
                 host.late = False
-            except _DataLost:
+            except DataLost:
                 self._prepare(host)
                 self._load(host)
             except SweepError as error:
                 return str(error)
-        return _failed(host.alive)
+        return why_failed(host.alive)
 
-    def _start(self, place: HostPlace) -> _Running:
+    def _start(self, place: HostPlace) -> RunningHost:
         place = replace(place, name=f"host-{self._started}")
         self._started += 1
         capacity = most_trials(place, self._spec.hosts)
-        actor = (
-            ray.remote(Host)
-            .options(
-                name=self.prefix + place.name,
-                num_cpus=place.cpus,
-                num_gpus=place.gpus,
-                max_concurrency=HOST_CONCURRENCY,
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=place.node, soft=False),
-            )
-            .remote(place.name, capacity, partial(self._build, self._spec, place, capacity))
-        )
-        calls = actor.live.remote(), actor.room.remote(), actor.run.remote(greet, self._run)
-        host = _Running(place, capacity, actor, *calls)
-        self._running[place.name] = host
+        build = partial(self._build, self._spec, place, capacity)
+        host = self._running[place.name] = start_host(self.prefix, place, capacity, build, self._run)
         return host
 
     def finish(self, test: Callable[[Any], T], merge: Callable[[bool, Any], R]) -> tuple[T, R]:
@@ -412,53 +367,3 @@ class Hosts:
     def end(self) -> None:
         for actor in self.actors:
             ray.kill(actor)
-
-
-def _held(hosts: Sequence[_Running]) -> str:
-    """What there is to say of hosts that do not start."""
-    told = "; ".join(
-        f"{h.place.name} on node {h.place.node[:8]} wants {h.place.cpus} cores and {h.place.gpus} GPUs" for h in hosts
-    )
-    return f"{told}: something else on the cluster holds them; as soon as they are free, it starts"
-
-
-def _done(answer: Any) -> bool:
-    """Whether a call has been answered, or has failed."""
-    ready, _ = ray.wait([answer], timeout=0)
-    return bool(ready)
-
-
-def _failed(answer: Any) -> str | None:
-    """Why a call failed; None where it has not been answered, or is done."""
-    if not _done(answer):
-        return None
-    try:
-        ray.get(answer)
-    except ray.exceptions.RayTaskError as error:
-        return f"{type(error.cause).__name__}: {error.cause}"
-    except ray.exceptions.RayError as error:
-        return _first_line(error)
-    return None
-
-
-def unwrap(reference: Any) -> Any:
-    """`ray.get` that raises our own errors as they were raised, a loss as HostLost, and others as a SweepError."""
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, ray.exceptions.ObjectLostError):
-            raise _DataLost(_first_line(cause)) from None
-        if isinstance(cause, HostFailed):
-            raise HostLost(str(cause)) from None
-        if isinstance(cause, SweepError):
-            raise type(cause)(str(cause)) from None
-        raise SweepError(f"{type(cause).__name__}: {cause}") from error
-    except ray.exceptions.ObjectLostError as error:
-        raise _DataLost(_first_line(error)) from error
-    except ray.exceptions.RayError as error:
-        raise HostLost(_first_line(error)) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")

@@ -38,10 +38,11 @@ from lora_search.seat import SEAT_BYTES
 from lora_search.space import planned_trials, trial_config
 from lora_search.spec import SweepSpec, dump_spec
 from lora_search.storage import StoreError
+from lora_search.sweep.answers import HostLost
 from lora_search.sweep.build import build_engine
 from lora_search.sweep.cluster import Say, asked_of_autoscaler, cluster
 from lora_search.sweep.controller import seated
-from lora_search.sweep.hosts import HostLost, Hosts
+from lora_search.sweep.hosts import Hosts
 from lora_search.sweep.prepare import (
     DataSummary,
     fingerprint_of_base,

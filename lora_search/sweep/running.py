@@ -1,0 +1,72 @@
+"""One host, as the driver knows it: its actor, and the calls that it has not answered yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from lora_search.host import Host, TrainsTrials
+from lora_search.placement import HostPlace
+from lora_search.storage import Folder
+from lora_search.sweep.build import greet
+
+HOST_CONCURRENCY = 1000
+"""Calls that an actor may have open; each seat waits in one."""
+
+HOST_NAMES = "lora-search-"
+"""What the names of all hosts begin with, as actors."""
+
+
+@dataclass
+class RunningHost:
+    """A host, as the driver knows it."""
+
+    place: HostPlace
+    capacity: int
+    actor: ActorHandle
+    alive: Any
+    """A call that is never answered: it ends when the host does."""
+    started: Any
+    """A call that is answered as soon as its process runs."""
+    greeting: Any
+    """A call that is answered by what its node is like (`greet`); None where the answer has been looked at."""
+    loading: Any = None
+    """A call that is answered when the base is loaded; None before it is asked, and where it is."""
+    late: bool = False
+    """It did not start while others did, and nobody waits for it."""
+
+
+def start_host(
+    prefix: str, place: HostPlace, capacity: int, build: Callable[[Any], TrainsTrials], run: Folder | None
+) -> RunningHost:
+    """Start a host; nobody waits until it runs.
+
+    Args:
+        prefix: what its name begins with, by which seats find it.
+        run: the run directory, which it must see.
+    """
+    actor = (
+        ray.remote(Host)
+        .options(
+            name=prefix + place.name,
+            num_cpus=place.cpus,
+            num_gpus=place.gpus,
+            max_concurrency=HOST_CONCURRENCY,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=place.node, soft=False),
+        )
+        .remote(place.name, capacity, build)
+    )
+    return RunningHost(place, capacity, actor, actor.live.remote(), actor.room.remote(), actor.run.remote(greet, run))
+
+
+def what_is_held(hosts: Sequence[RunningHost]) -> str:
+    """What there is to say of hosts that do not start."""
+    told = "; ".join(
+        f"{h.place.name} on node {h.place.node[:8]} wants {h.place.cpus} cores and {h.place.gpus} GPUs" for h in hosts
+    )
+    return f"{told}: something else on the cluster holds them; as soon as they are free, it starts"
