@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -204,14 +204,7 @@ def write_whole(file: Path, content: str | bytes) -> None:
     Raises:
         OSError: there is no room, or no right to write; the old content is still there.
     """
-    part = file.with_name(f".{file.name}.part")
-    try:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
-        part.replace(file)
-    except OSError:
-        with suppress(OSError):
-            part.unlink()
-        raise
+    Folder(file.parent).write(file.name, content.encode() if isinstance(content, str) else content)
 
 
 def run_identity(folder: Path) -> str | None:

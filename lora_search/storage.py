@@ -98,10 +98,16 @@ class Folder:
             target = f"{path}/.{name}.part" if local else f"{path}/{name}"
             if local:
                 system.create_dir(path)
-            with system.open_output_stream(target) as stream:
-                stream.write(content)
-            if local:
-                system.move(target, f"{path}/{name}")
+            try:
+                with system.open_output_stream(target) as stream:
+                    stream.write(content)
+                if local:
+                    system.move(target, f"{path}/{name}")
+            except OSError:
+                if local:
+                    with suppress(OSError):
+                        system.delete_file(target)
+                raise
 
         self._ask(write)
 
