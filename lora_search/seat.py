@@ -33,6 +33,9 @@ Two Choices in Randomized Load Balancing, 2001), and costs the same whatever the
 ANSWER_S = 5.0
 """A host that takes longer to say whether it has room is passed over, this time."""
 
+GONE = (ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError)
+"""What calls of a host end in that is lost, or out of reach for a moment; the second where it had not started yet."""
+
 
 class Seat:
     """Asks a host for the next stretch of its trial and reports the result.
@@ -157,7 +160,7 @@ class Lobby:
                 asked.add(name)
                 try:
                     admitted = _get(self._known[name].admit.remote(trial, config, given))
-                except ray.exceptions.RayActorError:
+                except GONE:
                     continue  # lost meanwhile, or out of reach for a moment
                 if admitted:
                     for other in (names if again else asked) - {name}:  # it waits there, or is resident
@@ -205,7 +208,7 @@ class Lobby:
             self._silent.pop(name, None)
             try:
                 rooms.append((ray.get(answer), name))
-            except ray.exceptions.RayActorError:
+            except GONE:
                 continue
         return sorted(rooms, key=lambda pair: pair[0], reverse=True)
 

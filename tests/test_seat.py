@@ -15,13 +15,15 @@ from conftest import PATIENCE, make_spec, wait_until
 from test_host import CONFIG, CountingEngine
 
 from lora_search.checkpoint import Checkpoint, Shelf, seal
-from lora_search.errors import HostFailed, InputError
+from lora_search.doctor import _hosts
+from lora_search.errors import InputError, SweepError
 from lora_search.host import Host
 from lora_search.placement import HostPlace
 from lora_search.rundir import create_run
 from lora_search.seat import ASKED_AT_ONCE, Lobby, Seat
 from lora_search.spec import SweepSpec
 from lora_search.storage import Folder
+from lora_search.sweep.answers import HostLost, NodeUnfit
 
 HOSTS = 2 * ASKED_AT_ONCE
 PREFIX = "lora-search-of-a-test-"
@@ -182,7 +184,7 @@ def test_host_whose_cores_are_held_is_not_waited_for_and_joins_when_they_are_fre
     try:
         hosts.require_same_nodes()
         (line,) = said
-        assert "the sweep begins without some hosts: host-" in line
+        assert "the sweep goes on without some hosts: host-" in line
         assert f"wants {cores // 2} cores and 0 GPUs: something else on the cluster holds them" in line
         (begun,) = hosts._begun
         ray.kill(begun.actor)  # its cores go to the one that has waited, and a third has to wait
@@ -194,6 +196,10 @@ def test_host_whose_cores_are_held_is_not_waited_for_and_joins_when_they_are_fre
             "merged False",
         )  # by that one
         assert hosts.save_all(run.folder) == []
+        monkeypatch.setattr("lora_search.doctor.NODE_ANSWERS_S", 5.0)
+        (waiting,) = (check for check in _hosts() if check.state != "ok")
+        assert waiting.state == "note"
+        assert waiting.found == "does not run yet: it waits for cores or GPUs that something else holds"
         ray.kill(holder)
 
         def joined() -> bool:
@@ -203,17 +209,76 @@ def test_host_whose_cores_are_held_is_not_waited_for_and_joins_when_they_are_fre
         wait_until(joined)
         assert len(set(hosts.ask_all(os.getpid))) == 2
         hosts.check = other_weights
+        node = hosts._begun[0].place.node[:8]
         ray.kill(hosts._begun[0].actor)  # the one in its place does not pass
 
         def refused() -> bool:
             hosts.look()
-            return any("was lost: its node has other weights; its trials go on elsewhere" in line for line in said)
+            return f"WARNING: node {node} is of no use: it has other weights" in said
 
         wait_until(refused)
-        assert sum("begins without some hosts" in line for line in said) == 2
+        assert sum("goes on without some hosts" in line for line in said) == 2
     finally:
         hosts.end()
     assert not list(run.path.glob(".probe-*"))
+
+
+def test_hosts_lost_all_at_once_are_replaced_and_one_lost_at_the_end_leaves_the_others(
+    started: Hosts, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many hosts a node has: each may be lost so often. And what a single one loses costs no other."""
+    from lora_search.sweep.hosts import Hosts as SweepHosts
+
+    monkeypatch.setattr("lora_search.sweep.hosts.LOSSES_PER_HOST", 2)
+    ray = started.ray
+    cores = int(ray.cluster_resources()["CPU"])
+    spec = make_spec(tiny, name="many", hosts={"cpus_per_host": cores // 2}, output=str(tmp_path))
+    said: list[str] = []
+    hosts = SweepHosts(spec, build_idle, said.append)
+
+    def kill_all() -> None:
+        for host in hosts._ready:
+            ray.kill(host.actor)
+
+    def two_are_ready() -> bool:
+        hosts.look()
+        return len(hosts._ready) == 2
+
+    def others_are_ready() -> bool:
+        return two_are_ready() and not {"host-0", "host-1"} & hosts._running.keys()
+
+    def test(engine: Any) -> str:
+        return "tested"
+
+    def merge(gpu: bool, data: Any) -> str:
+        return "merged"
+
+    try:
+        hosts.require_same_nodes()
+        hosts.load()
+        kill_all()
+        wait_until(others_are_ready)
+        first, _ = hosts.actors
+        with pytest.raises(HostLost):
+            hosts.finish(test, lambda gpu, data: os._exit(1))
+        assert "host-3 was lost: " in said[-1]
+        assert said[-1].endswith("; what it did is done again")
+        hosts.renew()
+        assert hosts.actors == (first,)
+        assert hosts.finish(test, merge) == ("tested", "merged")
+        assert ray.get(first.load.remote(None))
+        wait_until(two_are_ready)
+        with pytest.raises(HostLost):
+            hosts.finish(lambda engine: os._exit(1), merge)
+        assert hosts.actors == ()  # and the merge of before cannot be in the way of the next
+        hosts.renew()
+        assert hosts.finish(test, merge) == ("tested", "merged")
+        kill_all()
+        with pytest.raises(SweepError, match="all hosts were lost"):
+            wait_until(lambda: hosts.look() is not None)
+        assert f"WARNING: node {ray.nodes()[0]['NodeID'][:8]} gets no more hosts: it has lost 5" in said
+    finally:
+        hosts.end()
 
 
 def test_output_that_nodes_do_not_see_ends_the_sweep_before_it_begins(
@@ -267,6 +332,15 @@ def test_host_that_does_not_run_is_waited_for_once(hosts: Hosts, monkeypatch: py
         hosts.ray.kill(pending)
 
 
+def test_host_whose_node_went_before_it_started_is_passed_over(hosts: Hosts) -> None:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    gone = NodeAffinitySchedulingStrategy(hosts.ray.nodes()[0]["NodeID"][:-4] + "0000", soft=False)
+    lobby = Lobby(PREFIX)
+    lobby._known["gone"] = hosts.ray.remote(Asked).options(num_cpus=0, scheduling_strategy=gone).remote()
+    assert [name for _, name in lobby._rooms(["gone", f"{PREFIX}0"])] == [f"{PREFIX}0"]
+
+
 def test_seat_clears_away_the_checkpoints_of_a_trial_that_had_its_number(
     started: Hosts, tiny: Path, tmp_path: Path
 ) -> None:
@@ -292,7 +366,7 @@ def test_seat_clears_away_the_checkpoints_of_a_trial_that_had_its_number(
 
 
 def other_weights() -> None:
-    raise HostFailed("its node has other weights")
+    raise NodeUnfit("it has other weights")
 
 
 def build_counting(data: Any) -> IdleEngine:

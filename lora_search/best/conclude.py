@@ -140,9 +140,13 @@ def merge_best(
 
     Returns:
         What a Conclusion says of the merge, by its fields' names.
+
+    Raises:
+        HostFailed: the device computes no longer.
     """
     import torch
 
+    from lora_search.engine.trouble import device_fails_host
     from lora_search.merge import Options, lack_of_memory, merge_adapter
 
     device = _merging_device(spec) if gpu else torch.device("cpu")
@@ -153,7 +157,8 @@ def merge_best(
         adapter = Path(folder) / "adapter"
         _write_adapter(checkpoint, adapter)
         out = (run.best if run.uri is None else Path(folder)) / "merged"
-        merged = merge_adapter(spec.base, adapter, data, adapter_loss, out, device, options)
+        with device_fails_host():
+            merged = merge_adapter(spec.base, adapter, data, adapter_loss, out, device, options)
         if run.uri is not None:
             run.folder.below("best/merged").upload(out)
     return {

@@ -17,23 +17,14 @@ class DataLost(HostLost):
     """The data went with the node that had prepared it."""
 
 
+class NodeUnfit(HostLost):
+    """A host is of no use, and no other on its node would be; the message says what is wrong with the node."""
+
+
 def is_done(answer: Any) -> bool:
     """Whether a call has been answered, or has failed."""
     ready, _ = ray.wait([answer], timeout=0)
     return bool(ready)
-
-
-def why_failed(answer: Any) -> str | None:
-    """Why a call failed; None where it has not been answered, or is done."""
-    if not is_done(answer):
-        return None
-    try:
-        ray.get(answer)
-    except ray.exceptions.RayTaskError as error:
-        return f"{type(error.cause).__name__}: {error.cause}"
-    except ray.exceptions.RayError as error:
-        return _first_line(error)
-    return None
 
 
 def unwrap(reference: Any) -> Any:

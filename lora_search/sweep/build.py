@@ -53,6 +53,7 @@ def build_engine(spec: SweepSpec, place: HostPlace, capacity: int, data: Tokeniz
     import torch
 
     from lora_search.engine import Engine
+    from lora_search.engine.trouble import device_fails_host
     from lora_search.model import load_base
 
     torch.set_num_threads(place.threads)
@@ -62,4 +63,5 @@ def build_engine(spec: SweepSpec, place: HostPlace, capacity: int, data: Tokeniz
     memory = memory_of(spec, place, lanes, data) if by_memory or others else None
     fits = gauge(spec, place, memory, capacity, data) if memory is not None and by_memory else None
     split = memory.split if memory is not None else None
-    return Engine(load_base(spec.base, device, others, split), data, lanes, fits)
+    with device_fails_host():
+        return Engine(load_base(spec.base, device, others, split), data, lanes, fits)

@@ -6,8 +6,8 @@ import logging
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -19,7 +19,7 @@ from lora_search.errors import InputError, SweepError
 from lora_search.placement import HostPlace, Node, missing_hosts, most_trials
 from lora_search.spec import SweepSpec
 from lora_search.storage import Folder
-from lora_search.sweep.answers import DataLost, HostLost, is_done, unwrap, why_failed
+from lora_search.sweep.answers import DataLost, HostLost, NodeUnfit, is_done, unwrap
 from lora_search.sweep.build import Build
 from lora_search.sweep.cluster import Say, first_places, nodes
 from lora_search.sweep.running import HOST_NAMES, RunningHost, start_host, what_is_held
@@ -35,11 +35,16 @@ LOOK_EVERY_S = 1.0
 START_S = 60.0
 """A host that does not run by then is not waited for, if others do: something else holds what Ray would give it."""
 
-LOSSES_PER_NODE = 5
-"""Hosts that a node may lose; then something is wrong with the node."""
+LOSSES_PER_HOST = 5
+"""Hosts that a node may lose for each that it has; then something is wrong with the node."""
+
+LASTING_S = 3600.0
+"""A host that was lost after it had lasted so long says nothing of its node."""
 
 SAVE_S = 60.0
 """A host that takes longer to save its trials when the sweep is interrupted is not waited for."""
+
+WITHOUT = "WARNING: the sweep goes on without some hosts: "
 
 
 class Hosts:
@@ -65,7 +70,9 @@ class Hosts:
         self._running: dict[str, RunningHost] = {}
         self._started = 0
         self._losses: Counter[str] = Counter()
-        """Hosts lost by node."""
+        """Hosts lost by node, those that had not lasted."""
+        self._unfit: set[str] = set()
+        """Nodes that get no hosts any more."""
         self._looked = time.monotonic()
         self._none_since: float | None = None
         """When the last host was lost, while there is none."""
@@ -74,7 +81,7 @@ class Hosts:
         places = first_places(spec.hosts)
         self._on_gpus = any(place.gpus for place in places)
         self.check: Callable[[], None] | None = None
-        """What every host has to pass that loads the base from now on; raises HostFailed."""
+        """What every host has to pass that loads the base from now on; raises NodeUnfit."""
         for place in places:
             self._start(place)
 
@@ -101,8 +108,7 @@ class Hosts:
 
     @property
     def _ready(self) -> list[RunningHost]:
-        """Those that have loaded the base, once all that begin with the sweep have."""
-        return [host for host in self._begun if host.loading is None]
+        return [host for host in self._running.values() if host.loaded]
 
     def require_same_nodes(self) -> None:
         """
@@ -138,14 +144,13 @@ class Hosts:
             self._await_start()
             first, *others = self._begun
             self._work = partial(work, first.place)
-            said = self._prepare(first)
-            for host in others:
-                host.actor.run.remote(warm)
-            try:
+            with self._lost_if_so(first):
+                self._hear(first)
+                said = self._prepare(first)
+                for host in others:
+                    host.actor.run.remote(warm)
                 return cast("T", unwrap(said))
-            except HostLost as lost:
-                self._lose(first, str(lost))
-                self._refill()
+            self._replace_all()
 
     def _prepare(self, host: RunningHost) -> Any:
         """Have a host prepare the data; a call that is answered with what it says of it."""
@@ -160,13 +165,28 @@ class Hosts:
         """
         found = self._each(self._load)
         for host, _ in found:
-            host.loading = None
+            host.is_loaded()
         return [ready for _, ready in found]
 
     def _load(self, host: RunningHost) -> Any:
         """Have a host load the base; a call that is answered when it has."""
+        self._hear(host)
         host.loading = host.loading or host.actor.load.remote(self._data, self.check)
         return host.loading
+
+    def _hear(self, host: RunningHost) -> None:
+        """Hold a host that was started since all others were against ours, when it has said what its node is like.
+
+        Raises:
+            NodeUnfit: it has other versions of what decides a result, or does not see the run directory.
+        """
+        if host.greeting is None:
+            return
+        (there, unseen), host.greeting = unwrap(host.greeting), None
+        if what := differences(versions(), there):
+            raise NodeUnfit(f"it has {', '.join(what)}")
+        if unseen is not None:
+            raise NodeUnfit(f"it cannot use the run directory: {unseen}")
 
     def ask_all(self, work: Callable[[], T]) -> list[T]:
         """What the hosts that have loaded the base answer; one that is lost meanwhile says nothing."""
@@ -193,7 +213,7 @@ class Hosts:
                 continue
             waiting = [host for host in waiting if not is_done(host.started)]
             if waiting and len(waiting) < len(self._begun):
-                self._say("WARNING: the sweep begins without some hosts: " + what_is_held(waiting))
+                self._say(WITHOUT + what_is_held(waiting))
                 for host in waiting:
                     host.late = True
             elif waiting and not said:
@@ -201,7 +221,7 @@ class Hosts:
                 said = True
 
     def _each(self, ask: Callable[[RunningHost], Any]) -> list[tuple[RunningHost, Any]]:
-        """What every host answers; one that is lost before it has is replaced, and that one asked.
+        """What every host answers. One that is lost before it has is left out, and replaced where no other is left.
 
         Raises:
             InputError, SweepError: as the host said, or no host is left.
@@ -209,32 +229,48 @@ class Hosts:
         answered: dict[str, Any] = {}
         while True:
             self._await_start()
-            asked = [(host, ask(host)) for host in self._begun if host.place.name not in answered]
-            if not asked:
-                break
-            data = self._data
+            waiting = [host for host in self._begun if host.place.name not in answered]
+            if not waiting:
+                return [(host, answered[host.place.name]) for host in self._begun]
+            asked, data = [], self._data
+            for host in waiting:
+                with self._lost_if_so(host):
+                    asked.append((host, ask(host)))
             for host, answer in asked:
-                try:
+                with self._lost_if_so(host, data):
                     answered[host.place.name] = unwrap(answer)
-                except DataLost:
-                    host.loading = None
-                    if self._data is data:
-                        self._prepare(host)
-                except HostLost as lost:
-                    self._lose(host, str(lost))
-            self._refill()
-        return [(host, answered[host.place.name]) for host in self._begun]
+            self._replace_all()
 
-    def renew(self, why: str) -> None:
-        """Put hosts that have loaded the base in place of all, after one of them was lost.
+    @contextmanager
+    def _lost_if_so(self, host: RunningHost, data: Any = None) -> Iterator[None]:
+        """Lose a host that turns out to be lost here, and have the data prepared anew where they are.
+
+        Args:
+            data: what it was given to load the base for.
+
+        Raises:
+            InputError, SweepError: as the host said.
+        """
+        try:
+            yield
+        except DataLost:
+            host.loading = None
+            if self._data is data:
+                self._prepare(host)
+        except HostLost as lost:
+            self._lose(host, lost)
+        except InputError:
+            raise
+        except SweepError as error:
+            raise SweepError(f"{host.place.name} on node {host.place.node[:8]}: {error}") from error
+
+    def renew(self) -> None:
+        """Have at least one host that has loaded the base, after one was lost.
 
         Raises:
             SweepError: none can be started.
         """
-        self._say(f"a host was lost: {why}; what it did is done again")
-        self.end()
-        self._running.clear()
-        self._refill()
+        self._replace_all()
         self.load()
 
     def look(self) -> None:
@@ -249,32 +285,83 @@ class Hosts:
         self._looked = now
         there = nodes()
         for host in list(self._running.values()):
-            why = self._why_lost(host, there)
-            if why is not None:
-                self._lose(host, f"{why}; its trials go on elsewhere from their last checkpoints")
-        late = [host for host in self._running.values() if host.late and is_done(host.started)]
-        for host in [*self._fill(there), *late]:
-            self._load(host)
+            try:
+                self._look_at(host, there)
+            except HostLost as lost:
+                self._lose(host, lost, "its trials go on elsewhere from their last checkpoints" * host.loaded)
+            except InputError as error:  # which the others have not
+                self._lose(host, NodeUnfit(str(error)))
+            except SweepError as error:
+                self._lose(host, HostLost(str(error)))
+        self._fill(there)
+        late = [host for host in self._begun if now - host.since > START_S and not is_done(host.started)]
+        if late:
+            self._say(WITHOUT + what_is_held(late))
+        for host in late:
+            host.late = True
 
-    def _lose(self, host: RunningHost, why: str) -> None:
+    def _look_at(self, host: RunningHost, there: Sequence[Node]) -> None:
+        """See how far a host is that has not loaded the base, and have it go on.
+
+        Raises:
+            SweepError: it is lost, or of no use; the message says why.
+        """
+        if host.place.node not in {node.id for node in there}:
+            raise HostLost("its node is gone")
+        if is_done(host.alive):
+            unwrap(host.alive)
+        if host.loaded:
+            return
+        if host.loading is None:
+            if host.greeting is None or is_done(host.greeting):
+                self._load(host)
+        elif is_done(host.loading):
+            try:
+                unwrap(host.loading)
+                host.is_loaded()
+            except DataLost:
+                host.loading = None
+                self._prepare(host)
+
+    def _lose(self, host: RunningHost, lost: HostLost, then: str = "") -> None:
+        """Strike it off, and say so.
+
+        Args:
+            then: what comes of it.
+        """
+        node = host.place.node
+        self._drop(host)
+        if isinstance(lost, NodeUnfit):
+            self._unfit.add(node)
+            self._say(f"WARNING: node {node[:8]} is of no use: {lost}")
+            return
+        self._say(f"{host.place.name} was lost: {lost}{'; ' if then else ''}{then}")
+        if time.monotonic() - host.since < LASTING_S:
+            self._losses[node] += 1
+        if self._losses[node] > LOSSES_PER_HOST * host.place.neighbours and node not in self._unfit:
+            self._unfit.add(node)
+            self._say(f"WARNING: node {node[:8]} gets no more hosts: it has lost {self._losses[node]}")
+
+    def _drop(self, host: RunningHost) -> None:
         ray.kill(host.actor)  # where it is not its process that has ended
         del self._running[host.place.name]
-        self._losses[host.place.node] += 1
-        self._say(f"{host.place.name} was lost: {why}")
 
-    def _refill(self) -> None:
-        """Put hosts in place of those that were lost, and wait while there is none, as long as the sweep file allows.
+    def _replace_all(self) -> None:
+        """Put hosts in place of those that were lost, where none is left; wait as long as the sweep file allows.
+
+        While there is one, `look` does it, and nobody waits.
 
         Raises:
             SweepError: no host is left, and none can be started.
         """
-        self._fill(nodes())
+        if not self._begun:
+            self._fill(nodes())
         while not self._running:
             time.sleep(LOOK_EVERY_S)
             self._fill(nodes())
 
-    def _fill(self, there: Sequence[Node]) -> list[RunningHost]:
-        """Start a host wherever there should be one and is none; those.
+    def _fill(self, there: Sequence[Node]) -> None:
+        """Start a host wherever there should be one and is none.
 
         A sweep that began on GPUs gets none on cores. There may be none at all for `hosts.wait_s`, until nodes join.
 
@@ -282,43 +369,20 @@ class Hosts:
             SweepError: no host is left, and none can be started.
         """
         wait_s = self._spec.hosts.wait_s
-        sound = [node for node in there if self._losses[node.id] <= LOSSES_PER_NODE]
+        sound = [node for node in there if node.id not in self._unfit]
         missing = missing_hosts(sound, self._spec.hosts, self.places)
         started = [self._start(place) for place in missing if place.gpus or not self._on_gpus]
         for host in started:
             self._say(f"{host.place.name} starts on node {host.place.node[:8]}")
         if self._running:
             self._none_since = None
-            return started
+            return
         if self._none_since is None:
             self._none_since = time.monotonic()
             if wait_s:
                 self._say(f"all hosts were lost; nodes that join within {wait_s:.0f} s (hosts.wait_s) get new ones")
         if time.monotonic() - self._none_since >= wait_s:
             raise SweepError("all hosts were lost, and none can be started; the sweep can be resumed with --resume")
-        return []
-
-    def _why_lost(self, host: RunningHost, there: Sequence[Node]) -> str | None:
-        """Why a host is no more; None where it lives."""
-        if host.place.node not in {node.id for node in there}:
-            return "its node is gone"
-        if host.greeting is not None and is_done(host.greeting) and why_failed(host.greeting) is None:
-            (other, unseen), host.greeting = ray.get(host.greeting), None
-            if what := differences(versions(), other):
-                return f"its node has {', '.join(what)}"
-            if unseen is not None:
-                return f"its node cannot use the run directory: {unseen}"
-        if host.loading is not None and is_done(host.loading):
-            loading, host.loading = host.loading, None
-            try:
-                unwrap(loading)
-                host.late = False
-            except DataLost:
-                self._prepare(host)
-                self._load(host)
-            except SweepError as error:
-                return str(error)
-        return why_failed(host.alive)
 
     def _start(self, place: HostPlace) -> RunningHost:
         place = replace(place, name=f"host-{self._started}")
@@ -333,6 +397,9 @@ class Hosts:
 
         Args:
             merge: given whether that is a GPU, and the data.
+
+        Raises:
+            HostLost: one of the two was, or the data; `renew` makes another attempt possible.
         """
         while not self._ready:  # those that come after all others were lost
             time.sleep(LOOK_EVERY_S)
@@ -343,7 +410,20 @@ class Hosts:
             ray.wait([tested])
         ray.wait([last.actor.unload.remote()])
         merged = last.actor.run.remote(merge, last.place.gpus > 0, self._data)
-        return unwrap(tested), unwrap(merged)
+        host = first
+        try:
+            test_says = unwrap(tested)
+            host = last
+            return test_says, unwrap(merged)
+        except DataLost:
+            last.loaded, last.loading = False, None
+            self._prepare(last)
+            raise
+        except HostLost as lost:
+            self._lose(host, lost, "what it did is done again")
+            if host is not last:  # what it merges is in the way of the next attempt, and its base is gone
+                self._drop(last)
+            raise
 
     def save_all(self, run: Folder) -> list[tuple[int, int, str]]:
         """End all training, and keep a checkpoint of every resident trial: trial, step, path in the run directory.

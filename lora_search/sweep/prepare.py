@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from lora_search.errors import HostFailed, InputError
+from lora_search.errors import InputError
 from lora_search.imports import import_libraries
 from lora_search.placement import HostPlace
 from lora_search.spec import SweepSpec
 from lora_search.spec.schema import Lora
+from lora_search.sweep.answers import NodeUnfit
 from lora_search.sweep.capacity import refuse_too_large
 
 if TYPE_CHECKING:
@@ -86,11 +87,11 @@ def require_base(spec: SweepSpec, known: str | None) -> None:
     """On a host that comes later, when it has loaded the base.
 
     Raises:
-        HostFailed: its weights are other ones.
+        NodeUnfit: its weights are other ones.
     """
     found = fingerprint_of_base(spec)
     if known is not None and found is not None and found != known:
-        raise HostFailed(f"its node has other weights by the name {spec.base.model}")
+        raise NodeUnfit(f"it has other weights by the name {spec.base.model}")
 
 
 def one_base(found: Sequence[str | None]) -> str | None:

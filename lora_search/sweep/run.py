@@ -314,7 +314,7 @@ def conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts) -> Con
             if retries == spec.hosts.max_retries:
                 raise SweepError(f"a host was lost: {lost}; mend it, then --resume") from lost
             retries += 1
-            hosts.renew(str(lost))
+            hosts.renew()
 
 
 def _conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts) -> Conclusion:

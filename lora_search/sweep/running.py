@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,10 +36,16 @@ class RunningHost:
     """A call that is answered as soon as its process runs."""
     greeting: Any
     """A call that is answered by what its node is like (`greet`); None where the answer has been looked at."""
+    since: float
+    """When it was asked for, by this process's monotonic clock, in seconds."""
     loading: Any = None
-    """A call that is answered when the base is loaded; None before it is asked, and where it is."""
+    """A call that is answered when the base is loaded; None before it is asked."""
+    loaded: bool = False
     late: bool = False
     """It did not start while others did, and nobody waits for it."""
+
+    def is_loaded(self) -> None:
+        self.loaded, self.late = True, False
 
 
 def start_host(
@@ -61,7 +68,8 @@ def start_host(
         )
         .remote(place.name, capacity, build)
     )
-    return RunningHost(place, capacity, actor, actor.live.remote(), actor.room.remote(), actor.run.remote(greet, run))
+    alive, started, greeting = actor.live.remote(), actor.room.remote(), actor.run.remote(greet, run)
+    return RunningHost(place, capacity, actor, alive, started, greeting, time.monotonic())
 
 
 def what_is_held(hosts: Sequence[RunningHost]) -> str:
