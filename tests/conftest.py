@@ -353,6 +353,22 @@ def kept_verifier() -> Iterator[None]:
         end(process, None, None, None)
 
 
+@pytest.fixture
+def unverified_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sweeps of this process merge as where a base is too large to be loaded whole, and start no process to verify."""
+    from lora_search.sweep import run
+
+    merge_best = run.merge_best
+
+    def merge(*given: Any) -> dict[str, Any]:  # on the host, where this file is not imported
+        import lora_search.merge
+
+        lora_search.merge.lack_of_memory = lambda base, device: "as in a test"
+        return merge_best(*given)
+
+    monkeypatch.setattr(run, "merge_best", merge)
+
+
 @pytest.fixture(autouse=True)
 def _two_threads() -> None:
     """Float32 sums depend on the number of threads; every test has the same."""

@@ -60,6 +60,7 @@ class Weather(Observer):
         self.resumed.append(step)
 
 
+@pytest.mark.usefixtures("unverified_merge")
 def test_nodes_that_leave_lose_no_trial_and_nodes_that_join_get_a_host(
     nodes: Cluster, tiny: Path, tmp_path: Path
 ) -> None:

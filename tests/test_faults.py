@@ -151,6 +151,7 @@ def build_sick(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> E
     return engine
 
 
+@pytest.mark.usefixtures("unverified_merge")
 def test_sick_device_sigkill_of_host_and_seat_and_a_damaged_checkpoint_lose_nothing(
     ray: Any, tiny: Path, tmp_path: Path, undisturbed: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,6 +280,7 @@ def test_host_that_is_lost_before_the_first_trial_or_after_the_last_is_replaced(
     assert (outcome.run.best / "merged" / "config.json").is_file()
 
 
+@pytest.mark.usefixtures("unverified_merge")
 def test_full_disk_ends_the_sweep_and_with_room_it_goes_on(
     ray: Any, tiny: Path, small_disk: Path, undisturbed: list[Row]
 ) -> None:
@@ -432,12 +434,12 @@ def test_data_or_base_that_has_changed_is_not_resumed(ray: Any, tiny: Path, tmp_
 
     run.spec.write_text(dump_spec(spec))
     longer = spec.model_copy(update={"training": spec.training.model_copy(update={"steps": 120})})
-    for changed, attempts in (("data", [longer, spec]), ("base", [spec])):
-        run.provenance.write_text(json.dumps({changed: OTHER}))
-        for attempt in attempts:  # a refusal leaves what it was refused for, and the shorter sweep its steps
-            with pytest.raises(InputError, match=f"the {changed} has changed since the sweep began: found .*, was 000"):
-                run_sweep(attempt, run, resume=True)
-    assert run.spec.read_text() == dump_spec(spec)
+    for changed in ("data", "base"):
+        run.provenance.write_text(known := json.dumps({changed: OTHER}))
+        with pytest.raises(InputError, match=f"the {changed} has changed since the sweep began: found .*, was 000"):
+            run_sweep(longer, run, resume=True)
+        assert run.provenance.read_text() == known  # a refusal leaves what it was refused for, and the sweep its steps
+        assert run.spec.read_text() == dump_spec(spec)
 
 
 def test_second_run_on_one_run_directory_is_refused(tiny: Path, tmp_path: Path) -> None:

@@ -143,6 +143,7 @@ def test_best_is_the_lowest_and_everything_of_it_is_there(finished: tuple[SweepS
     assert 0 < low < outcome.conclusion.test_loss < high
 
 
+@pytest.mark.usefixtures("unverified_merge")
 def test_best_config_is_a_sweep_of_one_that_comes_to_the_same_result(
     finished: tuple[SweepSpec, Outcome, Witness],
 ) -> None:
@@ -167,6 +168,7 @@ def test_provenance_says_what_made_the_result(finished: tuple[SweepSpec, Outcome
     assert facts["hosts"][0]["capacity"] == 3
 
 
+@pytest.mark.usefixtures("unverified_merge")
 def test_failed_trial_says_why_and_harms_no_other(ray: Any, tiny: Path, tmp_path: Path) -> None:
     grid = {"sampler": {"name": "grid"}, "scheduler": {"name": "none"}, "enqueue": []}
     space = {"rank": {"choice": [2, 4]}, "alpha": 8.0, "dropout": 0.1, "learning_rate": {"choice": [1e-3, 1e30]}}
@@ -207,7 +209,6 @@ def test_sweep_of_failures_only_says_so(ray: Any, tiny: Path) -> None:
     ("sections", "message"),
     [
         ({"search": {"space": {"target_modules": {"choice": ["q_prooj"]}}}}, "q_proj"),
-        ({"data": {"columns": {"prompt": "question"}}}, "question"),
         ({"hosts": {"count": 99}}, "hosts.count"),
     ],
 )
