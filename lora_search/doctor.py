@@ -212,7 +212,7 @@ def _hosts() -> Iterator[Check]:
         try:
             yield Check(name, "ok", ray.get(answer, timeout=max(0.0, end - time.monotonic())))
         except ray.exceptions.GetTimeoutError:
-            yield Check(name, "note", "does not run yet: it waits for cores or GPUs that something else holds")
+            yield Check(name, "note", "does not answer: it waits for cores or GPUs that something else holds, or hangs")
         except ray.exceptions.RayError as error:
             yield Check(name, "wrong", str(error).strip().splitlines()[0])
 

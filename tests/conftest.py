@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("LORA_SEARCH_LOGICAL_GPUS", "1")  # clusters with GPUs, on machines without
 os.environ.setdefault("RAY_worker_niceness", "0")  # a sweep's hosts would wait for all that other tests compute
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait stand still beside others
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background jobs are started, and sweeps by them
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" in os.environ:  # `make test`: three of us share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

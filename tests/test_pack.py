@@ -456,6 +456,9 @@ def test_error_of_the_device_is_no_trials_failure(
         with pytest.raises(HostFailed, match=str(error)):
             ask(["a"])
     engine.release("a")
+    monkeypatch.setattr(engine._packed, "_logits_MV", broken)
+    with pytest.raises(HostFailed, match=str(error)):  # and not that such a base does not run
+        engine._packed._find_out()
 
 
 def test_evaluation_tells_the_loss_of_each_row(engine: Engine, spec: SweepSpec) -> None:

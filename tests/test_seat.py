@@ -23,7 +23,7 @@ from lora_search.rundir import create_run
 from lora_search.seat import ASKED_AT_ONCE, Lobby, Seat
 from lora_search.spec import SweepSpec
 from lora_search.storage import Folder
-from lora_search.sweep.answers import HostLost, NodeUnfit
+from lora_search.sweep.answers import DataLost, HostLost, NodeUnfit, is_done, unwrap
 
 HOSTS = 2 * ASKED_AT_ONCE
 PREFIX = "lora-search-of-a-test-"
@@ -199,7 +199,7 @@ def test_host_whose_cores_are_held_is_not_waited_for_and_joins_when_they_are_fre
         monkeypatch.setattr("lora_search.doctor.NODE_ANSWERS_S", 5.0)
         (waiting,) = (check for check in _hosts() if check.state != "ok")
         assert waiting.state == "note"
-        assert waiting.found == "does not run yet: it waits for cores or GPUs that something else holds"
+        assert waiting.found == "does not answer: it waits for cores or GPUs that something else holds, or hangs"
         ray.kill(holder)
 
         def joined() -> bool:
@@ -229,7 +229,7 @@ def test_hosts_lost_all_at_once_are_replaced_and_one_lost_at_the_end_leaves_the_
     """However many hosts a node has: each may be lost so often. And what a single one loses costs no other."""
     from lora_search.sweep.hosts import Hosts as SweepHosts
 
-    monkeypatch.setattr("lora_search.sweep.hosts.LOSSES_PER_HOST", 2)
+    monkeypatch.setattr("lora_search.sweep.hosts.LOSSES_PER_NODE", 4)
     ray = started.ray
     cores = int(ray.cluster_resources()["CPU"])
     spec = make_spec(tiny, name="many", hosts={"cpus_per_host": cores // 2}, output=str(tmp_path))
@@ -269,10 +269,21 @@ def test_hosts_lost_all_at_once_are_replaced_and_one_lost_at_the_end_leaves_the_
         assert ray.get(first.load.remote(None))
         wait_until(two_are_ready)
         with pytest.raises(HostLost):
+            hosts.finish(test, lambda gpu, data: os._exit(1))
+        ray.kill(first)  # as a node's hosts go together: it does not count as one that could go on
+        wait_until(lambda: is_done(hosts._ready[0].alive))
+        hosts.renew()
+        assert len(hosts._ready) == 2
+        assert hosts.finish(test, merge) == ("tested", "merged")
+        with pytest.raises(HostLost):
             hosts.finish(lambda engine: os._exit(1), merge)
         assert hosts.actors == ()  # and the merge of before cannot be in the way of the next
         hosts.renew()
         assert hosts.finish(test, merge) == ("tested", "merged")
+        first, last = hosts.actors
+        data = first.run.remote(os._exit, 1)
+        with pytest.raises(DataLost):
+            unwrap(last.run.remote(str, data))
         kill_all()
         with pytest.raises(SweepError, match="all hosts were lost"):
             wait_until(lambda: hosts.look() is not None)

@@ -98,15 +98,22 @@ def write_config(spec: SweepSpec, parameters: Mapping[str, Any], file: Path) -> 
 
 
 def test_adapter(config: TrialConfig, checkpoint: Checkpoint, engine: Engine) -> dict[str, Any]:
-    """What a Conclusion says of a trial and of the untrained base, by its fields' names; on a host's engine."""
-    untrained = {f"untrained_{name}_loss": engine.untrained(name).loss for name in SPLITS}
-    engine.admit(TESTED, config, checkpoint)
-    try:
-        tested = {name: engine.evaluate([TESTED], name, by_row=name == "test")[TESTED] for name in SPLITS}
-        losses = {f"{name}_loss": evaluation.loss for name, evaluation in tested.items()}
-        return untrained | losses | {"test_loss_interval": loss_interval(tested["test"])}
-    finally:
-        engine.release(TESTED)
+    """What a Conclusion says of a trial and of the untrained base, by its fields' names; on a host's engine.
+
+    Raises:
+        HostFailed: the device computes no longer.
+    """
+    from lora_search.engine.trouble import device_fails_host
+
+    with device_fails_host():
+        untrained = {f"untrained_{name}_loss": engine.untrained(name).loss for name in SPLITS}
+        engine.admit(TESTED, config, checkpoint)
+        try:
+            tested = {name: engine.evaluate([TESTED], name, by_row=name == "test")[TESTED] for name in SPLITS}
+        finally:
+            engine.release(TESTED)
+    losses = {f"{name}_loss": evaluation.loss for name, evaluation in tested.items()}
+    return untrained | losses | {"test_loss_interval": loss_interval(tested["test"])}
 
 
 def loss_interval(evaluation: Evaluation, draws: int = 2000) -> tuple[float, float]:
@@ -149,16 +156,17 @@ def merge_best(
     from lora_search.engine.trouble import device_fails_host
     from lora_search.merge import Options, lack_of_memory, merge_adapter
 
-    device = _merging_device(spec) if gpu else torch.device("cpu")
-    lack = lack_of_memory(spec.base, device)
-    trained_on: Literal["dequantized", "original"] = "dequantized" if spec.base.quantization == "nf4" else "original"
-    options = Options() if lack is None else Options(onto=trained_on, verify=False)
-    with tempfile.TemporaryDirectory() as folder:
+    with device_fails_host(), tempfile.TemporaryDirectory() as folder:
+        device = _merging_device(spec) if gpu else torch.device("cpu")
+        lack = lack_of_memory(spec.base, device)
+        trained_on: Literal["dequantized", "original"] = (
+            "dequantized" if spec.base.quantization == "nf4" else "original"
+        )
+        options = Options() if lack is None else Options(onto=trained_on, verify=False)
         adapter = Path(folder) / "adapter"
         _write_adapter(checkpoint, adapter)
         out = (run.best if run.uri is None else Path(folder)) / "merged"
-        with device_fails_host():
-            merged = merge_adapter(spec.base, adapter, data, adapter_loss, out, device, options)
+        merged = merge_adapter(spec.base, adapter, data, adapter_loss, out, device, options)
         if run.uri is not None:
             run.folder.below("best/merged").upload(out)
     return {

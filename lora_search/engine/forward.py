@@ -20,6 +20,7 @@ from lora_search.engine.adapter import Places
 from lora_search.engine.attention import PackedAttention
 from lora_search.engine.pack import Pack, Share, build_pack, build_padded, run
 from lora_search.engine.products import product, working_dtype
+from lora_search.engine.trouble import device_fails_host
 from lora_search.errors import InputError
 from lora_search.logits import Bend, find_bend
 from lora_search.model import FrozenBase
@@ -188,7 +189,7 @@ class PackedBase:
 
     def _natively(self, pack: Pack) -> torch.Tensor:
         try:
-            with self._running(pack):
+            with self._running(pack), device_fails_host():
                 return self._logits_MV(pack)
         except torch.OutOfMemoryError:
             raise

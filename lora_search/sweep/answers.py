@@ -21,6 +21,14 @@ class NodeUnfit(HostLost):
     """A host is of no use, and no other on its node would be; the message says what is wrong with the node."""
 
 
+LOST_BEFORE = (
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.RayActorError,
+    ray.exceptions.ActorUnschedulableError,
+)
+"""Of a call whose arguments were to come from a host that is no more."""
+
+
 def is_done(answer: Any) -> bool:
     """Whether a call has been answered, or has failed."""
     ready, _ = ray.wait([answer], timeout=0)
@@ -33,7 +41,7 @@ def unwrap(reference: Any) -> Any:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
-        if isinstance(cause, ray.exceptions.ObjectLostError):
+        if isinstance(cause, LOST_BEFORE):
             raise DataLost(_first_line(cause)) from None
         if isinstance(cause, HostFailed):
             raise HostLost(str(cause)) from None

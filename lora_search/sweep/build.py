@@ -48,12 +48,23 @@ def _unseen(run: Folder) -> str | None:
 
 
 def build_engine(spec: SweepSpec, place: HostPlace, capacity: int, data: TokenizedData) -> TrainsTrials:
-    """The real engine, with the base on this host's device, or over its GPUs; on a CPU, a lane a core."""
+    """The real engine, with the base on this host's device, or over its GPUs; on a CPU, a lane a core.
+
+    Raises:
+        InputError: the base cannot be loaded.
+        HostFailed: the device computes no longer.
+    """
     import_libraries()
+    from lora_search.engine.trouble import device_fails_host
+
+    with device_fails_host():
+        return _build(spec, place, capacity, data)
+
+
+def _build(spec: SweepSpec, place: HostPlace, capacity: int, data: TokenizedData) -> TrainsTrials:
     import torch
 
     from lora_search.engine import Engine
-    from lora_search.engine.trouble import device_fails_host
     from lora_search.model import load_base
 
     torch.set_num_threads(place.threads)
@@ -63,5 +74,4 @@ def build_engine(spec: SweepSpec, place: HostPlace, capacity: int, data: Tokeniz
     memory = memory_of(spec, place, lanes, data) if by_memory or others else None
     fits = gauge(spec, place, memory, capacity, data) if memory is not None and by_memory else None
     split = memory.split if memory is not None else None
-    with device_fails_host():
-        return Engine(load_base(spec.base, device, others, split), data, lanes, fits)
+    return Engine(load_base(spec.base, device, others, split), data, lanes, fits)

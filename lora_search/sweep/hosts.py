@@ -35,8 +35,8 @@ LOOK_EVERY_S = 1.0
 START_S = 60.0
 """A host that does not run by then is not waited for, if others do: something else holds what Ray would give it."""
 
-LOSSES_PER_HOST = 5
-"""Hosts that a node may lose for each that it has; then something is wrong with the node."""
+LOSSES_PER_NODE = 5
+"""Hosts that a node may lose one after the other; then something is wrong with the node."""
 
 LASTING_S = 3600.0
 """A host that was lost after it had lasted so long says nothing of its node."""
@@ -45,6 +45,7 @@ SAVE_S = 60.0
 """A host that takes longer to save its trials when the sweep is interrupted is not waited for."""
 
 WITHOUT = "WARNING: the sweep goes on without some hosts: "
+NONE_RUNS = "WARNING: no host runs at present: "
 
 
 class Hosts:
@@ -70,7 +71,9 @@ class Hosts:
         self._running: dict[str, RunningHost] = {}
         self._started = 0
         self._losses: Counter[str] = Counter()
-        """Hosts lost by node, those that had not lasted."""
+        """Hosts lost by node, as `_count` counts them."""
+        self._last_loss: dict[str, float] = {}
+        """By node, when it was counted."""
         self._unfit: set[str] = set()
         """Nodes that get no hosts any more."""
         self._looked = time.monotonic()
@@ -178,7 +181,8 @@ class Hosts:
         """Hold a host that was started since all others were against ours, when it has said what its node is like.
 
         Raises:
-            NodeUnfit: it has other versions of what decides a result, or does not see the run directory.
+            NodeUnfit: it has other versions of what decides a result.
+            HostLost: it does not see the run directory.
         """
         if host.greeting is None:
             return
@@ -186,7 +190,7 @@ class Hosts:
         if what := differences(versions(), there):
             raise NodeUnfit(f"it has {', '.join(what)}")
         if unseen is not None:
-            raise NodeUnfit(f"it cannot use the run directory: {unseen}")
+            raise HostLost(f"it cannot use the run directory: {unseen}")
 
     def ask_all(self, work: Callable[[], T]) -> list[T]:
         """What the hosts that have loaded the base answer; one that is lost meanwhile says nothing."""
@@ -217,7 +221,7 @@ class Hosts:
                 for host in waiting:
                     host.late = True
             elif waiting and not said:
-                self._say("WARNING: no host runs yet: " + what_is_held(waiting))
+                self._say(NONE_RUNS + what_is_held(waiting))
                 said = True
 
     def _each(self, ask: Callable[[RunningHost], Any]) -> list[tuple[RunningHost, Any]]:
@@ -270,8 +274,15 @@ class Hosts:
         Raises:
             SweepError: none can be started.
         """
+        there = nodes()
+        for host in list(self._running.values()):
+            try:
+                self._require_alive(host, there)
+            except HostLost as lost:
+                self._lose(host, lost)
         self._replace_all()
-        self.load()
+        if not self._ready:
+            self.load()
 
     def look(self) -> None:
         """See which hosts and nodes have come and gone, and put a host where there should be one. Never waits.
@@ -289,16 +300,14 @@ class Hosts:
                 self._look_at(host, there)
             except HostLost as lost:
                 self._lose(host, lost, "its trials go on elsewhere from their last checkpoints" * host.loaded)
-            except InputError as error:  # which the others have not
-                self._lose(host, NodeUnfit(str(error)))
             except SweepError as error:
                 self._lose(host, HostLost(str(error)))
         self._fill(there)
         late = [host for host in self._begun if now - host.since > START_S and not is_done(host.started)]
-        if late:
-            self._say(WITHOUT + what_is_held(late))
         for host in late:
             host.late = True
+        if late:
+            self._say((WITHOUT if self._begun else NONE_RUNS) + what_is_held(late))
 
     def _look_at(self, host: RunningHost, there: Sequence[Node]) -> None:
         """See how far a host is that has not loaded the base, and have it go on.
@@ -306,10 +315,7 @@ class Hosts:
         Raises:
             SweepError: it is lost, or of no use; the message says why.
         """
-        if host.place.node not in {node.id for node in there}:
-            raise HostLost("its node is gone")
-        if is_done(host.alive):
-            unwrap(host.alive)
+        self._require_alive(host, there)
         if host.loaded:
             return
         if host.loading is None:
@@ -323,6 +329,16 @@ class Hosts:
                 host.loading = None
                 self._prepare(host)
 
+    def _require_alive(self, host: RunningHost, there: Sequence[Node]) -> None:
+        """
+        Raises:
+            HostLost: it is no more; the message says why.
+        """
+        if host.place.node not in {node.id for node in there}:
+            raise HostLost("its node is gone")
+        if is_done(host.alive):
+            unwrap(host.alive)
+
     def _lose(self, host: RunningHost, lost: HostLost, then: str = "") -> None:
         """Strike it off, and say so.
 
@@ -331,14 +347,25 @@ class Hosts:
         """
         node = host.place.node
         self._drop(host)
-        if isinstance(lost, NodeUnfit):
+        if not isinstance(lost, NodeUnfit):
+            self._say(f"{host.place.name} was lost: {lost}{'; ' if then else ''}{then}")
+            self._count(host)
+        elif node not in self._unfit:
             self._unfit.add(node)
             self._say(f"WARNING: node {node[:8]} is of no use: {lost}")
+
+    def _count(self, host: RunningHost) -> None:
+        """Count a host that was lost against its node, and give that up where it has lost too many.
+
+        Of hosts that train, one that had lasted says nothing of its node; and of several that are lost at once, as all
+        of a machine's, the others say no more than the first: only one that has come since does.
+        """
+        now, node = time.monotonic(), host.place.node
+        if host.loaded and (now - host.since > LASTING_S or host.since < self._last_loss.get(node, host.since)):
             return
-        self._say(f"{host.place.name} was lost: {lost}{'; ' if then else ''}{then}")
-        if time.monotonic() - host.since < LASTING_S:
-            self._losses[node] += 1
-        if self._losses[node] > LOSSES_PER_HOST * host.place.neighbours and node not in self._unfit:
+        self._losses[node] += 1
+        self._last_loss[node] = now
+        if self._losses[node] > LOSSES_PER_NODE and node not in self._unfit:
             self._unfit.add(node)
             self._say(f"WARNING: node {node[:8]} gets no more hosts: it has lost {self._losses[node]}")
 

@@ -45,6 +45,7 @@ def prepare(spec: SweepSpec, place: HostPlace) -> tuple[DataSummary, TokenizedDa
     """
     import_libraries()
     from lora_search.data import tokenize_data
+    from lora_search.engine.trouble import device_fails_host
     from lora_search.model import load_tokenizer, refuse_long_rows
     from lora_search.targets import module_tree, resolve, skeleton
 
@@ -61,7 +62,8 @@ def prepare(spec: SweepSpec, place: HostPlace) -> tuple[DataSummary, TokenizedDa
             )
     data = tokenize_data(spec.data, load_tokenizer(spec.base))
     advice = refuse_long_rows(model, data.longest)
-    refuse_too_large(spec, place, data)
+    with device_fails_host():
+        refuse_too_large(spec, place, data)
     summary = DataSummary(
         len(data.train),
         len(data.validation),
