@@ -25,7 +25,7 @@ from lora_search.engine import Engine, Evaluation, StepMetrics, evaluate
 from lora_search.engine import finish as finish_module
 from lora_search.engine import lora as lora_module
 from lora_search.engine.adamw import step_together
-from lora_search.errors import OUT_OF_MEMORY, HostFailed, TrialFailed
+from lora_search.errors import OUT_OF_MEMORY, HostFailed, InputError, TrialFailed
 from lora_search.model import load_base
 from lora_search.space import TrialConfig, trial_config
 
@@ -458,6 +458,19 @@ def test_error_of_the_device_is_no_trials_failure(
     engine.release("a")
     monkeypatch.setattr(engine._packed, "_logits_MV", broken)
     with pytest.raises(HostFailed, match=str(error)):  # and not that such a base does not run
+        engine._packed._find_out()
+    monkeypatch.setattr(engine._packed, "_natively", lambda pack: torch.zeros(1))
+    monkeypatch.setattr(engine._packed, "_find_bend", lambda pack: None)
+    with pytest.raises(HostFailed, match=str(error)):
+        engine._packed._find_out()
+
+
+def test_what_no_device_like_this_can_do_is_said_of_the_base(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unable(pack: Pack) -> Any:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(engine._packed, "_logits_MV", unable)
+    with pytest.raises(InputError, match="no kernel image is available"):
         engine._packed._find_out()
 
 

@@ -229,7 +229,7 @@ def test_hosts_lost_all_at_once_are_replaced_and_one_lost_at_the_end_leaves_the_
     """However many hosts a node has: each may be lost so often. And what a single one loses costs no other."""
     from lora_search.sweep.hosts import Hosts as SweepHosts
 
-    monkeypatch.setattr("lora_search.sweep.hosts.LOSSES_PER_NODE", 4)
+    monkeypatch.setattr("lora_search.sweep.hosts.LOSSES_PER_NODE", 2)
     ray = started.ray
     cores = int(ray.cluster_resources()["CPU"])
     spec = make_spec(tiny, name="many", hosts={"cpus_per_host": cores // 2}, output=str(tmp_path))
@@ -273,13 +273,16 @@ def test_hosts_lost_all_at_once_are_replaced_and_one_lost_at_the_end_leaves_the_
         ray.kill(first)  # as a node's hosts go together: it does not count as one that could go on
         wait_until(lambda: is_done(hosts._ready[0].alive))
         hosts.renew()
-        assert len(hosts._ready) == 2
+        assert hosts.actors == ()
         assert hosts.finish(test, merge) == ("tested", "merged")
+        wait_until(two_are_ready)
+        assert ray.get(hosts.actors[0].load.remote(None))
         with pytest.raises(HostLost):
             hosts.finish(lambda engine: os._exit(1), merge)
         assert hosts.actors == ()  # and the merge of before cannot be in the way of the next
         hosts.renew()
         assert hosts.finish(test, merge) == ("tested", "merged")
+        wait_until(two_are_ready)
         first, last = hosts.actors
         data = first.run.remote(os._exit, 1)
         with pytest.raises(DataLost):

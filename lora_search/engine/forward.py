@@ -210,10 +210,12 @@ class PackedBase:
     def _probe(self, pack: Pack, bend: Bend | None) -> torch.Tensor | None:
         """The probe's logits by this bend, or by the model's code; None where the architecture has no such way."""
         try:
-            with self._running(pack):
+            with self._running(pack), device_fails_host():
                 if bend is not None:
                     return self.head_logits(self._hidden_ME(pack), self.head_weight(), bend)
                 return self._logits_MV(pack)
+        except torch.OutOfMemoryError:
+            raise
         except UNABLE:
             return None
 

@@ -25,6 +25,7 @@ LOST_BEFORE = (
     ray.exceptions.ObjectLostError,
     ray.exceptions.RayActorError,
     ray.exceptions.ActorUnschedulableError,
+    ray.exceptions.OutOfMemoryError,  # Ray ended it, since the node had no memory left
 )
 """Of a call whose arguments were to come from a host that is no more."""
 

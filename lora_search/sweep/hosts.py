@@ -36,7 +36,7 @@ START_S = 60.0
 """A host that does not run by then is not waited for, if others do: something else holds what Ray would give it."""
 
 LOSSES_PER_NODE = 5
-"""Hosts that a node may lose one after the other; then something is wrong with the node."""
+"""Hosts that a node may lose after it has lost as many as it has; then something is wrong with the node."""
 
 LASTING_S = 3600.0
 """A host that was lost after it had lasted so long says nothing of its node."""
@@ -269,20 +269,13 @@ class Hosts:
             raise SweepError(f"{host.place.name} on node {host.place.node[:8]}: {error}") from error
 
     def renew(self) -> None:
-        """Have at least one host that has loaded the base, after one was lost.
-
-        Raises:
-            SweepError: none can be started.
-        """
+        """Strike off those that are no more, after one was lost: `finish` waits for one that has loaded the base."""
         there = nodes()
         for host in list(self._running.values()):
             try:
                 self._require_alive(host, there)
             except HostLost as lost:
                 self._lose(host, lost)
-        self._replace_all()
-        if not self._ready:
-            self.load()
 
     def look(self) -> None:
         """See which hosts and nodes have come and gone, and put a host where there should be one. Never waits.
@@ -357,15 +350,18 @@ class Hosts:
     def _count(self, host: RunningHost) -> None:
         """Count a host that was lost against its node, and give that up where it has lost too many.
 
-        Of hosts that train, one that had lasted says nothing of its node; and of several that are lost at once, as all
-        of a machine's, the others say no more than the first: only one that has come since does.
+        Of hosts that train, one that had lasted speaks for its node; and of several that are lost at once, as all of a
+        machine's, the others say no more than the first: only one that has come since does.
         """
         now, node = time.monotonic(), host.place.node
-        if host.loaded and (now - host.since > LASTING_S or host.since < self._last_loss.get(node, host.since)):
+        if host.loaded and now - host.since > LASTING_S:
+            self._losses[node] = 0
+            return
+        if host.loaded and host.since < self._last_loss.get(node, host.since):
             return
         self._losses[node] += 1
         self._last_loss[node] = now
-        if self._losses[node] > LOSSES_PER_NODE and node not in self._unfit:
+        if self._losses[node] > LOSSES_PER_NODE + host.place.neighbours and node not in self._unfit:
             self._unfit.add(node)
             self._say(f"WARNING: node {node[:8]} gets no more hosts: it has lost {self._losses[node]}")
 
