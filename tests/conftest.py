@@ -192,10 +192,11 @@ WATCHED_RUN = """
 import sys
 from lora_search.cli import main
 status = main(sys.argv[1:])
+print(next(line for line in open("/proc/self/status") if line.startswith("SigCgt")).split()[1])
 print(*sys.modules)
 sys.exit(status)
 """
-"""The command, which then says what its process has imported."""
+"""The command, which then says what signals its process catches, and what it has imported."""
 
 SMALL = {"search.trials": 12, "search.scheduler": "{first_rung: 2, reduction_factor: 2}", "data.limit": 300}
 SMALL |= {"training.steps": 8, "training.eval_every": 2}
@@ -211,7 +212,8 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         command = [sys.executable, "-c", WATCHED_RUN, "run", "sweeps/demo.yaml", *overlaid]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        (folder / "modules").write_text(done.stdout.splitlines()[-1], encoding="utf-8")
+        for name, line in zip(("caught", "modules"), done.stdout.splitlines()[-2:], strict=True):
+            (folder / name).write_text(line, encoding="utf-8")
 
     return made_once("demo", tmp_path_factory, make)
 

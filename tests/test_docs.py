@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -92,6 +93,13 @@ def test_driver_never_imports_torch(world: Path) -> None:
     modules = (world / "modules").read_text(encoding="utf-8").split()
     assert "ray" in modules
     assert "torch" not in modules
+
+
+def test_driver_takes_no_handler_of_rays_that_cannot_be_caught(world: Path) -> None:
+    """That of absl ends the process at a SIGTERM that comes while Ray starts; it alone looks after SIGTRAP."""
+    caught = int((world / "caught").read_text(encoding="utf-8"), 16)
+    assert caught >> signal.SIGINT - 1 & 1
+    assert not caught >> signal.SIGTRAP - 1 & 1
 
 
 def test_memory_of_each_trial_is_told(world: Path) -> None:

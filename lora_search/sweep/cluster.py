@@ -49,7 +49,12 @@ def cluster(address: str | None, say: Say = lambda line: None) -> Iterator[None]
         # No runtime_env: workers that Ray has started ahead would not have it, and be thrown away.
         options: dict[str, Any] = {} if address else {"include_dashboard": False}
         try:
-            with nullcontext() if address else _on_loopback(), _private_token(), sigterm_kept_from_ray():
+            with (
+                nullcontext() if address else _on_loopback(),
+                _private_token(),
+                sigterm_kept_from_ray(),
+                _no_handler_of_crashes(),
+            ):
                 ray.init(
                     address=address or "local",
                     logging_level=logging.ERROR,
@@ -91,6 +96,20 @@ def _on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = many_nodes
+
+
+@contextmanager
+def _no_handler_of_crashes() -> Iterator[None]:
+    """Have this process alone not take absl's handler, which is C++: a SIGTERM while Ray starts would end it at once.
+
+    Of a crash Ray has Python's faulthandler tell as well (Ray 2.60, _private/worker.py).
+    """
+    disabled = ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER
+    ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
+    try:
+        yield
+    finally:
+        ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = disabled
 
 
 @contextmanager
