@@ -229,7 +229,7 @@ def test_hosts_lost_all_at_once_are_replaced_and_one_lost_at_the_end_leaves_the_
     """However many hosts a node has: each may be lost so often. And what a single one loses costs no other."""
     from lora_search.sweep.hosts import Hosts as SweepHosts
 
-    monkeypatch.setattr("lora_search.sweep.hosts.LOSSES_PER_NODE", 2)
+    monkeypatch.setattr("lora_search.sweep.losses.LOSSES_PER_NODE", 2)
     ray = started.ray
     cores = int(ray.cluster_resources()["CPU"])
     spec = make_spec(tiny, name="many", hosts={"cpus_per_host": cores // 2}, output=str(tmp_path))

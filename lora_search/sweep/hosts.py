@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -22,8 +21,8 @@ from lora_search.storage import Folder
 from lora_search.sweep.answers import DataLost, HostLost, NodeUnfit, is_done, unwrap
 from lora_search.sweep.build import Build
 from lora_search.sweep.cluster import Say, first_places, nodes
-from lora_search.sweep.running import HOST_NAMES, RunningHost, start_host, what_is_held
-from lora_search.versions import differences, versions
+from lora_search.sweep.losses import Losses
+from lora_search.sweep.running import HOST_NAMES, RunningHost, require_same, start_host, what_is_held
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +33,6 @@ LOOK_EVERY_S = 1.0
 
 START_S = 60.0
 """A host that does not run by then is not waited for, if others do: something else holds what Ray would give it."""
-
-LOSSES_PER_NODE = 5
-"""Hosts that a node may lose after it has lost as many as it has; then something is wrong with the node."""
-
-LASTING_S = 3600.0
-"""A host that was lost after it had lasted so long says nothing of its node."""
 
 SAVE_S = 60.0
 """A host that takes longer to save its trials when the sweep is interrupted is not waited for."""
@@ -70,12 +63,7 @@ class Hosts:
         """What the names of their actors begin with."""
         self._running: dict[str, RunningHost] = {}
         self._started = 0
-        self._losses: Counter[str] = Counter()
-        """Hosts lost by node, as `_count` counts them."""
-        self._last_loss: dict[str, float] = {}
-        """By node, when it was counted."""
-        self._unfit: set[str] = set()
-        """Nodes that get no hosts any more."""
+        self._losses = Losses(say)
         self._looked = time.monotonic()
         self._none_since: float | None = None
         """When the last host was lost, while there is none."""
@@ -119,22 +107,7 @@ class Hosts:
             InputError: a node has other versions of what decides a result, or does not see the run directory; it
                 says which.
         """
-        differing, blind = {}, {}
-        for host, (there, unseen) in self._each(lambda host: host.greeting):
-            host.greeting = None
-            node = f"node {host.place.node[:8]}"
-            if what := differences(versions(), there):
-                differing[node] = f"{node} has {', '.join(what)}"
-            if unseen is not None:
-                blind[node] = f"{node}: {unseen}"
-        if differing:
-            found = "; ".join(differing.values())
-            raise InputError(f"the cluster's nodes differ: {found}; install the same versions on every node")
-        if blind:
-            raise InputError(
-                f"output: found {self._spec.output!r}, which not every node can use ({'; '.join(blind.values())}); "
-                "allowed: a folder that all nodes see at the same path, or an object store"
-            )
+        require_same(self._each(lambda host: host.greeting), self._spec.output)
 
     def prepare(self, work: Callable[[HostPlace], tuple[T, Any]], warm: Callable[[], None]) -> T:
         """Have one host prepare the data for all; what it says of it.
@@ -148,7 +121,7 @@ class Hosts:
             first, *others = self._begun
             self._work = partial(work, first.place)
             with self._lost_if_so(first):
-                self._hear(first)
+                first.hear()
                 said = self._prepare(first)
                 for host in others:
                     host.actor.run.remote(warm)
@@ -173,24 +146,9 @@ class Hosts:
 
     def _load(self, host: RunningHost) -> Any:
         """Have a host load the base; a call that is answered when it has."""
-        self._hear(host)
+        host.hear()
         host.loading = host.loading or host.actor.load.remote(self._data, self.check)
         return host.loading
-
-    def _hear(self, host: RunningHost) -> None:
-        """Hold a host that was started since all others were against ours, when it has said what its node is like.
-
-        Raises:
-            NodeUnfit: it has other versions of what decides a result.
-            HostLost: it does not see the run directory.
-        """
-        if host.greeting is None:
-            return
-        (there, unseen), host.greeting = unwrap(host.greeting), None
-        if what := differences(versions(), there):
-            raise NodeUnfit(f"it has {', '.join(what)}")
-        if unseen is not None:
-            raise HostLost(f"it cannot use the run directory: {unseen}")
 
     def ask_all(self, work: Callable[[], T]) -> list[T]:
         """What the hosts that have loaded the base answer; one that is lost meanwhile says nothing."""
@@ -273,7 +231,7 @@ class Hosts:
         there = nodes()
         for host in list(self._running.values()):
             try:
-                self._require_alive(host, there)
+                host.require_alive(there)
             except HostLost as lost:
                 self._lose(host, lost)
 
@@ -308,7 +266,7 @@ class Hosts:
         Raises:
             SweepError: it is lost, or of no use; the message says why.
         """
-        self._require_alive(host, there)
+        host.require_alive(there)
         if host.loaded:
             return
         if host.loading is None:
@@ -322,48 +280,18 @@ class Hosts:
                 host.loading = None
                 self._prepare(host)
 
-    def _require_alive(self, host: RunningHost, there: Sequence[Node]) -> None:
-        """
-        Raises:
-            HostLost: it is no more; the message says why.
-        """
-        if host.place.node not in {node.id for node in there}:
-            raise HostLost("its node is gone")
-        if is_done(host.alive):
-            unwrap(host.alive)
-
     def _lose(self, host: RunningHost, lost: HostLost, then: str = "") -> None:
         """Strike it off, and say so.
 
         Args:
             then: what comes of it.
         """
-        node = host.place.node
         self._drop(host)
-        if not isinstance(lost, NodeUnfit):
+        if isinstance(lost, NodeUnfit):
+            self._losses.refuse(host.place.node, str(lost))
+        else:
             self._say(f"{host.place.name} was lost: {lost}{'; ' if then else ''}{then}")
-            self._count(host)
-        elif node not in self._unfit:
-            self._unfit.add(node)
-            self._say(f"WARNING: node {node[:8]} is of no use: {lost}")
-
-    def _count(self, host: RunningHost) -> None:
-        """Count a host that was lost against its node, and give that up where it has lost too many.
-
-        Of hosts that train, one that had lasted speaks for its node; and of several that are lost at once, as all of a
-        machine's, the others say no more than the first: only one that has come since does.
-        """
-        now, node = time.monotonic(), host.place.node
-        if host.loaded and now - host.since > LASTING_S:
-            self._losses[node] = 0
-            return
-        if host.loaded and host.since < self._last_loss.get(node, host.since):
-            return
-        self._losses[node] += 1
-        self._last_loss[node] = now
-        if self._losses[node] > LOSSES_PER_NODE + host.place.neighbours and node not in self._unfit:
-            self._unfit.add(node)
-            self._say(f"WARNING: node {node[:8]} gets no more hosts: it has lost {self._losses[node]}")
+            self._losses.count(host)
 
     def _drop(self, host: RunningHost) -> None:
         ray.kill(host.actor)  # where it is not its process that has ended
@@ -392,7 +320,7 @@ class Hosts:
             SweepError: no host is left, and none can be started.
         """
         wait_s = self._spec.hosts.wait_s
-        sound = [node for node in there if node.id not in self._unfit]
+        sound = [node for node in there if node.id not in self._losses.unfit]
         missing = missing_hosts(sound, self._spec.hosts, self.places)
         started = [self._start(place) for place in missing if place.gpus or not self._on_gpus]
         for host in started:

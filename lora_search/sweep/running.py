@@ -11,10 +11,13 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from lora_search.errors import InputError
 from lora_search.host import Host, TrainsTrials
-from lora_search.placement import HostPlace
+from lora_search.placement import HostPlace, Node
 from lora_search.storage import Folder
+from lora_search.sweep.answers import HostLost, NodeUnfit, is_done, unwrap
 from lora_search.sweep.build import greet
+from lora_search.versions import differences, versions
 
 HOST_CONCURRENCY = 1000
 """Calls that an actor may have open; each seat waits in one."""
@@ -46,6 +49,62 @@ class RunningHost:
 
     def is_loaded(self) -> None:
         self.loaded, self.late = True, False
+
+    def hear(self) -> None:
+        """Hold it against this process, where it was started since all others were, as soon as it has said what it is.
+
+        Raises:
+            NodeUnfit: it has other versions of what decides a result.
+            HostLost: it does not see the run directory.
+        """
+        if self.greeting is None:
+            return
+        (there, unseen), self.greeting = unwrap(self.greeting), None
+        if what := differences(versions(), there):
+            raise NodeUnfit(f"it has {', '.join(what)}")
+        if unseen is not None:
+            raise HostLost(f"it cannot use the run directory: {unseen}")
+
+    def require_alive(self, there: Sequence[Node]) -> None:
+        """
+        Args:
+            there: the nodes that there are now.
+
+        Raises:
+            HostLost: it is no more; the message says why.
+        """
+        if self.place.node not in {node.id for node in there}:
+            raise HostLost("its node is gone")
+        if is_done(self.alive):
+            unwrap(self.alive)
+
+
+def require_same(greeted: Sequence[tuple[RunningHost, Any]], output: str) -> None:
+    """
+    Args:
+        greeted: the hosts that a sweep begins with, and what each said of its node.
+        output: as in the sweep file.
+
+    Raises:
+        InputError: a node has other versions of what decides a result, or does not see the run directory; it says
+            which.
+    """
+    differing, blind = {}, {}
+    for host, (there, unseen) in greeted:
+        host.greeting = None
+        node = f"node {host.place.node[:8]}"
+        if what := differences(versions(), there):
+            differing[node] = f"{node} has {', '.join(what)}"
+        if unseen is not None:
+            blind[node] = f"{node}: {unseen}"
+    if differing:
+        found = "; ".join(differing.values())
+        raise InputError(f"the cluster's nodes differ: {found}; install the same versions on every node")
+    if blind:
+        raise InputError(
+            f"output: found {output!r}, which not every node can use ({'; '.join(blind.values())}); "
+            "allowed: a folder that all nodes see at the same path, or an object store"
+        )
 
 
 def start_host(
