@@ -23,11 +23,16 @@ SHAPES = {
 }
 
 
-def make_base(name: str, device: str, dtype: str) -> FrozenBase:
+def make_base(name: str, device: str, dtype: str, checkpointing: bool = False) -> FrozenBase:
     """`builtin:demo`, a folder, or one of SHAPES with random weights, in NF4."""
     if name not in SHAPES:
-        return load_base(Base(model=name, compute_dtype=dtype), device)  # type: ignore[arg-type]
-    return random_base(name, torch.device(device), compute_dtype(dtype, torch.device(device)))
+        base = Base(model=name, compute_dtype=dtype, gradient_checkpointing=checkpointing)  # type: ignore[arg-type]
+        return load_base(base, device)
+    base = random_base(name, torch.device(device), compute_dtype(dtype, torch.device(device)))
+    if checkpointing:
+        base.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.model.enable_input_require_grads()
+    return base
 
 
 def random_base(name: str, device: torch.device, dtype: torch.dtype) -> FrozenBase:
@@ -62,7 +67,8 @@ def random_base(name: str, device: torch.device, dtype: torch.dtype) -> FrozenBa
             parent, _, last = path.rpartition(".")
             setattr(model.get_submodule(parent), last, linear)
     rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config, device=device)
+    with device:  # its frequencies are no weights
+        model.model.rotary_emb = type(rotary)(config)
     for path, parameter in list(model.named_parameters()):
         if parameter.is_meta:
             parent, _, last = path.rpartition(".")

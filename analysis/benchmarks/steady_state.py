@@ -2,7 +2,7 @@
 
     python analysis/benchmarks/steady_state.py [--base builtin:demo] [--device cpu] [--json FILE]
 
-Ways, alternating in one run, each in a process of its own that is set up once:
+Ways, alternating in one run, each in a process of its own that is set up once (on a GPU, all packs in one):
     pack N         N trials in the engine, one forward and one backward pass
     apart N        on a GPU: the same with a product for each trial's adapters, where one for all is to be had
     PEFT 1x2       the plain loop a user would write: one process, all threads, padded batches, one trial after another
@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,9 @@ from rich.console import Console
 from rich.table import Table
 
 SEQUENCE = 512
+
+GROUPED_FROM = 4
+"""Trials from which on `apart` differs (engine/lora.py)."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class Setting:
     rank: int
     dropout: float
     batch_size: int
+    checkpointing: bool
+    """Gradient checkpointing, in the packs and in PEFT."""
     seconds: float
     """Each way runs this long in each round, at least one step."""
 
@@ -55,38 +62,52 @@ class Round:
     way: str
     tokens_per_second: float
     bytes: int
-    """GPU: most allocated since the way was set up. CPU: proportional set size of its processes."""
+    """GPU: most allocated in this turn. CPU: proportional set size of its processes."""
 
 
-def pack_step(setting: Setting, trials: int) -> Callable[[], int]:
-    """A step of a pack; tokens trained on."""
-    import torch
-    from bases import make_base, make_data, trial
+class Packs:
+    """An engine, with as many resident trials as a way has."""
 
-    from lora_search.engine import Engine, StepMetrics
+    def __init__(self, setting: Setting, trials: int) -> None:
+        """
+        Args:
+            trials: of the largest pack.
+        """
+        import torch
+        from bases import make_base, make_data
 
-    base = make_base(setting.base, setting.device, setting.dtype)
-    lanes = min(torch.get_num_threads(), trials)  # as a host has them
-    engine = Engine(base, make_data(setting.data, setting.base, SEQUENCE), lanes)
-    names = [str(index) for index in range(trials)]
-    for index, name in enumerate(names):
-        engine.admit(name, trial(index, setting.rank, setting.dropout, setting.batch_size))
+        from lora_search.engine import Engine, lora
 
-    def step() -> int:
-        outcomes = engine.step(names)
-        if any(not isinstance(outcome, StepMetrics) for outcome in outcomes.values()):
-            raise RuntimeError(str(outcomes))
-        return sum(outcome.tokens for outcome in outcomes.values() if isinstance(outcome, StepMetrics))
+        self._setting = setting
+        lanes = min(torch.get_num_threads(), trials)  # as a host has them
+        base = make_base(setting.base, setting.device, setting.dtype, setting.checkpointing)
+        self._engine = Engine(base, make_data(setting.data, setting.base, SEQUENCE), lanes)
+        self._multiplies_groups = lora.multiplies_groups
 
-    return step
+    def step(self, way: str, trials: int) -> Callable[[], int]:
+        """A step of a pack; tokens trained on."""
+        import torch
+        from bases import trial
 
+        from lora_search.engine import StepMetrics, lora
 
-def apart_step(setting: Setting, trials: int) -> Callable[[], int]:
-    """A step of a pack without grouped products."""
-    from lora_search.engine import lora
+        setting, engine = self._setting, self._engine
+        lora.multiplies_groups = self._multiplies_groups if way == "pack" else lambda device, dtype: False
+        for name in engine.residents[trials:]:
+            engine.release(name)
+        for index in range(len(engine.residents), trials):
+            engine.admit(str(index), trial(index, setting.rank, setting.dropout, setting.batch_size))
 
-    lora.multiplies_groups = lambda device, dtype: False
-    return pack_step(setting, trials)
+        def step() -> int:
+            outcomes = engine.step(engine.residents)
+            if engine.pack_limit is not None:
+                engine.pack_limit = None
+                raise torch.OutOfMemoryError("the pack does not fit at once")
+            if any(not isinstance(outcome, StepMetrics) for outcome in outcomes.values()):
+                raise RuntimeError(str(outcomes))
+            return sum(outcome.tokens for outcome in outcomes.values() if isinstance(outcome, StepMetrics))
+
+        return step
 
 
 def peft_step(setting: Setting) -> Callable[[], int]:
@@ -99,7 +120,7 @@ def peft_step(setting: Setting) -> Callable[[], int]:
     from lora_search.engine.trial import lora_config
     from lora_search.targets import module_tree, resolve
 
-    base = make_base(setting.base, setting.device, setting.dtype)
+    base = make_base(setting.base, setting.device, setting.dtype, setting.checkpointing)
     data = make_data(setting.data, setting.base, SEQUENCE)
     config = trial(0, setting.rank, setting.dropout, setting.batch_size)
     model = get_peft_model(base.model, lora_config(config, resolve(module_tree(base.model), "all-linear")))
@@ -169,56 +190,76 @@ def floor_step(setting: Setting, trials: int) -> Callable[[], int]:
     return step
 
 
-def worker(pipe: Connection, setting: Setting, way: str, threads: int) -> None:
-    """A process that sets a way up, then runs it for a while whenever it is told to."""
+def worker(pipe: Connection, setting: Setting, ways: Sequence[str], threads: int) -> None:
+    """A process that sets its ways up, then runs one of them for a while whenever it is told to."""
     import torch
     from processes import proportional_bytes
 
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other
-    kind, _, count = way.partition(" ")
-    make: dict[str, Callable[[], Callable[[], int]]] = {
-        "pack": lambda: pack_step(setting, int(count)),
-        "apart": lambda: apart_step(setting, int(count)),
-        "PEFT": lambda: peft_step(setting),
-        "floor": lambda: floor_step(setting, int(count)),
+    counts = [way.partition(" ")[2] for way in ways]
+    most = max((int(count) for count in counts if count.isdigit()), default=1)
+    on_gpu = setting.device == "cuda"
+    make: dict[str, Callable[[], Callable[[str], Callable[[], int]]]] = {
+        "pack": lambda: partial(_pack_step, Packs(setting, most)),
+        "PEFT": lambda: _always(peft_step(setting)),
+        "floor": lambda: _always(floor_step(setting, most)),
     }
-    try:
-        step = make[kind]()
-        step()
-    except torch.OutOfMemoryError:
-        pipe.send("out of memory")
-        return
+    choose = make[ways[0].partition(" ")[0]]()
     pipe.send("ready")
-    while pipe.recv() == "go":
-        start, tokens = time.perf_counter(), 0
-        while not tokens or time.perf_counter() - start < setting.seconds:
-            tokens += step()
-        seconds = time.perf_counter() - start
-        used = torch.cuda.max_memory_allocated() if setting.device == "cuda" else proportional_bytes()
-        pipe.send((tokens / seconds, used))
+    while (way := pipe.recv()) != "end":
+        try:
+            step = choose(way)
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            step()
+            start, tokens = time.perf_counter(), 0
+            while not tokens or time.perf_counter() - start < setting.seconds:
+                tokens += step()
+            seconds = time.perf_counter() - start
+        except torch.OutOfMemoryError:
+            pipe.send(None)
+        else:
+            pipe.send((tokens / seconds, torch.cuda.max_memory_allocated() if on_gpu else proportional_bytes()))
+        if on_gpu:
+            torch.cuda.empty_cache()  # for the next process
 
 
-class Way:
-    """A way's processes."""
+def _pack_step(packs: Packs, way: str) -> Callable[[], int]:
+    kind, count = way.split()
+    return packs.step(kind, int(count))
 
-    def __init__(self, setting: Setting, name: str, processes: int, threads: int) -> None:
+
+def _always(step: Callable[[], int]) -> Callable[[str], Callable[[], int]]:
+    return lambda way: step
+
+
+class Workers:
+    """The processes of one way, or on a GPU the one process of several."""
+
+    def __init__(self, setting: Setting, ways: Sequence[str], processes: int, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
-        self.name = name
+        self.ways = ways
         self._pipes: list[Connection] = []
         for _ in range(processes):
             ours, theirs = context.Pipe()
-            context.Process(target=worker, args=(theirs, setting, name, threads), daemon=True).start()
+            context.Process(target=worker, args=(theirs, setting, ways, threads), daemon=True).start()
             theirs.close()  # so that a worker that dies is noticed
             self._pipes.append(ours)
-        self.ready = all(pipe.recv() == "ready" for pipe in self._pipes)
 
-    def turn(self) -> Round:
-        """Run all processes side by side for a while."""
+    def wait(self) -> None:
+        """Until all are set up."""
         for pipe in self._pipes:
-            pipe.send("go")
-        figures = [pipe.recv() for pipe in self._pipes]
-        return Round(self.name, sum(speed for speed, _ in figures), sum(used for _, used in figures))
+            pipe.recv()
+
+    def turn(self, way: str) -> Round | None:
+        """Run all processes side by side for a while; None where memory does not suffice."""
+        for pipe in self._pipes:
+            pipe.send(way)
+        figures = [figure for pipe in self._pipes if (figure := pipe.recv()) is not None]
+        if len(figures) < len(self._pipes):
+            return None
+        return Round(way, sum(speed for speed, _ in figures), sum(used for _, used in figures))
 
     def end(self) -> None:
         for pipe in self._pipes:
@@ -226,25 +267,30 @@ class Way:
 
 
 def measure(setting: Setting, packs: list[int], rounds: int) -> list[Round]:
-    """All ways, alternating; on a GPU one is set up at a time, so that each has the device to itself."""
+    """All ways, alternating."""
     cores = os.cpu_count() or 1
-    ways = [("PEFT 1x2", 1, cores), *((f"pack {n}", 1, cores) for n in packs), (f"floor {max(packs)}", 1, cores)]
+    floor = f"floor {max(packs)}"
     if setting.device == "cpu":
-        ways.insert(1, ("PEFT 2x1", cores, 1))
-        standing = [Way(setting, *way) for way in ways]
-        turns = [way.turn() for _ in range(rounds) for way in standing]
-        for way in standing:
-            way.end()
-        return turns
-    ways.insert(-1, (f"apart {max(packs)}", 1, cores))
-    turns = []
-    for given in ways:
-        way = Way(setting, *given)
-        if way.ready:
-            turns += [way.turn() for _ in range(rounds)]
-            way.end()
-        else:
-            print(f"{given[0]}: out of memory")
+        given = [(["PEFT 1x2"], 1, cores), (["PEFT 2x1"], cores, 1)]
+        given += [([f"pack {n}"], 1, cores) for n in packs] + [([floor], 1, cores)]
+    else:
+        apart = [f"apart {n}" for n in packs if n >= GROUPED_FROM]
+        given = [(["PEFT 1x2"], 1, cores), ([*(f"pack {n}" for n in packs), *apart], 1, cores), ([floor], 1, cores)]
+    standing = [Workers(setting, *one) for one in given]
+    for workers in standing:
+        workers.wait()
+    turns: list[Round] = []
+    without: set[str] = set()
+    for _ in range(rounds):
+        for workers in standing:
+            for way in workers.ways:
+                if way not in without and (turn := workers.turn(way)) is not None:
+                    turns.append(turn)
+                elif way not in without:
+                    without.add(way)
+                    print(f"{way}: out of memory")
+    for workers in standing:
+        workers.end()
     return turns
 
 
@@ -254,11 +300,12 @@ def show(setting: Setting, rounds: list[Round]) -> dict[str, Any]:
     speed = {n: statistics.median(r.tokens_per_second for r in rounds if r.way == n) for n in names}
     used = {n: max(r.bytes for r in rounds if r.way == n) for n in names}
     plain = max(speed[name] for name in names if name.startswith("PEFT"))
-    floor = next(speed[name] for name in names if name.startswith("floor"))
+    floor = next((speed[name] for name in names if name.startswith("floor")), math.nan)
     title = (
         f"{setting.base}, batch {setting.batch_size}, rank {setting.rank}, dropout {setting.dropout}, {setting.dtype}"
+        f"{', gradient checkpointing' if setting.checkpointing else ''}, {device_name(setting.device)}"
     )
-    table = Table(title=f"{title}, {setting.device}", title_justify="left")
+    table = Table(title=title, title_justify="left")
     for column in ("way", "tokens/s", "against PEFT's best", "against the floor", "MiB"):
         table.add_column(column, justify="left" if column == "way" else "right")
     for name in names:
@@ -267,10 +314,19 @@ def show(setting: Setting, rounds: list[Round]) -> dict[str, Any]:
     Console(width=110).print(table)
     return {
         "setting": asdict(setting),
+        "device": device_name(setting.device),
         "tokens_per_second": speed,
         "bytes": used,
         "rounds": [asdict(r) for r in rounds],
     }
+
+
+def device_name(device: str) -> str:
+    if device == "cpu":
+        return device
+    import torch
+
+    return torch.cuda.get_device_name()
 
 
 def main() -> None:
@@ -283,6 +339,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, in the packs and in PEFT")
     parser.add_argument("--packs", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--rounds", type=int, default=5)
