@@ -4,7 +4,7 @@
 
 Ways, alternating in one run, each in a process of its own that is set up once (on a GPU, all packs in one):
     pack N         N trials in the engine, one forward and one backward pass
-    apart N        on a GPU: the same with a product for each trial's adapters, where one for all is to be had
+    apart N        on a GPU: the same with products for each trial's adapters, and not kernels for all
     PEFT 1x2       the plain loop a user would write: one process, all threads, padded batches, one trial after another
     PEFT 2x1       the same in one process a core, side by side
     floor          the frozen base alone with dense weights, forward and backward to its input, no adapters, on the
@@ -33,9 +33,6 @@ from rich.console import Console
 from rich.table import Table
 
 SEQUENCE = 512
-
-GROUPED_FROM = 4
-"""Trials from which on `apart` differs (engine/lora.py)."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ class Packs:
         lanes = min(torch.get_num_threads(), trials)  # as a host has them
         base = make_base(setting.base, setting.device, setting.dtype, setting.checkpointing)
         self._engine = Engine(base, make_data(setting.data, setting.base, SEQUENCE), lanes)
-        self._multiplies_groups = lora.multiplies_groups
+        self._fuses = lora.fuses
 
     def step(self, way: str, trials: int) -> Callable[[], int]:
         """A step of a pack; tokens trained on."""
@@ -92,7 +89,7 @@ class Packs:
         from lora_search.engine import StepMetrics, lora
 
         setting, engine = self._setting, self._engine
-        lora.multiplies_groups = self._multiplies_groups if way == "pack" else lambda device, dtype: False
+        lora.fuses = self._fuses if way == "pack" else lambda device: False
         for name in engine.residents[trials:]:
             engine.release(name)
         for index in range(len(engine.residents), trials):
@@ -274,7 +271,7 @@ def measure(setting: Setting, packs: list[int], rounds: int) -> list[Round]:
         given = [(["PEFT 1x2"], 1, cores), (["PEFT 2x1"], cores, 1)]
         given += [([f"pack {n}"], 1, cores) for n in packs] + [([floor], 1, cores)]
     else:
-        apart = [f"apart {n}" for n in packs if n >= GROUPED_FROM]
+        apart = [f"apart {max(packs)}"]
         given = [(["PEFT 1x2"], 1, cores), ([*(f"pack {n}" for n in packs), *apart], 1, cores), ([floor], 1, cores)]
     standing = [Workers(setting, *one) for one in given]
     for workers in standing:

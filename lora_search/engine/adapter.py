@@ -10,8 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -117,6 +120,7 @@ class FlatAdapter:
         """Of every parameter: which piece, where in it, and in how many rows: of B its ranks, of others all numbers."""
         self._downs = {place: (on[id(a)], on[id(a)].spans[id(a)], a.shape[1]) for place, (a, _) in pairs.items()}
         self._stacks: dict[Places, Down | None] = {}
+        self.groups = tuple(siblings)
         self.ups = {place: _up(on[id(b)], b) for place, (_, b) in pairs.items()}
         self.refresh()
 
@@ -125,6 +129,25 @@ class FlatAdapter:
         if siblings not in self._stacks:
             self._stacks[siblings] = self._stack([place for place in siblings if place in self._downs])
         return self._stacks[siblings]
+
+    @cached_property
+    def records(self) -> npt.NDArray[np.int64]:
+        """Where its matrices are, for whoever finds them by address: (`groups`, 1 + layers of the largest group, 4).
+
+        Of each group first A of its layers together, then B of each layer: its address, that of its gradient, its
+        ranks, and where they begin among the group's. Zeros where nothing is adapted.
+        """
+        records = np.zeros((len(self.groups), 1 + max(map(len, self.groups), default=0), 4), np.int64)
+        for of_group, places in zip(records, self.groups, strict=True):
+            down = self.down(places)
+            if down is None:
+                continue
+            of_group[0] = (down.a_SI.data_ptr(), down.grad_a_SI.data_ptr(), len(down.a_SI), 0)
+            for record, place in zip(of_group[1:], places, strict=False):
+                if (span := down.spans.get(place)) is not None:
+                    up = self.ups[place]
+                    record[:] = (up.b_RO.data_ptr(), up.grad_b_RO.data_ptr(), len(up.b_RO), span.start)
+        return records
 
     def _stack(self, adapted: list[int]) -> Down | None:
         if not adapted:

@@ -59,6 +59,8 @@ class Engine:
         self._peft: PeftModel | None = None
         self._trials: dict[str, ResidentTrial] = {}
         self._untrained: dict[str, Evaluation] = {}
+        self._modes_differ = True
+        """Whether some modules may be in training mode and others not, as those of a new adapter."""
         self.pack_limit: int | None = None
         """Most trials that go into one pass; None until memory has run out for the first time."""
         self._lanes = Lanes(base.device, lanes)
@@ -94,6 +96,7 @@ class Engine:
         """
         if trial in self._trials:
             raise ValueError(f"trial {trial} is resident already")
+        self._modes_differ = True
         name = f"trial_{trial}"
         targets = resolve(self._tree, config.lora.target_modules)
         adapter = lora_config(config, targets)
@@ -145,7 +148,7 @@ class Engine:
 
         One trial's failure is its own value here, never an exception.
         """
-        self.base.model.train()
+        self._set_training(True)
         groups = self._groups(trials)
         in_turn = self._has_active_experts  # PEFT's active adapters are the same for all threads
         done = map(self._step_group, groups) if in_turn else self._lanes.map(self._step_group, groups)
@@ -156,7 +159,7 @@ class Engine:
 
         Changes nothing; for whoever wants to see that company makes no difference.
         """
-        self.base.model.train()
+        self._set_training(True)
         found: dict[str, torch.Tensor] = {}
         for names in self._groups(trials):
             group = {name: self._trials[name] for name in names}
@@ -262,7 +265,7 @@ class Engine:
         Args:
             by_row: keep each row's loss too.
         """
-        self.base.model.eval()
+        self._set_training(False)
         found: dict[str, Evaluation] = {}
         together = [trial for trial in trials if self._shares_passes(trial)]
         for names in [together] * bool(together) + [[trial] for trial in trials if trial not in together]:
@@ -274,10 +277,16 @@ class Engine:
     def untrained(self, split: str = "validation") -> Evaluation:
         """The bare base's standing on a split; measured once."""
         if split not in self._untrained:
-            self.base.model.eval()
+            self._set_training(False)
             self._activate([])
             (self._untrained[split],) = self._measure.split([None], split, by_row=True)
         return self._untrained[split]
+
+    def _set_training(self, training: bool) -> None:
+        """Where they are in it already nothing is done: with many adapters they are thousands."""
+        if self._modes_differ or self.base.model.training is not training:
+            self.base.model.train(training)
+            self._modes_differ = False
 
     @property
     def _has_active_experts(self) -> bool:

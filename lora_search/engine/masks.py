@@ -26,6 +26,12 @@ class Masks:
     probability: float
     """Of the adapter's dropout."""
 
+    @property
+    def key(self) -> int:
+        """Of the masks that are drawn within kernels, as a signed 64-bit number; the place comes in there."""
+        sequence = np.random.SeedSequence([self.seed, self.step, self.part])
+        return int(sequence.generate_state(1, np.uint64).view(np.int64)[0])
+
     def keep(self, place: int, shape: tuple[int, ...], device: torch.device, probability: float) -> torch.Tensor:
         """True where an element stays: a boolean tensor of `shape`, for one place of the model."""
         key = np.random.SeedSequence([self.seed, self.step, self.part, place])

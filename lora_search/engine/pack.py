@@ -73,18 +73,8 @@ class Pack:
     """The `layers.Entrance` that was made last, for the layers that read the same input."""
     visits: list[tuple[torch.Tensor, int]] | None = field(default=None, repr=False)
     """Where not None, every linear layer's input and place is noted here."""
-    _groups: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
-
-    def groups(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """The token behind the last of each part, and each token's `Share.scale`: int32 (T,) and float32 (N, 1)."""
-        if device not in self._groups:
-            ends = [part.tokens.stop for part in self.parts]
-            scales = np.repeat([part.share.scale for part in self.parts], np.diff(ends, prepend=0))
-            self._groups[device] = (
-                torch.tensor(ends, dtype=torch.int32, device=device),
-                torch.tensor(scales[:, None], dtype=torch.float32, device=device),
-            )
-        return self._groups[device]
+    tables: dict[torch.device, Any] = field(default_factory=dict, init=False, repr=False)
+    """What `table.tables` has made, by device."""
 
     def per_part(self, values_M: torch.Tensor) -> list[float]:
         """The sum over each part's targets."""

@@ -44,6 +44,11 @@ class Pass:
     """The last one."""
 
     @property
+    def fused(self) -> bool:
+        """Whether the adapters have kernels (`engine/fused.py`), which keep no masks and take no copies."""
+        return self.setup.device == "cuda"
+
+    @property
     def working(self) -> torch.dtype:
         dtype: torch.dtype = getattr(torch, self.setup.working)
         return dtype
@@ -68,7 +73,7 @@ class Meeting:
 
 
 class Entrance:
-    """An input that layers share: there it is kept, with one dropout mask for all of them."""
+    """An input that layers share: there it is kept, with one dropout mask for all of them, where masks are kept."""
 
     def __init__(self, now: Pass, x: torch.Tensor, siblings: tuple[Site, ...]) -> None:
         self.input = x
@@ -110,8 +115,9 @@ class _Enter(torch.autograd.Function):
         ctx.meeting, ctx.shape, ctx.dtype = entrance.meeting, x.shape, x.dtype
         kept: tuple[torch.Tensor, ...] = ()
         if anchor is not None:
-            kept = (x_NI, torch.empty_like(x_NI, dtype=torch.uint8)) if now.dropout else (x_NI,)
-            dropped_NI = torch.empty_like(x_NI) if now.dropout else x_NI
+            masked = now.dropout and not now.fused
+            kept = (x_NI, torch.empty_like(x_NI, dtype=torch.uint8)) if masked else (x_NI,)
+            dropped_NI = torch.empty_like(x_NI) if masked else x_NI
             del dropped_NI
         ctx.save_for_backward(*kept)
         ctx.set_materialize_grads(False)
@@ -158,7 +164,7 @@ class _Linear(torch.autograd.Function):
         if ctx.adapted:
             (down_NR,) = ctx.saved_tensors
             meeting.grads_down.append(torch.empty_like(down_NR))
-            if now.working != torch.float32:
+            if now.working != torch.float32 and not now.fused:
                 sum_OR = grad_NO.new_empty((site.out_features, now.rank))
                 del sum_OR
         return None, None, None, None

@@ -1,0 +1,87 @@
+"""The adapters of all trials in kernels of their own, a kernel for each product however many trials there are.
+
+On a GPU a step of small trials takes as long as its kernels take to be launched, and what they read and write for the
+adapters' sake adds up: here neither grows with the trials but by their own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+
+from lora_search.engine.adapter import Places
+from lora_search.engine.pack import Pack
+from lora_search.engine.table import Table, tables
+
+OLDEST = (7, 0)
+"""Compute capability that Triton's code runs on, as torch's own compiler asks for."""
+
+
+@cache
+def fuses(device: torch.device) -> bool:
+    """Whether the kernels run there: on NVIDIA's GPUs from Volta on, with Triton, which torch brings on Linux."""
+    if device.type != "cuda" or torch.version.hip is not None or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= OLDEST
+
+
+class Fused:
+    """`lora.Adapters` for the layers behind one entrance."""
+
+    def __init__(self, siblings: Places, table: Table) -> None:
+        self._table = table
+        self._records = {place: 1 + index for index, place in enumerate(siblings) if table.ranks(1 + index)}
+        self._place = siblings[0]
+        self._grad_down_NW: torch.Tensor | None = None
+
+    def adapts(self, place: int) -> bool:
+        return place in self._records
+
+    def enter(self, x_NI: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        from lora_search.engine.kernels import down
+
+        down_NW = x_NI.new_empty(len(x_NI), self._width)
+        down(down_NW, x_NI, self._table, self._place, 0, drop=True, scale=False)
+        return [down_NW], [None]
+
+    def add(self, place: int, y_NO: torch.Tensor, downs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        from lora_search.engine.kernels import add_up
+
+        if place not in self._records:
+            return []
+        add_up(y_NO, downs[0], self._table, self._place, self._records[place], drop=False, scale=True)
+        return [downs[0]]
+
+    def gather(self, place: int, grad_NO: torch.Tensor, saved: Sequence[torch.Tensor]) -> None:
+        from lora_search.engine.kernels import add_outer, down
+
+        if place not in self._records:
+            return
+        record, grad_NO = self._records[place], grad_NO.contiguous()
+        add_outer(saved[0], grad_NO, self._table, self._place, record, drop=False, scale=True)
+        if self._grad_down_NW is None:
+            self._grad_down_NW = torch.zeros_like(saved[0])
+        down(self._grad_down_NW, grad_NO, self._table, self._place, record, drop=False, scale=True)
+
+    def leave(self, x_NI: torch.Tensor, keeps: Sequence[torch.Tensor | None], grad_NI: torch.Tensor | None) -> None:
+        from lora_search.engine.kernels import add_outer, add_up
+
+        grad_down_NW, self._grad_down_NW = self._grad_down_NW, None
+        assert grad_down_NW is not None
+        add_outer(grad_down_NW, x_NI, self._table, self._place, 0, drop=True, scale=False)
+        if grad_NI is not None:
+            add_up(grad_NI, grad_down_NW, self._table, self._place, 0, drop=True, scale=False)
+
+    @property
+    def _width(self) -> int:
+        """W, in whole rows of 16 bytes."""
+        return -(-self._table.ranks(0) // 16) * 16
+
+
+def fused_behind(pack: Pack, siblings: Places, device: torch.device) -> Fused | None:
+    """None where no trial is adapted there, or the layers' company is not known."""
+    table = tables(pack, device).get(siblings)
+    return Fused(siblings, table) if table is not None and table.ranks(0) else None
