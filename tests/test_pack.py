@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,15 +15,14 @@ from conftest import make_spec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load as load_tensors
-from torch.nn import functional as F
 
 from lora_search.best.conclude import loss_interval
 from lora_search.checkpoint import ADAPTER_WEIGHTS
 from lora_search.data import TokenSplit
 from lora_search.engine import Engine, Evaluation, StepMetrics, evaluate
 from lora_search.engine import finish as finish_module
-from lora_search.engine import lora as lora_module
 from lora_search.engine.adamw import step_together
+from lora_search.engine.attention import PackedAttention
 from lora_search.errors import OUT_OF_MEMORY, HostFailed, InputError, TrialFailed
 from lora_search.model import load_base
 from lora_search.space import TrialConfig, trial_config
@@ -188,89 +186,6 @@ def test_gradient_is_the_same_alone_and_in_company(
         engine.release(name)
 
 
-@contextmanager
-def grouped_products() -> Iterator[list[torch.Size]]:
-    """Products of groups as on Hopper, by torch's loop for a CPU; the shapes of what came out of them.
-
-    Each is also given to what torch checks for the kernel on CUDA (torch/_meta_registrations.py), in bfloat16.
-    """
-    made: list[torch.Size] = []
-    by_loop = F.grouped_mm
-
-    def checked(left: torch.Tensor, right: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
-        made.append(by_loop(*map(on_meta, (left, right)), offs=offs.to("meta")).shape)
-        return by_loop(left, right, offs=offs)
-
-    def on_meta(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.bfloat16, device="meta")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lora_module, "multiplies_groups", lambda device, dtype: True)
-        patch.setattr(lora_module, "GROUPED_FROM", 2)
-        patch.setattr(F, "grouped_mm", checked)
-        yield made
-
-
-@property_settings
-@given(drawn=st.lists(stays(), min_size=2, max_size=8))
-def test_grouped_products_make_the_same_gradient_and_evaluation(
-    one_lane: Engine, spec: SweepSpec, drawn: Sequence[tuple[dict[str, Any], int, int]]
-) -> None:
-    names = under_way(one_lane, as_stays(spec, drawn))
-    apart, measured = one_lane.gradients(names), one_lane.evaluate(names)
-    with grouped_products():
-        grouped = one_lane.gradients(names)
-        evaluated = one_lane.evaluate(names)
-    for name in names:
-        assert (grouped[name] - apart[name]).norm() <= GRADIENT_TOLERANCE * apart[name].norm()
-        assert evaluated[name].loss == pytest.approx(measured[name].loss, rel=1e-5)
-        one_lane.release(name)
-
-
-def test_grouped_products_are_the_same_where_layers_are_computed_again(
-    spec: SweepSpec, tiny_data: TokenizedData
-) -> None:
-    """Under gradient checkpointing: in the backward pass once more."""
-    bases = [spec.base, spec.base.model_copy(update={"gradient_checkpointing": True})]
-    names = [str(index) for index in range(4)]
-    found = []
-    for base in bases:
-        engine = Engine(load_base(base, "cpu"), tiny_data)
-        for index, name in enumerate(names):
-            engine.admit(name, trial_config(spec, {"rank": 2 + index, "dropout": 0.1, "seed": index}))
-        with grouped_products() as made:
-            losses_of(engine.step(names))
-            found.append((len(made), engine.gradients(names)))
-    assert found[1][0] > found[0][0]
-    for name in names:
-        kept, again = (gradients[name] for _, gradients in found)
-        assert (again - kept).norm() <= GRADIENT_TOLERANCE * kept.norm()
-
-
-def test_eight_trials_take_as_many_grouped_products_as_two(one_lane: Engine, spec: SweepSpec) -> None:
-    names = [str(index) for index in range(8)]
-    for index, name in enumerate(names):
-        one_lane.admit(name, trial_config(spec, {"rank": 1 + index, "target_modules": "all-linear", "dropout": 0.1}))
-    layers, linear, entrances = 2, 7, 4  # query, key and value have one, gate and up; each three products
-    for some in (names[:2], names):
-        with grouped_products() as made:
-            one_lane.gradients(some)
-        assert len(made) == layers * (3 * linear + 3 * entrances) - 1  # nobody asks for the first input's gradient
-    for name in names:
-        one_lane.release(name)
-
-
-@property_settings
-@given(drawn=packs)
-def test_trial_is_trained_as_if_alone_by_grouped_products(
-    one_lane: Engine, spec: SweepSpec, drawn: Sequence[tuple[dict[str, Any], int, int]]
-) -> None:
-    guests = as_stays(spec, drawn)
-    with grouped_products():
-        found = run_pack(one_lane, guests)
-    require_as_alone(one_lane, guests, found)
-
-
 @property_settings
 @given(drawn=packs, data=st.data())
 def test_order_in_the_pack_changes_no_bit(
@@ -300,6 +215,19 @@ def five_losses(engine: Engine, configs: Sequence[TrialConfig], order: Sequence[
     for name in names:
         engine.release(name)
     return [[step[str(index)] for step in steps] for index in range(len(configs))]
+
+
+def test_attention_is_not_prepared_for_every_length(spec: SweepSpec) -> None:
+    """As cuDNN's is (pytorch/pytorch#155958); whoever runs the model himself has it as it was."""
+    attention = PackedAttention(load_base(spec.base, "cpu").model)
+    for before in (True, False):
+        torch.backends.cuda.enable_cudnn_sdp(before)
+        with attention.on():
+            with attention.on():  # another thread's pass
+                assert not torch.backends.cuda.cudnn_sdp_enabled()
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def test_tolerances_are_not_slack(engine: Engine, spec: SweepSpec) -> None:

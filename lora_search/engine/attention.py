@@ -28,13 +28,20 @@ PLACES = 1 << 20
 
 
 class PackedAttention:
-    """Makes a model's attention ours while packs run, on however many threads."""
+    """Makes a model's attention ours while packs run, on however many threads.
+
+    cuDNN's kernels, which torch prefers on Hopper, are left out meanwhile: they are prepared anew for every number of
+    sequences and every length (pytorch/pytorch#155958), 22 ms each time and more for the gradient
+    (analysis/benchmarks/NOTES.md), and of real rows those hardly ever come again. Torch's own (flash,
+    memory-efficient) take any.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         nested = (getattr(model.config, name) for name in model.config.sub_configs)
         self._configs = [config for config in (model.config, *nested) if config is not None]
         self._before = [config._attn_implementation for config in self._configs]
         self._users = 0
+        self._cudnn = True
         self._lock = threading.Lock()
 
     @contextmanager
@@ -47,7 +54,10 @@ class PackedAttention:
 
     def _count(self, change: int) -> None:
         with self._lock:
+            if not self._users:
+                self._cudnn = torch.backends.cuda.cudnn_sdp_enabled()
             self._users += change
+            torch.backends.cuda.enable_cudnn_sdp(self._cudnn and not self._users)
             for config, before in zip(self._configs, self._before, strict=True):
                 config._attn_implementation_internal = NAME if self._users else before
 

@@ -110,7 +110,7 @@ UNSPECIALISED = ("at", "record", "place")
 
 
 @triton.jit
-def _kept(row, place, rows, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _kept(row, place, rows, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """True where dropout leaves a number: of a trial's own rows, and of COLUMNS columns from `first` on."""
     zeros = tl.zeros((ROWS, COLUMNS // 8), tl.uint32)
     octets = (first // 8 + tl.arange(0, COLUMNS // 8)).to(tl.uint32)
@@ -124,17 +124,17 @@ def _kept(row, place, rows, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  
 
 
 @triton.jit
-def _scale(row):  # type: ignore[no-untyped-def]
+def _scale(row):
     return tl.load(row + 4).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _matrix(address, like):  # type: ignore[no-untyped-def]
+def _matrix(address, like):
     return address.to(tl.pointer_type(like.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
-def _down(  # type: ignore[no-untyped-def]
+def _down(
     x_ptr,
     out_ptr,
     table_ptr,
@@ -183,7 +183,7 @@ def _down(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
-def _up(  # type: ignore[no-untyped-def]
+def _up(
     y_ptr,
     down_ptr,
     table_ptr,
@@ -232,7 +232,7 @@ def _up(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
-def _outer(  # type: ignore[no-untyped-def]
+def _outer(
     x_ptr,
     down_ptr,
     table_ptr,

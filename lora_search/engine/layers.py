@@ -128,7 +128,7 @@ class _Enter(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, anchor: torch.Tensor | None, entrance: Entrance, dtype: torch.dtype
     ) -> torch.Tensor:
-        x_NI = x.reshape(-1, x.shape[-1]).to(dtype)
+        x_NI = x.reshape(-1, x.shape[-1]).to(dtype).contiguous()
         entrance.x_NI = x_NI
         entrance.downs, keeps = entrance.meeting.adapters.enter(x_NI)
         ctx.meeting, ctx.shape, ctx.dtype = entrance.meeting, x.shape, x.dtype
