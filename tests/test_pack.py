@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from lora_search.checkpoint import ADAPTER_WEIGHTS
 from lora_search.data import TokenSplit
 from lora_search.engine import Engine, Evaluation, StepMetrics, evaluate
 from lora_search.engine import finish as finish_module
+from lora_search.engine import forward as forward_module
 from lora_search.engine.adamw import step_together
 from lora_search.engine.attention import PackedAttention
 from lora_search.errors import OUT_OF_MEMORY, HostFailed, InputError, TrialFailed
@@ -215,6 +217,30 @@ def five_losses(engine: Engine, configs: Sequence[TrialConfig], order: Sequence[
     for name in names:
         engine.release(name)
     return [[step[str(index)] for step in steps] for index in range(len(configs))]
+
+
+def test_logits_of_one_turn_are_there_at_once(
+    one_lane: Engine, spec: SweepSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU they are half a gigabyte; what the planner says of its memory counts on it."""
+    packed = one_lane._packed
+    made: list[weakref.ref[torch.UntypedStorage]] = []
+    head_logits = packed.head_logits
+
+    def noted(*args: Any) -> torch.Tensor:
+        assert all(storage() is None for storage in made)
+        logits = head_logits(*args)
+        made.append(weakref.ref(logits.untyped_storage()))
+        return logits
+
+    monkeypatch.setattr(packed, "head_logits", noted)
+    monkeypatch.setattr(forward_module, "LOGIT_BYTES", {"cpu": 16 * packed._head.weight.shape[0]})
+    one_lane.admit("0", trial_config(spec, {"batch_size": 2}))
+    losses_of(one_lane.step(["0"]))
+    steps = len(made)
+    one_lane.evaluate(["0"])
+    one_lane.release("0")
+    assert len(made) > steps > 1
 
 
 def test_attention_is_not_prepared_for_every_length(spec: SweepSpec) -> None:

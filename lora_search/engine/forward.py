@@ -95,6 +95,7 @@ class PackedBase:
                 targets_m = pack.targets_M[rows]
                 losses.append(F.cross_entropy(logits_mV, targets_m, reduction="none"))
                 hits.append((logits_mV.argmax(-1) == targets_m).float())
+                del logits_mV  # the next turn's take their place
         losses_M = torch.cat(losses)
         sums = zip(pack.parts, pack.per_part(losses_M), pack.per_part(torch.cat(hits)), strict=True)
         return [Measured(loss, round(hit), losses_M[part.targets]) for part, loss, hit in sums]
@@ -246,6 +247,7 @@ class _HeadLoss(torch.autograd.Function):
             if bend.cap is not None:
                 shares_mV.mul_(bend.damping_(logits_mV))
             grad_ME[rows] = product(shares_mV.to(base.working), weight_VE.t()).to(grad_ME.dtype)
+            del logits_mV, shares_mV  # the next turn's logits take their place
         ctx.save_for_backward(grad_ME)
         ctx.mark_non_differentiable(losses_M)
         return losses_M.sum(), losses_M
