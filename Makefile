@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 BENCH := analysis/benchmarks
 WORKERS ?= 3
 
-.PHONY: demo test test-all lint bench browser clean
+.PHONY: demo test test-all lint bench bench-gpu browser clean
 
 demo: $(INSTALLED)
 	$(BIN)/lora-search run sweeps/demo.yaml
@@ -32,6 +32,17 @@ bench: $(INSTALLED)
 	$(BIN)/python $(BENCH)/memory.py --json $(BENCH)/memory.json
 	$(BIN)/python $(BENCH)/merge.py --json $(BENCH)/merge.json
 	$(BIN)/python $(BENCH)/read_results.py --json $(BENCH)/read_results.json
+
+# On a machine with a GPU of 80 GB; bases shaped like well-known ones, of random weights.
+bench-gpu: $(INSTALLED)
+	for shape in 0.5b 1b 8b; do \
+		$(BIN)/python $(BENCH)/steady_state.py --device cuda --base $$shape-shape --batch-size 1 \
+			--seconds 1 --rounds 3 --json $(BENCH)/steady_state_cuda_$${shape}_1.json || exit 1; \
+	done
+	$(BIN)/python $(BENCH)/steady_state.py --device cuda --base 1b-shape --seconds 1 --rounds 3 \
+		--json $(BENCH)/steady_state_cuda_1b_4.json
+	$(BIN)/python $(BENCH)/steady_state.py --device cuda --base 8b-shape --seconds 1 --rounds 3 --packs 1 2 4 8 \
+		--checkpointing --json $(BENCH)/steady_state_cuda_8b_4.json
 
 # Chromium, for the tests of the report's page, which skip without one. As root, from Debian's packages.
 browser:
