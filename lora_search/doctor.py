@@ -72,6 +72,9 @@ def _devices() -> Iterator[Check]:
     if not torch.cuda.is_available():
         dtype = str(compute_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
         yield Check("GPU", "note", f"none; trials would train on the CPU, in {dtype}")
+        return
+    from lora_search.engine.fused import fuses
+
     for index in range(torch.cuda.device_count()):
         device = torch.device("cuda", index)
         properties = torch.cuda.get_device_properties(device)
@@ -79,6 +82,10 @@ def _devices() -> Iterator[Check]:
         dtype = str(compute_dtype("auto", device)).removeprefix("torch.")
         found = f"{properties.name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, {dtype}"
         yield Check(f"GPU {index}", "ok" if free > 0.8 * total else "note", found)
+        if not fuses(device):
+            yield Check(
+                f"kernels on GPU {index}", "note", "none: packs of many trials are slower (gcc, and Triton's GPUs)"
+            )
 
 
 def _nf4() -> str:

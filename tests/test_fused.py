@@ -18,7 +18,7 @@ from lora_search.data import FlatRows, TokenizedData, TokenSplit
 from lora_search.engine import Engine, StepMetrics
 from lora_search.engine import lora as lora_module
 from lora_search.engine.adapter import Places
-from lora_search.engine.fused import fused_behind
+from lora_search.engine.fused import fused_behind, probe
 from lora_search.engine.masks import Masks, survivors_scale
 from lora_search.engine.pack import Pack, Share, build_pack
 from lora_search.model import load_base
@@ -179,6 +179,10 @@ def kept_of(pack: Pack, adapters: list[Layers], features: int) -> list[torch.Ten
             assert abs(mask.double().mean() - 1 / survivors_scale(0.3)) < 5 * (0.21 / mask.numel()) ** 0.5
         kept.append(mask.double())
     return kept
+
+
+def test_kernels_are_found_to_run() -> None:
+    assert probe(DEVICE)
 
 
 TRIALS: list[dict[str, Any]] = [

@@ -23,6 +23,7 @@ from lora_search.data import TokenSplit
 from lora_search.engine import Engine, Evaluation, StepMetrics, evaluate
 from lora_search.engine import finish as finish_module
 from lora_search.engine import forward as forward_module
+from lora_search.engine import fused as fused_module
 from lora_search.engine.adamw import step_together
 from lora_search.engine.attention import PackedAttention
 from lora_search.errors import OUT_OF_MEMORY, HostFailed, InputError, TrialFailed
@@ -241,6 +242,24 @@ def test_logits_of_one_turn_are_there_at_once(
     one_lane.evaluate(["0"])
     one_lane.release("0")
     assert len(made) > steps > 1
+
+
+def test_gpu_without_a_compiler_for_kernels_trains_without_them(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fused_module, "find_spec", lambda name: object())
+    monkeypatch.setattr(fused_module, "probe", lambda device: 1 / 0)
+    device = torch.device("cuda", 7)
+    assert not fused_module.fuses(device)
+    assert "Triton compiles no kernels on cuda:7 (ZeroDivisionError: division by zero)" in caplog.text
+
+    def fails(device: torch.device) -> bool:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(fused_module, "probe", fails)
+    with pytest.raises(HostFailed):
+        fused_module.fuses(torch.device("cuda", 8))
+    fused_module.fuses.cache_clear()
 
 
 def test_attention_is_not_prepared_for_every_length(spec: SweepSpec) -> None:

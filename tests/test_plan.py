@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, make_spec, shared
 
 from lora_search.cli import main
@@ -271,6 +272,26 @@ def test_reports_are_counted_as_a_trial_makes_them(tiny: Path) -> None:
     made = report_steps(spec, trial_config(spec, {}))
     for stopped in (*rungs(spec), 100):
         assert report_count(spec, stopped) == sum(step <= stopped for step in made)
+
+
+def test_doctor_says_where_packs_have_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_search import doctor
+    from lora_search.engine import fused
+
+    gpu = SimpleNamespace(name="NVIDIA L4")
+    for name, answer in {
+        "is_available": True,
+        "device_count": 1,
+        "get_device_properties": gpu,
+        "mem_get_info": (23 << 30, 24 << 30),
+        "get_device_capability": (8, 9),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *given, answer=answer: answer)
+    for runs in (True, False):
+        monkeypatch.setattr(fused, "fuses", lambda device, runs=runs: runs)
+        found = list(doctor._devices())
+        assert found[0] == doctor.Check("GPU 0", "ok", "NVIDIA L4, 23.0 of 24.0 GiB free, bfloat16")
+        assert [check.state for check in found[1:]] == ([] if runs else ["note"])
 
 
 def test_gpu_that_torch_does_not_see_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

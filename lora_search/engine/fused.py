@@ -6,6 +6,7 @@ adapters' sake adds up: here neither grows with the trials but by their own rows
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -15,17 +16,47 @@ import torch
 from lora_search.engine.adapter import Places
 from lora_search.engine.pack import Pack
 from lora_search.engine.table import Table, tables
+from lora_search.engine.trouble import device_fails_host
+from lora_search.errors import HostFailed
 
-OLDEST = (7, 0)
-"""Compute capability that Triton's code runs on, as torch's own compiler asks for."""
+logger = logging.getLogger(__name__)
 
 
 @cache
 def fuses(device: torch.device) -> bool:
-    """Whether the kernels run there: on NVIDIA's GPUs from Volta on, with Triton, which torch brings on Linux."""
+    """Whether the kernels run there, with the Triton that torch brings on Linux; found out by running one.
+
+    Raises:
+        HostFailed: the device computes no longer.
+    """
     if device.type != "cuda" or torch.version.hip is not None or find_spec("triton") is None:
         return False
-    return torch.cuda.get_device_capability(device) >= OLDEST
+    try:
+        with device_fails_host():
+            return probe(device)
+    except (HostFailed, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        logger.warning(
+            "Triton compiles no kernels on %s (%s: %s); trials have products of their own, which takes longer",
+            *(device, type(error).__name__, reason),
+        )
+        return False
+
+
+def probe(device: torch.device) -> bool:
+    """Whether a kernel computes what it should. It is compiled here: that takes a GPU that Triton knows, and gcc."""
+    from lora_search.engine.kernels import down
+
+    rows, features, ranks = 16, 32, 8
+    x = (torch.arange(rows * features, device=device) % 7).view(rows, features).half()
+    matrix = torch.eye(ranks, features, device=device).half()
+    numbers = torch.tensor([[0, rows, 0, 0, 0, matrix.data_ptr(), 0, ranks, 0]], device=device)
+    table = Table(numbers, numbers.shape[1], 0, (ranks,), aligned=True, drops=True, longest=rows)
+    out = torch.zeros(rows, 16, device=device).half()
+    down(out, x, table, 0, 0, drop=True, scale=False)
+    return torch.equal(out[:, :ranks], x[:, :ranks])
 
 
 class Fused:
