@@ -12,6 +12,9 @@ for those of any trial.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -35,39 +38,18 @@ def down(
     ranks = table.ranks(record)
     block = _block(ranks)
     grid = (_parts(table.longest, ROWS), table.parts, _parts(ranks, block))
-    with _on(x_NK):
-        _down[grid](
-            *(x_NK, out_NW, table.on_device, table.stride, table.at, HEAD + 4 * record, place),
-            *(x_NK.shape[1], out_NW.shape[1]),
-            DROPS=drop and table.drops,
-            SCALES=scale,
-            ALIGNED=table.aligned,
-            ROWS=ROWS,
-            RANKS=block,
-            DEPTH=DEPTH,
-            num_warps=4,
-            num_stages=3,
-        )
+    launch = _Launch(x_NK, out_NW, table, place, record, drop, scale)
+    launch(_down, grid, RANKS=block, DEPTH=DEPTH, num_stages=3)
 
 
 def add_up(
     y_NC: torch.Tensor, down_NW: torch.Tensor, table: Table, place: int, record: int, *, drop: bool, scale: bool
 ) -> None:
     """y += down M, or scale * that, or dropped as x was, for every trial's M (S, C)."""
+    block = _block(table.ranks(record))
     grid = (_parts(table.longest, ROWS), table.parts, _parts(y_NC.shape[1], COLUMNS))
-    with _on(y_NC):
-        _up[grid](
-            *(y_NC, down_NW, table.on_device, table.stride, table.at, HEAD + 4 * record, place),
-            *(y_NC.shape[1], down_NW.shape[1]),
-            DROPS=drop and table.drops,
-            SCALES=scale,
-            ALIGNED=table.aligned,
-            ROWS=ROWS,
-            RANKS=_block(table.ranks(record)),
-            COLUMNS=COLUMNS,
-            num_warps=4,
-            num_stages=2,
-        )
+    launch = _Launch(y_NC, down_NW, table, place, record, drop, scale)
+    launch(_up, grid, RANKS=block, COLUMNS=COLUMNS, num_stages=2)
 
 
 def add_outer(
@@ -75,22 +57,40 @@ def add_outer(
 ) -> None:
     """Gradient of M += down^T drop(x), or scale * that, for every trial's M (S, C), in float32 where it keeps it."""
     ranks = table.ranks(record)
-    block = _block(ranks)
-    columns = COLUMNS // 2
+    block, columns = _block(ranks), COLUMNS // 2
     grid = (_parts(x_NC.shape[1], columns), table.parts, _parts(ranks, block))
-    with _on(x_NC):
-        _outer[grid](
-            *(x_NC, down_NW, table.on_device, table.stride, table.at, HEAD + 4 * record, place),
-            *(x_NC.shape[1], down_NW.shape[1]),
-            DROPS=drop and table.drops,
-            SCALES=scale,
-            ALIGNED=table.aligned,
-            ROWS=ROWS,
-            RANKS=block,
-            COLUMNS=columns,
-            num_warps=4,
-            num_stages=3,
-        )
+    launch = _Launch(x_NC, down_NW, table, place, record, drop, scale)
+    launch(_outer, grid, RANKS=block, COLUMNS=columns, num_stages=3)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """What all kernels are given."""
+
+    features: torch.Tensor
+    """(N, K or C)."""
+    down_NW: torch.Tensor
+    table: Table
+    place: int
+    record: int
+    drop: bool
+    scale: bool
+
+    def __call__(self, kernel: Any, grid: tuple[int, int, int], **shape: int) -> None:
+        table, features = self.table, self.features
+        row_bytes = features.shape[1] * features.element_size()
+        # Triton launches on the current device; the layers of a base may be on several.
+        with torch.cuda.device(features.device.index if features.device.type == "cuda" else -1):
+            kernel[grid](
+                *(features, self.down_NW, table.on_device, table.stride, table.at, HEAD + 4 * self.record, self.place),
+                *(features.shape[1], self.down_NW.shape[1]),
+                DROPS=self.drop and table.drops,
+                SCALES=self.scale,
+                ALIGNED=table.aligned and row_bytes % 16 == 0,
+                ROWS=ROWS,
+                num_warps=4,
+                **shape,
+            )
 
 
 def _parts(numbers: int, of: int) -> int:
@@ -99,11 +99,6 @@ def _parts(numbers: int, of: int) -> int:
 
 def _block(ranks: int) -> int:
     return min(RANKS, max(16, 1 << (ranks - 1).bit_length()))
-
-
-def _on(x: torch.Tensor) -> torch.cuda.device:
-    """Triton launches on the current device; the layers of a base may be on several."""
-    return torch.cuda.device(x.device.index if x.device.type == "cuda" else -1)
 
 
 UNSPECIALISED = ("at", "record", "place")

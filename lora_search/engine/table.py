@@ -37,7 +37,7 @@ class Table:
     most: tuple[int, ...]
     """The highest rank that any part has of each record; 0 where nobody is adapted."""
     aligned: bool
-    """Whether every row of every matrix begins at a multiple of 16 bytes."""
+    """Whether every matrix, and every trial's columns of W, begin at a multiple of 16 bytes."""
     drops: bool
     """Whether any part drops anything."""
     longest: int
