@@ -387,10 +387,15 @@ def build_counting(data: Any) -> IdleEngine:
     return IdleEngine()
 
 
+@pytest.mark.parametrize("alone_s", [0.0, 3.0], ids=["from the start", "hosts join later"])
 def test_seats_are_started_once_each_though_trials_end_while_others_start(
-    started: Hosts, tiny: Path, tmp_path: Path
+    started: Hosts, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone_s: float
 ) -> None:
-    """A trial takes a hundredth of what a seat's process takes to start."""
+    """A trial takes a hundredth of what a seat's process takes to start.
+
+    Args:
+        alone_s: as long there is room for one trial.
+    """
     from ray._private.state import actors
 
     from lora_search.sweep.hosts import Hosts as SweepHosts
@@ -410,6 +415,8 @@ def test_seats_are_started_once_each_though_trials_end_while_others_start(
     hosts = SweepHosts(spec, build_idle)
     try:
         hosts.load()
+        grows = time.monotonic() + alone_s
+        monkeypatch.setattr(SweepHosts, "capacity", property(lambda self: capacity if time.monotonic() > grows else 1))
         rows = search(spec, create_run(tmp_path, spec.name, exact=True), hosts)
     finally:
         hosts.end()

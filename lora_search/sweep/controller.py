@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -20,13 +20,15 @@ _SEAT = ray.remote(Seat)
 
 
 @contextmanager
-def seated(**given: Any) -> Iterator[None]:
+def seated(capacity: Callable[[], int], **given: Any) -> Iterator[None]:
     """Have the trials of `tune.run` sit on seats, whatever trainable it is told of.
 
     Args:
+        capacity: trials that may run at once, as it stands; above zero.
         given: what every seat is made with, besides its first trial.
     """
-    tune_module.TuneController = partial(_Controller, given)  # tune.run takes no control loop as an argument
+    # tune.run takes no control loop as an argument
+    tune_module.TuneController = partial(_Controller, capacity, given)
     try:
         yield
     finally:
@@ -34,17 +36,29 @@ def seated(**given: Any) -> Iterator[None]:
 
 
 class _Controller(TuneController):  # type: ignore[misc]  # Ray's base class is untyped
-    """Has seats for actors. An ended trial's waits for the next trial, where all others have seats that start.
+    """Has seats for actors.
 
-    Tune gives it to one of those, throws away the process that was starting for that one, and starts another for the
-    next trial (Ray 2.60). Where trials last no longer than a process takes to start, it does so to the sweep's end.
+    As many start side by side as there is room for: Tune's way with a searcher is one by one. An ended trial's seat
+    waits for the next trial, where all others have seats that start. Tune gives it to one of those, throws away the
+    process that was starting for that one, and starts another for the next trial (Ray 2.60). Where trials last no
+    longer than a process takes to start, it does so to the sweep's end.
     """
 
-    def __init__(self, given: Mapping[str, Any], **told: Any) -> None:
+    def __init__(self, capacity: Callable[[], int], given: Mapping[str, Any], **told: Any) -> None:
         super().__init__(**told)
+        self._capacity = capacity
         seats = _Seats(self._actor_manager._resource_manager)
         seats.given = given
         self._actor_manager: RayActorManager = seats
+
+    def step(self) -> None:
+        self.update_max_pending_trials(self._capacity())  # hosts come and go
+        super().step()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        del state["_capacity"]  # what Tune saves of a run is data
+        return state
 
     def _maybe_reuse_cached_actor(self, trial: Trial) -> bool:
         own = self._trial_to_actor.get(trial)

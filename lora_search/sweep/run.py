@@ -274,10 +274,8 @@ def _tune(
 ) -> None:
     """Have Ray Tune run the trials that are left."""
     searcher = StudySearcher(spec, study, lambda: hosts.capacity)
-    # Seats start side by side, not one by one, which is Tune's way with a searcher.
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(hosts.capacity)
     try:
-        with sigterm_ends_tune(), seated(spec=spec, run=run.folder, hosts=hosts.prefix):
+        with sigterm_ends_tune(), seated(lambda: hosts.capacity, spec=spec, run=run.folder, hosts=hosts.prefix):
             # tune.run, not Tuner: that one pickles every callback and searcher into the run directory.
             tune.run(
                 tune.with_resources(tune.Trainable, {"memory": SEAT_BYTES}),

@@ -133,7 +133,12 @@ def start_host(
 
 def what_is_held(hosts: Sequence[RunningHost]) -> str:
     """What there is to say of hosts that do not start."""
+    alike: dict[tuple[str, int, int], list[str]] = {}
+    for host in hosts:
+        alike.setdefault((host.place.node[:8], host.place.cpus, host.place.gpus), []).append(host.place.name)
     told = "; ".join(
-        f"{h.place.name} on node {h.place.node[:8]} wants {h.place.cpus} cores and {h.place.gpus} GPUs" for h in hosts
+        f"{', '.join(names)} on node {node} want{'s' * (len(names) == 1)} {cpus} cores and {gpus} GPUs"
+        + " each" * (len(names) > 1)
+        for (node, cpus, gpus), names in alike.items()
     )
-    return f"{told}: something else on the cluster holds them; as soon as they are free, it starts"
+    return f"{told}: something else on the cluster holds them, or the node is slow; as soon as they run, they join"
