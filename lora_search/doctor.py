@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,13 +80,20 @@ def _devices() -> Iterator[Check]:
         device = torch.device("cuda", index)
         properties = torch.cuda.get_device_properties(device)
         free, total = torch.cuda.mem_get_info(device)
-        dtype = str(compute_dtype("auto", device)).removeprefix("torch.")
+        working = compute_dtype("auto", device)
+        dtype = str(working).removeprefix("torch.")
         found = f"{properties.name}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, {dtype}"
         yield Check(f"GPU {index}", "ok" if free > 0.8 * total else "note", found)
-        if not fuses(device):
-            yield Check(
-                f"kernels on GPU {index}", "note", "none: packs of many trials are slower (gcc, and Triton's GPUs)"
-            )
+        what = f"kernels on GPU {index}"
+        kernels = _attempt(what, partial(_word, fuses, device, working))
+        if not kernels.found:
+            yield Check(what, "note", "none: packs of many trials are slower (gcc, Python's headers, Triton's GPUs)")
+        elif kernels.state != "ok":
+            yield kernels
+
+
+def _word(there: Callable[..., bool], *of: object) -> str:
+    return "there" if there(*of) else ""
 
 
 def _nf4() -> str:

@@ -21,6 +21,7 @@ from lora_search.engine.adapter import Places
 from lora_search.engine.fused import fused_behind, probe
 from lora_search.engine.masks import Masks, survivors_scale
 from lora_search.engine.pack import Pack, Share, build_pack
+from lora_search.engine.table import Table, tables
 from lora_search.model import load_base
 from lora_search.space import TrialConfig, trial_config
 from lora_search.spec import Base
@@ -159,9 +160,6 @@ def test_kernels_compute_what_they_should(
 
 def kept_of(pack: Pack, adapters: list[Layers], features: int) -> list[torch.Tensor]:
     """Every part's mask, seen by what is left of ones that go through it."""
-    from lora_search.engine import kernels
-    from lora_search.engine.table import tables
-
     tokens = pack.parts[-1].tokens.stop
     table = tables(pack, DEVICE)[5, 6, 7]
     kept = []
@@ -170,7 +168,7 @@ def kept_of(pack: Pack, adapters: list[Layers], features: int) -> list[torch.Ten
         adapter.a_SI.fill_(1)
         through = torch.zeros(tokens, features, device=DEVICE, dtype=values.dtype)
         ones = torch.ones(tokens, 512, device=DEVICE, dtype=values.dtype)
-        kernels.add_up(through, ones, table, 5, 0, drop=True, scale=False)
+        kernels().add_up(through, ones, table, 5, 0, drop=True, scale=False)
         adapter.a_SI.copy_(values)
         mask = through[part.tokens] != 0
         if not part.share.dropout:
@@ -181,8 +179,58 @@ def kept_of(pack: Pack, adapters: list[Layers], features: int) -> list[torch.Ten
     return kept
 
 
-def test_kernels_are_found_to_run() -> None:
-    assert probe(DEVICE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels_are_found_to_run(dtype: torch.dtype) -> None:
+    assert probe(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("key", [0, -1, 123_456_789_012_345])
+@pytest.mark.parametrize("place", [0, 7])
+def test_mask_is_philoxs_of_key_place_row_and_column(key: int, place: int) -> None:
+    rows, features = 70, 136
+    heads = [0, 5, 0, 0, 0], [5, 5 + rows, key, 20_000, 0]  # of the second part, whose rows begin at its own first
+    matrix = torch.ones(16, features, device=DEVICE)
+    numbers = [[*heads[0], 0, 0, 0, 0], [*heads[1], matrix.data_ptr(), 0, 16, 0]]
+    table = Table(torch.tensor(numbers, device=DEVICE), 9, 0, (16,), aligned=True, drops=True, longest=rows)
+    through = torch.zeros(5 + rows, features, device=DEVICE)
+    ones = torch.ones(5 + rows, 16, device=DEVICE)
+    kernels().add_up(through, ones, table, place, 0, drop=True, scale=False)
+    kept = (through[5:] != 0).cpu().numpy()
+    assert not through[:5].any()
+    np.testing.assert_array_equal(kept, levels(key, place, rows, features) >= 20_000)
+
+
+def kernels() -> Any:
+    from lora_search.engine import kernels
+
+    return kernels
+
+
+def levels(key: int, place: int, rows: int, features: int) -> npt.NDArray[np.uint64]:
+    """Sixteen bits for each place, by Philox 4x32-7 as its paper says; eight columns from each counter."""
+    low, multipliers, weyl = 0xFFFF_FFFF, (0xD251_1F53, 0xCD9E_8D57), (0x9E37_79B9, 0xBB67_AE85)
+    octets = features // 8
+    counter = [
+        np.broadcast_to(np.arange(octets, dtype=np.uint64), (rows, octets)),
+        np.broadcast_to(np.arange(rows, dtype=np.uint64)[:, None], (rows, octets)),
+        np.full((rows, octets), place, np.uint64),
+        np.zeros((rows, octets), np.uint64),
+    ]
+    keys = [key & low, (key >> 32) & low]
+    for _ in range(7):
+        products = [counter[0] * np.uint64(multipliers[0]), counter[2] * np.uint64(multipliers[1])]
+        highs, lows = [p >> np.uint64(32) for p in products], [p & np.uint64(low) for p in products]
+        counter = [
+            highs[1] ^ counter[1] ^ np.uint64(keys[0]),
+            lows[1],
+            highs[0] ^ counter[3] ^ np.uint64(keys[1]),
+            lows[0],
+        ]
+        keys = [(k + w) & low for k, w in zip(keys, weyl, strict=True)]
+    a, b, c, d = counter
+    words = np.stack([a, c, b, d], -1)  # as Triton joins (a, b) with (c, d)
+    both = np.stack([words & np.uint64(0xFFFF), words >> np.uint64(16)], -1)
+    return both.reshape(rows, features)
 
 
 TRIALS: list[dict[str, Any]] = [
@@ -210,7 +258,7 @@ def engine(spec: SweepSpec) -> Engine:
 @pytest.fixture(autouse=True)
 def _fused(monkeypatch: pytest.MonkeyPatch) -> None:
     if not ON_GPU:
-        monkeypatch.setattr(lora_module, "fuses", lambda device: True)
+        monkeypatch.setattr(lora_module, "fuses", lambda device, dtype: True)
 
 
 @pytest.fixture
@@ -253,7 +301,7 @@ def test_kernels_and_products_of_ones_own_make_the_same_gradient(
     for _ in range(3):
         engine.step(["plain"])
     fused, measured = engine.gradients(names), engine.evaluate(residents)
-    monkeypatch.setattr(lora_module, "fuses", lambda device: False)
+    monkeypatch.setattr(lora_module, "fuses", lambda device, dtype: False)
     apart, evaluated = engine.gradients(names), engine.evaluate(residents)
     tolerance = GRADIENT_TOLERANCE[spec.base.compute_dtype]
     for name in names:

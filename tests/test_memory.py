@@ -448,6 +448,19 @@ def test_base_that_never_fits_is_refused_by_name(tiny_spec: SweepSpec) -> None:
         refuse_what_never_fits(tiny_spec, memory, found, 1000, "a GPU")
 
 
+def test_gpu_without_kernels_keeps_masks_and_copies(tiny_spec: SweepSpec) -> None:
+    """A byte for every number that goes into an adapted layer, where something is dropped."""
+    shape = TrialShape(resolve(BaseMemory(skeleton(tiny_spec.base.model), GPU).tree, "all-linear"), 8, True, 4, 32)
+    with_kernels, without = (
+        BaseMemory(skeleton(tiny_spec.base.model), replace(GPU, kernels=kernels)).trial(shape)
+        for kernels in (True, False)
+    )
+    config = skeleton(tiny_spec.base.model).config
+    read = config.num_hidden_layers * (3 * config.hidden_size + config.intermediate_size)
+    assert without.activations - with_kernels.activations == shape.tokens * read
+    assert without.state == with_kernels.state
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_peak_on_a_gpu_is_predicted(tmp_path: Path) -> None:

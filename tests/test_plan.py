@@ -288,7 +288,7 @@ def test_doctor_says_where_packs_have_no_kernels(monkeypatch: pytest.MonkeyPatch
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *given, answer=answer: answer)
     for runs in (True, False):
-        monkeypatch.setattr(fused, "fuses", lambda device, runs=runs: runs)
+        monkeypatch.setattr(fused, "fuses", lambda device, dtype, runs=runs: runs)
         found = list(doctor._devices())
         assert found[0] == doctor.Check("GPU 0", "ok", "NVIDIA L4, 23.0 of 24.0 GiB free, bfloat16")
         assert [check.state for check in found[1:]] == ([] if runs else ["note"])

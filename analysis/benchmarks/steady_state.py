@@ -89,7 +89,7 @@ class Packs:
         from lora_search.engine import StepMetrics, lora
 
         setting, engine = self._setting, self._engine
-        lora.fuses = self._fuses if way == "pack" else lambda device: False
+        lora.fuses = self._fuses if way == "pack" else lambda device, dtype: False
         for name in engine.residents[trials:]:
             engine.release(name)
         for index in range(len(engine.residents), trials):

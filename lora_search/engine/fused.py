@@ -16,47 +16,63 @@ import torch
 from lora_search.engine.adapter import Places
 from lora_search.engine.pack import Pack
 from lora_search.engine.table import Table, tables
-from lora_search.engine.trouble import device_fails_host
+from lora_search.engine.trouble import device_fails_host, is_out_of_memory
 from lora_search.errors import HostFailed
 
 logger = logging.getLogger(__name__)
 
 
 @cache
-def fuses(device: torch.device) -> bool:
-    """Whether the kernels run there, with the Triton that torch brings on Linux; found out by running one.
+def fuses(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels run there, with the Triton that torch brings on Linux; found out by running them.
 
     Raises:
         HostFailed: the device computes no longer.
+        torch.OutOfMemoryError, RuntimeError: its memory is full.
     """
     if device.type != "cuda" or torch.version.hip is not None or find_spec("triton") is None:
         return False
+    reason = "they compute something else"
     try:
         with device_fails_host():
-            return probe(device)
-    except (HostFailed, torch.OutOfMemoryError):
+            if probe(device, dtype):
+                return True
+    except HostFailed:
         raise
     except Exception as error:
-        reason = str(error).partition("\n")[0]
-        logger.warning(
-            "Triton compiles no kernels on %s (%s: %s); trials have products of their own, which takes longer",
-            *(device, type(error).__name__, reason),
-        )
-        return False
+        if is_out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    logger.warning(
+        "Triton compiles no kernels on %s (%s); trials have products of their own, which takes longer, and other "
+        "dropout masks than where it does",
+        *(device, reason),
+    )
+    return False
 
 
-def probe(device: torch.device) -> bool:
-    """Whether a kernel computes what it should. It is compiled here: that takes a GPU that Triton knows, and gcc."""
-    from lora_search.engine.kernels import down
+def probe(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels compute what they should, at their largest.
 
-    rows, features, ranks = 16, 32, 8
-    x = (torch.arange(rows * features, device=device) % 7).view(rows, features).half()
-    matrix = torch.eye(ranks, features, device=device).half()
-    numbers = torch.tensor([[0, rows, 0, 0, 0, matrix.data_ptr(), 0, ranks, 0]], device=device)
-    table = Table(numbers, numbers.shape[1], 0, (ranks,), aligned=True, drops=True, longest=rows)
-    out = torch.zeros(rows, 16, device=device).half()
-    down(out, x, table, 0, 0, drop=True, scale=False)
-    return torch.equal(out[:, :ranks], x[:, :ranks])
+    They are compiled here: that takes a GPU that Triton knows, gcc, and Python's headers.
+    """
+    from lora_search.engine.kernels import add_outer, add_up, down
+
+    rows, features, ranks, one = 16, 128, 64, 0x3F80_0000
+    x = (torch.arange(rows * features, device=device) % 7).view(rows, features).to(dtype)
+    matrix = torch.eye(ranks, features, device=device).to(dtype)
+    gradient = torch.zeros(ranks, features, device=device)
+    numbers = [[0, rows, 0, 0, one, matrix.data_ptr(), gradient.data_ptr(), ranks, 0]]
+    table = Table(torch.tensor(numbers, device=device), len(numbers[0]), 0, (ranks,), True, True, rows)
+    out, y = torch.zeros(rows, ranks, device=device).to(dtype), x.clone()
+    down(out, x, table, 0, 0, drop=True, scale=True)
+    add_up(y, out, table, 0, 0, drop=True, scale=True)
+    add_outer(out, x, table, 0, 0, drop=True, scale=True)
+    return (
+        torch.equal(out, x[:, :ranks])
+        and torch.equal(y, x + torch.cat([out, torch.zeros_like(out)], 1))
+        and torch.equal(gradient, out.float().t() @ x.float())
+    )
 
 
 class Fused:
@@ -101,7 +117,8 @@ class Fused:
         from lora_search.engine.kernels import add_outer, add_up
 
         grad_down_NW, self._grad_down_NW = self._grad_down_NW, None
-        assert grad_down_NW is not None
+        if grad_down_NW is None:  # what the adapted layers make had no influence
+            return
         add_outer(grad_down_NW, x_NI, self._table, self._place, 0, drop=True, scale=False)
         if grad_NI is not None:
             add_up(grad_NI, grad_down_NW, self._table, self._place, 0, drop=True, scale=False)

@@ -54,7 +54,7 @@ class Entrance:
         whole = tokens == pack.parts[-1].tokens.stop
         by_part = whole and x.device.type == "cpu"
         rows = [part.tokens for part in pack.parts] if by_part else [slice(0, tokens)]
-        self.meeting = _Meeting(rows, adapters_behind(pack, siblings, x.device, whole=whole), x.requires_grad)
+        self.meeting = _Meeting(rows, adapters_behind(pack, siblings, x.device, dtype, whole=whole), x.requires_grad)
         self.x_NI: torch.Tensor
         self.downs: list[torch.Tensor]
         ends_here = any(map(self.meeting.adapters.adapts, siblings))

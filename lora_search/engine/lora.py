@@ -68,14 +68,15 @@ class Adapted:
         return masks.keep(place, tuple(x_nI.shape), x_nI.device, dropout).view(torch.uint8)
 
 
-def adapters_behind(pack: Pack, siblings: Places, device: torch.device, *, whole: bool) -> Adapters:
+def adapters_behind(pack: Pack, siblings: Places, device: torch.device, dtype: torch.dtype, *, whole: bool) -> Adapters:
     """The adapters that the pack's trials have on these layers.
 
     Args:
         device: of the layers.
+        dtype: of the products.
         whole: whether they read all of the pack's tokens, and not those that a router has picked.
     """
-    if whole and fuses(device) and (fused := fused_behind(pack, siblings, device)) is not None:
+    if whole and fuses(device, dtype) and (fused := fused_behind(pack, siblings, device)) is not None:
         return fused
     adapted = [
         Adapted(index, part, adapter, down)
@@ -127,7 +128,9 @@ class Apart:
 
     def leave(self, x_NI: torch.Tensor, keeps: Keeps, grad_NI: torch.Tensor | None) -> None:
         for one, keep_nI in zip(self._adapted, keeps, strict=True):
-            grad_down_nS = self._grads_down_nS.pop(one.index)
+            grad_down_nS = self._grads_down_nS.pop(one.index, None)
+            if grad_down_nS is None:  # what its adapted layers make had no influence
+                continue
             accumulate(one.down.grad_a_SI, grad_down_nS.t(), _dropped(x_NI[one.rows], keep_nI))
             if grad_NI is None:
                 continue

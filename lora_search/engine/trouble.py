@@ -11,11 +11,19 @@ import torch
 
 from lora_search.errors import OUT_OF_MEMORY, HostFailed, TrialFailed
 
-DEVICE_ERRORS = ("CUDA error", "cuBLAS", "CUBLAS_STATUS", "cuDNN error", "NCCL error", "HIP error")
+DEVICE_ERRORS = (
+    "CUDA error",
+    "cuBLAS",
+    "CUBLAS_STATUS",
+    "cuDNN error",
+    "NCCL error",
+    "HIP error",
+    "Triton Error [CUDA]",
+)
 """How errors begin after which a device answers every call with the same one."""
 
 
-LASTING = ("no kernel image", "invalid device function", "NOT_SUPPORTED")
+LASTING = ("no kernel image", "kernel image is invalid", "invalid device function", "NOT_SUPPORTED")
 """What such an error says where the device is sound, and cannot do what is asked: no other would."""
 
 

@@ -45,8 +45,8 @@ class Pass:
 
     @property
     def fused(self) -> bool:
-        """Whether the adapters have kernels (`engine/fused.py`), which keep no masks and take no copies."""
-        return self.setup.device == "cuda"
+        """Whether the adapters have kernels."""
+        return self.setup.device == "cuda" and self.setup.kernels
 
     @property
     def working(self) -> torch.dtype:

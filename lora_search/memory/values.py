@@ -47,6 +47,8 @@ class Setup:
     """Passes side by side: torch's threads on a CPU, but no more than trials; one on a GPU."""
     validation_tokens: int | None = None
     """Of the validation split, where that is known."""
+    kernels: bool = True
+    """On a GPU: whether the adapters have kernels (engine/fused.py), which keep no masks and make no copies."""
     gpus: int = 1
     """GPUs that the base's layers are split over."""
     gpu_bytes: int = 0
@@ -62,6 +64,7 @@ class Setup:
         lanes: int,
         validation_tokens: int | None,
         checkpointing: bool | None = None,
+        kernels: bool = True,
         gpus: int = 1,
         gpu_bytes: int = 0,
     ) -> Setup:
@@ -78,6 +81,7 @@ class Setup:
             checkpointing=base.gradient_checkpointing if checkpointing is None else checkpointing,
             lanes=lanes,
             validation_tokens=validation_tokens,
+            kernels=kernels,
             gpus=gpus,
             gpu_bytes=gpu_bytes if gpus > 1 else 0,
         )

@@ -61,10 +61,12 @@ def memory_of(spec: SweepSpec, place: HostPlace, lanes: int, data: TokenizedData
     Raises:
         InputError: the base cannot be split over so many GPUs.
     """
+    from lora_search.engine.fused import fuses
     from lora_search.model import compute_dtype
 
     devices = devices_of(place)
     base = spec.base
+    working = compute_dtype(base.compute_dtype, devices[0])
     kind: Literal["cpu", "cuda"] = "cuda" if devices[0].type == "cuda" else "cpu"
     auto = str(compute_dtype("auto", devices[0])).removeprefix("torch.")
     setup = Setup.of(
@@ -73,6 +75,7 @@ def memory_of(spec: SweepSpec, place: HostPlace, lanes: int, data: TokenizedData
         auto,
         lanes=lanes,
         validation_tokens=len(data.validation.tokens_S),
+        kernels=all(fuses(device, working) for device in devices),
         gpus=len(devices),
         gpu_bytes=usable_bytes(devices, place.neighbours),
     )
