@@ -136,7 +136,9 @@ class BaseMemory:
         tokens = sum(shape.tokens * count for shape, count in counts.items())
         kept = tokens * max((trial.activations / shape.tokens for shape, trial in trials.items()), default=0.0)
         passing = tokens * max((trial.passing / shape.tokens for shape, trial in trials.items()), default=0.0)
-        logits = lanes * self._logits(math.ceil(tokens / lanes)) if piece.gpu == 0 else 0  # where the output head is
+        alone = self.setup.device == "cpu"  # there a trial's targets go through the output head by themselves
+        targets = max((shape.tokens for shape in shapes), default=0) if alone else tokens
+        logits = lanes * self._logits(targets) if piece.gpu == 0 else 0  # where the output head is
         back = passing + lanes * self._dense  # the logits have gone when the first gradient comes
         return HostBytes(
             runtime=RUNTIME_BYTES if self.setup.device == "cpu" else 0,
@@ -177,7 +179,8 @@ class BaseMemory:
         if self.setup.validation_tokens is not None:
             tokens = min(tokens, -(-len(shapes) * self.setup.validation_tokens // lanes))
         passing = self._replay.evaluation(length).peak / length * tokens
-        logits = self._logits(tokens) if piece.gpu == 0 else 0
+        targets = -(-tokens // max(1, len(shapes))) if self.setup.device == "cpu" else tokens
+        logits = self._logits(targets) if piece.gpu == 0 else 0
         return math.ceil(lanes * (passing + logits + self._dense))
 
     def _experts_delta(self, shape: TrialShape) -> int:
