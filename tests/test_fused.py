@@ -37,6 +37,8 @@ if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":  # read when Triton
     pytest.skip("needs a CUDA device, or Triton and TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton", reason="needs Triton (pip install triton==3.6.0): it is no part of torch for a CPU")
 
+from lora_search.engine import kernels  # noqa: E402  # imports Triton
+
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] if ON_GPU else [torch.float32]
@@ -168,7 +170,7 @@ def kept_of(pack: Pack, adapters: list[Layers], features: int) -> list[torch.Ten
         adapter.a_SI.fill_(1)
         through = torch.zeros(tokens, features, device=DEVICE, dtype=values.dtype)
         ones = torch.ones(tokens, 512, device=DEVICE, dtype=values.dtype)
-        kernels().add_up(through, ones, table, 5, 0, drop=True, scale=False)
+        kernels.add_up(through, ones, table, 5, 0, drop=True, scale=False)
         adapter.a_SI.copy_(values)
         mask = through[part.tokens] != 0
         if not part.share.dropout:
@@ -194,16 +196,10 @@ def test_mask_is_philoxs_of_key_place_row_and_column(key: int, place: int) -> No
     table = Table(torch.tensor(numbers, device=DEVICE), 9, 0, (16,), aligned=True, drops=True, longest=rows)
     through = torch.zeros(5 + rows, features, device=DEVICE)
     ones = torch.ones(5 + rows, 16, device=DEVICE)
-    kernels().add_up(through, ones, table, place, 0, drop=True, scale=False)
+    kernels.add_up(through, ones, table, place, 0, drop=True, scale=False)
     kept = (through[5:] != 0).cpu().numpy()
     assert not through[:5].any()
     np.testing.assert_array_equal(kept, levels(key, place, rows, features) >= 20_000)
-
-
-def kernels() -> Any:
-    from lora_search.engine import kernels
-
-    return kernels
 
 
 def levels(key: int, place: int, rows: int, features: int) -> npt.NDArray[np.uint64]:
