@@ -79,6 +79,9 @@ class Fused:
     """`lora.Adapters` for the layers behind one entrance."""
 
     def __init__(self, siblings: Places, table: Table) -> None:
+        from lora_search.engine import kernels  # imports Triton, which is not everywhere
+
+        self._kernels = kernels
         self._table = table
         self._records = {place: 1 + index for index, place in enumerate(siblings) if table.ranks(1 + index)}
         self._place = siblings[0]
@@ -88,40 +91,32 @@ class Fused:
         return place in self._records
 
     def enter(self, x_NI: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-        from lora_search.engine.kernels import down
-
         down_NW = x_NI.new_empty(len(x_NI), self._width)
-        down(down_NW, x_NI, self._table, self._place, 0, drop=True, scale=False)
+        self._kernels.down(down_NW, x_NI, self._table, self._place, 0, drop=True, scale=False)
         return [down_NW], [None]
 
     def add(self, place: int, y_NO: torch.Tensor, downs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        from lora_search.engine.kernels import add_up
-
         if place not in self._records:
             return []
-        add_up(y_NO, downs[0], self._table, self._place, self._records[place], drop=False, scale=True)
+        self._kernels.add_up(y_NO, downs[0], self._table, self._place, self._records[place], drop=False, scale=True)
         return [downs[0]]
 
     def gather(self, place: int, grad_NO: torch.Tensor, saved: Sequence[torch.Tensor]) -> None:
-        from lora_search.engine.kernels import add_outer, down
-
         if place not in self._records:
             return
         record, grad_NO = self._records[place], grad_NO.contiguous()
-        add_outer(saved[0], grad_NO, self._table, self._place, record, drop=False, scale=True)
+        self._kernels.add_outer(saved[0], grad_NO, self._table, self._place, record, drop=False, scale=True)
         if self._grad_down_NW is None:
             self._grad_down_NW = torch.zeros_like(saved[0])
-        down(self._grad_down_NW, grad_NO, self._table, self._place, record, drop=False, scale=True)
+        self._kernels.down(self._grad_down_NW, grad_NO, self._table, self._place, record, drop=False, scale=True)
 
     def leave(self, x_NI: torch.Tensor, keeps: Sequence[torch.Tensor | None], grad_NI: torch.Tensor | None) -> None:
-        from lora_search.engine.kernels import add_outer, add_up
-
         grad_down_NW, self._grad_down_NW = self._grad_down_NW, None
         if grad_down_NW is None:  # what the adapted layers make had no influence
             return
-        add_outer(grad_down_NW, x_NI, self._table, self._place, 0, drop=True, scale=False)
+        self._kernels.add_outer(grad_down_NW, x_NI, self._table, self._place, 0, drop=True, scale=False)
         if grad_NI is not None:
-            add_up(grad_NI, grad_down_NW, self._table, self._place, 0, drop=True, scale=False)
+            self._kernels.add_up(grad_NI, grad_down_NW, self._table, self._place, 0, drop=True, scale=False)
 
     @property
     def _width(self) -> int:

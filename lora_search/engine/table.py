@@ -2,7 +2,7 @@
 
 Of every part of the pack (T) and every entrance (G) a row: the head (the part's first token and the one behind its
 last, the key of its masks, how many of 65,536 levels are dropped, its scale), then four numbers for A of all layers
-behind the entrance, and four for B of each (`adapter.Records`).
+behind the entrance, and four for B of each (`FlatAdapter.records`).
 """
 
 from __future__ import annotations
