@@ -158,6 +158,15 @@ class Shelf:
                 return Saved(checkpoint, parameters, told.get("reports", ()), tuple(damaged))
         return Saved(None, None, (), tuple(damaged)) if damaged else None
 
+    def put_again(self, checkpoint: Checkpoint) -> None:
+        """Keep a checkpoint in place of the one of its step, which is damaged.
+
+        Raises:
+            OSError: there is no room, or no right to write.
+        """
+        self._folder.remove(f"checkpoint_{step_of(checkpoint):06d}")
+        self.put(checkpoint)
+
     def clear(self) -> None:
         """Remove all checkpoints: they are another trial's, that has had this number."""
         for name in self._names():
@@ -178,7 +187,8 @@ class Shelf:
         return None
 
     def _names(self) -> list[str]:
-        return [name for name in self._folder.names() if name.startswith("checkpoint_")]
+        found = [name for name in self._folder.names() if name.startswith("checkpoint_")]
+        return sorted(found, key=lambda name: (len(name), name))  # from step 1,000,000 on there are more digits
 
 
 def trial_folder(trial: int) -> str:

@@ -215,14 +215,15 @@ class Host:
         if trial not in self._residents:
             return
         self._bytes_left = await self._ask(lambda: self._let_go(trial))
-        self._residents.discard(trial)
         self._waiting.changed()
 
     def _let_go(self, trial: str) -> int:
         goal = self._goals.pop(trial, None)
         if goal is not None:
             goal.report.cancel()
-        self._engine.release(trial)
+        if trial in self._residents:  # whoever else let it go may have been first
+            self._engine.release(trial)
+            self._residents.remove(trial)  # here, not on the loop: what is asked next may be to save them all
         return self._engine.room()
 
     async def _ask(self, work: Callable[[], T]) -> T:

@@ -62,21 +62,24 @@ class Weather(Observer):
 
 @pytest.mark.usefixtures("unverified_merge")
 def test_nodes_that_leave_lose_no_trial_and_nodes_that_join_get_a_host(
-    nodes: Cluster, tiny: Path, tmp_path: Path
+    nodes: Cluster, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In a folder of its own below another working directory than the nodes have."""
+    monkeypatch.chdir(tmp_path)
     spec = make_spec(
         tiny,
         name="weather",
         hosts={"trials_per_host": 2},
         search={"trials": 12, "scheduler": {"name": "none"}},
         training={"steps": 240, "eval_every": 48},
-        output=str(tmp_path),
+        output="runs",
     )
     said: list[str] = []
     weather = Weather(nodes)
     outcome = run_sweep(
-        spec, create_run(tmp_path, spec.name, exact=True), [weather], address=nodes.address, say=said.append
+        spec, create_run("runs", spec.name, exact=True), [weather], address=nodes.address, say=said.append
     )
+    assert (tmp_path / "runs" / "weather" / "best" / "merged" / "config.json").is_file()
     require_whole(outcome.run, 12)
     assert {row["state"] for row in outcome.rows} == {"completed"}
     assert [line for line in said if "was lost: its node is gone" in line]

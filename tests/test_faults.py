@@ -157,7 +157,7 @@ def test_sick_device_sigkill_of_host_and_seat_and_a_damaged_checkpoint_lose_noth
 ) -> None:
     """A host whose device is sick is replaced: it would take one trial after the other, and fail it.
 
-    Of the damaged checkpoint, the one before it is used.
+    Of the damaged checkpoint, the one before it is used; so it is of the best trial's last, when the sweep is to end.
     """
     spec = sequential(tiny, "killed", tmp_path)
     run = create_run(tmp_path, spec.name, exact=True)
@@ -167,8 +167,19 @@ def test_sick_device_sigkill_of_host_and_seat_and_a_damaged_checkpoint_lose_noth
         {(0, 2): lambda: kill("ray::Seat"), (0, 4): lambda: kill("ray::Host"), (0, 6): lambda: damage(run, 0, 6)}
     )
     said: list[str] = []
-    outcome = run_sweep(spec, run, [strikes], say=said.append)
+    adapters: list[bytes] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if " is best; " in line:
+            last = max((run.tune / f"trial-{int(line.split()[1]):04d}").iterdir()) / "adapter_model.safetensors"
+            adapters.append(last.read_bytes())
+            flip_bit(last)
+
+    outcome = run_sweep(spec, run, [strikes], say=say)
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    assert [(run.best / "adapter" / "adapter_model.safetensors").read_bytes()] == adapters
+    assert any("adapter_model.safetensors is damaged" in line and "is trained again" in line for line in said)
     require_whole(run, TRIALS)
     assert strikes.resumed == [(0, 2, 0), (0, 2, 0), (0, 4, 0), (0, 4, 1)]
     assert (
@@ -366,6 +377,24 @@ def test_sweep_that_is_warned_in_every_phase_goes_on_as_if_nothing_had_been(
     reports = [event for event in read_events(run.trials) if event["event"] == "report" and event["trial"] >= TRIALS]
     assert {report["steps_total"] for report in reports} == {12}
     assert any("completed at 8 steps stay as they are" in line for line in told), told
+
+
+@pytest.mark.slow
+def test_trial_that_was_interrupted_half_way_goes_on_to_more_steps(tiny: Path, tmp_path: Path) -> None:
+    short, long = (
+        sequential(tiny, "longer", tmp_path, search={"scheduler": {"name": "none"}}, training={"steps": steps})
+        for steps in (60, 80)
+    )
+    run = RunDirectory(tmp_path / "longer")
+    warned(short, lambda process: wait_until(lambda: reported(run, 1), process))
+    last = subprocess.run(command(long, "--resume"), capture_output=True, text=True, timeout=PATIENCE)
+    assert last.returncode == 0, last.stderr
+    require_whole(run, TRIALS)
+    events = list(read_events(run.trials))
+    (resumed,) = [event for event in events if event["event"] == "resume"]
+    assert 0 < resumed["step"] < 60
+    ends = {row["trial"]: row["steps"] for row in run_rows(run)}
+    assert ends == {trial: 60 if trial < resumed["trial"] else 80 for trial in range(TRIALS)}
 
 
 def test_sweep_whose_driver_is_killed_goes_on_as_if_nothing_had_been(

@@ -6,15 +6,17 @@ import asyncio
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lora_search.checkpoint import Checkpoint
+from lora_search.checkpoint import Checkpoint, seal
 from lora_search.errors import HostFailed, InputError, TrialFailed
 from lora_search.host import Host
 from lora_search.space import TrialConfig
 from lora_search.spec.schema import Lora, Training
+from lora_search.storage import Folder
 
 CONFIG = TrialConfig(Lora(), Training())
 
@@ -112,6 +114,42 @@ def test_trial_joins_while_others_train() -> None:
 
     long, late = asyncio.run(story())
     assert (long["step"], late["step"], late["host"]) == (50_000, 5, "host-0")
+
+
+class Held(CountingEngine):
+    """Is in the middle of a step until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entered, self.go = threading.Event(), threading.Event()
+
+    def step(self, trials: Sequence[str]) -> dict[str, Any]:
+        self.entered.set()
+        self.go.wait()
+        return super().step(trials)
+
+    def snapshot(self, trial: str) -> Checkpoint:
+        return seal({"weights.bin": b""}, {"step": self.steps[trial]})
+
+
+def test_trial_that_leaves_while_all_are_saved_costs_no_other_its_checkpoint(tmp_path: Path) -> None:
+    engine = Held()
+
+    async def story() -> list[tuple[int, int, str]]:
+        host = await make_host(engine)
+        for trial in "12":
+            assert await host.admit(trial, CONFIG)
+        training = asyncio.ensure_future(host.advance("2", 10**6))
+        await asyncio.to_thread(engine.entered.wait)
+        leaving = [asyncio.ensure_future(host.release("1")) for _ in range(2)]  # by its seat's end, and by its own
+        saving = asyncio.ensure_future(host.save_all(Folder(tmp_path)))
+        await asyncio.sleep(0.05)  # all of them wait for the step's end
+        engine.go.set()
+        await asyncio.gather(*leaving)
+        assert not training.done()
+        return await saving
+
+    assert asyncio.run(story()) == [(2, 1, "tune/trial-0002/checkpoint_000001")]
 
 
 def test_full_host_admits_nobody_until_one_leaves() -> None:

@@ -135,8 +135,11 @@ def test_ray_up_rents_spot_workers_of_the_gpu_that_was_asked_for(
     assert worker["min_workers"] == worker["max_workers"] == config["max_workers"] == 3
     assert Path(config["file_mounts"]["~/sweep.yaml"]) == Path("sweep.yaml").resolve()
     *_, work = shlex.split(command)
-    assert work.endswith("timeout --preserve-status 28800 lora-search run sweep.yaml --address auto --set " + output[1])
-    assert "--nodes 4 " in work
+    run = "timeout --preserve-status 28800 lora-search run sweep.yaml --address auto --set "
+    assert work.endswith(f"; {run}{output[1]} --set hosts.wait_s=900")  # with fewer nodes too, and until they are back
+    assert "--nodes 4;" in work
+    _, command = launched(capsys, "ray", sweep, "--set", "hosts.wait_s=0", *output)
+    assert command.count("hosts.wait_s") == command.count("hosts.wait_s=0") == 1
     assert "ray exec --tmux --stop" in command
     assert config["docker"]["worker_run_options"] == ["--gpus all"]
 
@@ -394,7 +397,8 @@ def test_kuberay_job_holds_the_sweep_with_its_paths_on_the_volume(
     held = yaml.safe_load(found["ConfigMap"]["data"]["sweep.yaml"])
     assert held["data"]["path"] == "/shared/rows.jsonl"
     assert held["output"] == "/shared/runs"
-    expected = load_spec(sweep, [*options[1::2], "output=/shared/runs", "data.path=builtin:demo"])
+    waits = "hosts.wait_s=900"  # the operator makes new pods
+    expected = load_spec(sweep, [*options[1::2], "output=/shared/runs", "data.path=builtin:demo", waits])
     held["data"]["path"] = "builtin:demo"
     assert parse_spec(yaml.safe_dump(held), source="configmap", folder=Path()) == expected
 

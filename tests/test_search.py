@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 from conftest import make_spec
 from optuna.trial import TrialState
+from ray.tune.schedulers import TrialScheduler
 
 from lora_search.errors import OUT_OF_MEMORY
 from lora_search.journal import open_study
 from lora_search.search import StudySearcher, create_study
+from lora_search.search.asha import StepAsha
 from lora_search.search.study import sampler
 from lora_search.search.window import Window
 from lora_search.space import planned_trials
@@ -36,6 +40,40 @@ def proposal(search: StudySearcher, name: str) -> dict[str, Any]:
     assert proposed is not None
     params: dict[str, Any] = proposed["params"]
     return params
+
+
+def test_rung_records_that_are_told_again_decide_as_those_that_were_kept(tiny: Path) -> None:
+    """Half of the trials before the process ends; the other half by a scheduler that has heard of them, and by none."""
+    spec = make_spec(tiny, training={"steps": 16, "eval_every": 2})
+    losses = np.random.default_rng(0).uniform(1.0, 3.0, size=(40, 9))
+    events: list[dict[str, Any]] = []
+
+    def decisions(scheduler: StepAsha, numbers: range) -> list[tuple[int, int]]:
+        """By trial, the step at which it ends."""
+        found = []
+        for number in numbers:
+            trial: Any = SimpleNamespace(config={"trial": number})
+            scheduler.on_trial_add(None, trial)
+            events.append({"event": "start", "trial": number})
+            for step in range(2, 17, 2):
+                report = {"step": step, "steps_total": 16, "eval_loss": float(losses[number, step // 2])}
+                events.append({"event": "report", "trial": number, **report})
+                if step == 16:
+                    scheduler.on_trial_complete(None, trial, report)
+                elif scheduler.on_trial_result(None, trial, report) != TrialScheduler.STOP:
+                    continue
+                break
+            events.append({"event": "end", "trial": number})
+            found.append((number, step))
+        return found
+
+    kept, again = StepAsha(spec), StepAsha(spec)
+    decisions(kept, range(20))
+    again.replay(events)
+    expected = decisions(kept, range(20, 40))
+    assert decisions(again, range(20, 40)) == expected
+    assert decisions(StepAsha(spec), range(20, 40)) != expected
+    assert {step for _, step in expected} > {16}
 
 
 def test_stopped_trial_is_told_pruned(tiny_spec: SweepSpec, tmp_path: Path) -> None:
@@ -216,6 +254,7 @@ def test_grid_is_every_combination_once(tmp_path: Path, tiny: Path) -> None:
     assert planned_trials(spec) == 12
     search = searcher(spec, tmp_path)
     proposed = []
+    assert len(create_study(spec, tmp_path).get_trials(deepcopy=False)) == 12  # as it is resumed
     for index in range(12):
         proposed.append(proposal(search, str(index)))
         search.on_trial_complete(str(index), result(8, 1.0))

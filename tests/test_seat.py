@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from test_host import CONFIG, CountingEngine
 
 from lora_search.checkpoint import Checkpoint, Shelf, seal
 from lora_search.doctor import _hosts
-from lora_search.errors import InputError, SweepError
+from lora_search.errors import HostFailed, InputError, SweepError
 from lora_search.host import Host
 from lora_search.placement import HostPlace
 from lora_search.rundir import create_run
@@ -294,6 +294,59 @@ def test_hosts_lost_all_at_once_are_replaced_and_one_lost_at_the_end_leaves_the_
         assert f"WARNING: node {ray.nodes()[0]['NodeID'][:8]} gets no more hosts: it has lost 5" in said
     finally:
         hosts.end()
+
+
+def test_data_lost_with_their_host_are_prepared_by_one_that_can_and_else_the_sweep_ends(
+    started: Hosts, tiny: Path, tmp_path: Path
+) -> None:
+    """Not by host after host: where their files are missing, no other host of the node has them either."""
+    from lora_search.sweep.hosts import Hosts as SweepHosts
+
+    ray = started.ray
+    cores = int(ray.cluster_resources()["CPU"])
+    spec = make_spec(tiny, name="lost", hosts={"cpus_per_host": cores // 2}, output=str(tmp_path))
+    said: list[str] = []
+    hosts = SweepHosts(spec, build_idle, said.append)
+
+    def lose_the_data() -> None:
+        """As a node takes them along: what the host that had prepared them answers is no more, and so is that host."""
+        first = hosts._ready[0]
+        assert hosts._data._newest is not None
+        hosts._data._newest = replace(hosts._data._newest, data=first.actor.run.remote(os._exit, 1))
+
+    def are_ready(*names: str) -> bool:
+        hosts.look()
+        return tuple(host.place.name for host in hosts._ready) == names
+
+    try:
+        assert hosts.prepare(prepare_where_possible, int) == "10 rows"
+        hosts.load()
+        lose_the_data()
+        wait_until(lambda: are_ready("host-1", "host-3"))
+        assert "host-2 was lost: a device computes no longer" in said
+        lose_the_data()
+        wait_until(lambda: are_ready("host-3") and any("is of no use" in line for line in said))
+        node = ray.nodes()[0]["NodeID"][:8]
+        why = "the data cannot be prepared there: they are not those that the sweep began with"
+        assert said[-1] == f"WARNING: node {node} is of no use: {why}"
+        assert hosts.finish(lambda engine: "tested", lambda gpu, data: data) == (
+            "tested",
+            "the data of host-3",
+        )  # it has all it needs
+        ray.kill(hosts.actors[0])
+        with pytest.raises(SweepError, match="all hosts were lost"):
+            wait_until(lambda: are_ready(""))
+        assert sum("starts on node" in line for line in said) == 3
+    finally:
+        hosts.end()
+
+
+def prepare_where_possible(place: HostPlace) -> tuple[str, str]:
+    if place.name == "host-2":
+        raise HostFailed("a device computes no longer")
+    if place.name == "host-4":
+        return "11 rows", "other data"
+    return "10 rows", f"the data of {place.name}"
 
 
 def test_output_that_nodes_do_not_see_ends_the_sweep_before_it_begins(

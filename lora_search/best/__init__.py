@@ -8,6 +8,7 @@ from lora_search.best.conclude import (
     merge_trial,
     merge_trials,
     test_adapter,
+    train_again,
     write_config,
 )
 
@@ -22,6 +23,7 @@ __all__ = [
     "merged_loss",
     "signed",
     "test_adapter",
+    "train_again",
     "write_card",
     "write_config",
 ]

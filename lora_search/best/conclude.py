@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from lora_search.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, Shelf
-from lora_search.errors import InputError, SweepError
+from lora_search.errors import InputError, SweepError, TrialFailed
 from lora_search.results import PLANNED, sampled
 from lora_search.rundir import RunDirectory
 from lora_search.space import TrialConfig
@@ -73,6 +73,27 @@ def export_adapter(run: RunDirectory, trial: int, out: Path) -> Checkpoint:
     shutil.rmtree(out, ignore_errors=True)
     _write_adapter(saved.checkpoint, out)
     return saved.checkpoint
+
+
+def train_again(config: TrialConfig, checkpoint: Checkpoint | None, until: int, engine: Engine) -> Checkpoint:
+    """The checkpoint that a trial had at a step, from an earlier one or none; on a host's engine.
+
+    Raises:
+        HostFailed: the device computes no longer.
+        TrialFailed: the trial does not come so far any more.
+    """
+    from lora_search.engine.trouble import device_fails_host
+
+    with device_fails_host():
+        engine.admit(TESTED, config, checkpoint)
+        try:
+            while engine.position(TESTED) < until:
+                outcome = engine.step([TESTED])[TESTED]
+                if isinstance(outcome, TrialFailed):
+                    raise outcome
+            return engine.snapshot(TESTED)
+        finally:
+            engine.release(TESTED)
 
 
 def _write_adapter(checkpoint: Checkpoint, out: Path) -> None:

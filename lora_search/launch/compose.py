@@ -27,6 +27,9 @@ VOLUME = Path("/shared")
 ENTRYPOINT = ("lora-search", "run", "/etc/lora-search/sweep.yaml", "--address", "auto")
 """What the head pod runs."""
 
+REPLACED_S = 900
+"""Within so many seconds a platform that replaces lost nodes is taken to have started a new one."""
+
 TOKEN = "(umask 077; ray get-auth-token --generate > /dev/null)"
 """Makes sure that there is a token at ~/.ray/auth_token, and shows it to nobody."""
 
@@ -165,6 +168,7 @@ def _slurm(request: Request) -> _Filled:
 
 
 def _kuberay(request: Request) -> _Filled:
+    request, patience = _patient(request)
     spec, copies = _on_volume(request.spec, _mounts(request.template))
     size = request.size
     values: dict[str, str | None] = {
@@ -181,6 +185,7 @@ def _kuberay(request: Request) -> _Filled:
         f"The claim lora-search is mounted at {VOLUME} in every pod; the run directory is {spec.output}/{spec.name}."
     ]
     notes += [f"Copy {here} to the volume first, as {there}." for here, there in copies]
+    notes += patience
     out = shlex.quote(str(request.out))
     # A job that has ended begins again only when it is made anew.
     again = f"kubectl delete --ignore-not-found -f {out} && " if request.resumes else ""
@@ -263,7 +268,9 @@ def _ray(request: Request) -> _Filled:
         "checkout": json.dumps(_checkout()),
     }
     machine, nodes = "machine of yours", size.nodes
+    patience: list[str] = []
     if provider in MACHINES:
+        request, patience = _patient(request)
         if size.gpu is None:
             raise InputError(f"--gpus-per-node: found 0; allowed on {provider}: 1 or more")
         machine, cores = find_machine(provider, size.gpu, size.gpus_per_node)
@@ -277,14 +284,16 @@ def _ray(request: Request) -> _Filled:
         nodes += 1  # the head
     wait = ["python3", "-m", "lora_search.launch.wait", "--nodes", str(nodes)]
     run = [*_until(size.limit), "lora-search", "run", "sweep.yaml", "--address", "auto", *request.options_elsewhere]
-    work = f"export RAY_AUTH_MODE=token; {shlex.join(wait)} && {shlex.join(run)}"
+    # Rented machines may be short; those that come later get hosts. One of the user's own that is missing is a mistake.
+    then = ";" if provider in MACHINES else " &&"
+    work = f"export RAY_AUTH_MODE=token; {shlex.join(wait)}{then} {shlex.join(run)}"
     # `ray exec --stop` ends with `sudo shutdown`: right for rented workers, never for a machine of the user's.
     stop = ["--stop"] if provider in MACHINES else []
     out = str(request.out)
     command = " && ".join(
         [TOKEN, shlex.join(["ray", "up", "-y", out]), shlex.join(["ray", "exec", "--tmux", *stop, out, work])]
     )
-    return _Filled(values, command, ("ray",), machine, _same_paths(request.spec))
+    return _Filled(values, command, ("ray",), machine, (*_same_paths(request.spec), *patience))
 
 
 def _skypilot(request: Request) -> _Filled:
@@ -306,6 +315,19 @@ def _skypilot(request: Request) -> _Filled:
     command = f"{TOKEN} && {launch} {secrets} {shlex.quote(str(request.out))}"
     machine = f"machine with {SKYPILOT[size.gpu]}:{size.gpus_per_node}"
     return _Filled(values, command, ("ray", "sky"), machine, _same_paths(request.spec))
+
+
+def _patient(request: Request) -> tuple[Request, list[str]]:
+    """The request where lost nodes are replaced: the sweep waits for new ones, unless the user says how long.
+
+    And what there is to say of it.
+    """
+    hosts = request.spec.hosts
+    if "wait_s" in hosts.model_fields_set:
+        return request, []
+    spec = request.spec.model_copy(update={"hosts": hosts.model_copy(update={"wait_s": float(REPLACED_S)})})
+    note = f"Should all workers be lost at once, new ones are waited for, {REPLACED_S} s (hosts.wait_s)."
+    return replace(request, spec=spec, overrides=(*request.overrides, f"hosts.wait_s={REPLACED_S}")), [note]
 
 
 def _until(seconds: int) -> list[str]:

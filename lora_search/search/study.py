@@ -29,15 +29,22 @@ from lora_search.spec import Choice, Domain, Fixed, IntUniform, LogUniform, Sear
 def create_study(spec: SweepSpec, folder: Path) -> optuna.Study:
     """The study in the run directory, a new one where there is none, with the configurations to try first waiting."""
     storage = journal_storage(folder)
-    there = [study.study_name for study in storage.get_all_studies()]  # a sweep that is resumed may have a new name
+    named = [study.study_name for study in storage.get_all_studies()]  # a sweep that is resumed may have a new name
     study = optuna.create_study(
         storage=storage,
-        study_name=there[0] if there else spec.name,
+        study_name=named[0] if named else spec.name,
         direction="minimize" if spec.search.mode == "min" else "maximize",
         load_if_exists=True,
     )
+    there = {
+        frozenset(trial.system_attrs.get("fixed_params", trial.params).items())
+        for trial in study.get_trials(deepcopy=False)
+    }
     for configuration in _queue(spec):
-        study.enqueue_trial(encode(spec.search.space, configuration), skip_if_exists=True)
+        encoded = encode(spec.search.space, configuration)
+        if (known := frozenset(encoded.items())) not in there:  # Optuna's own skip_if_exists looks at all, every time
+            there.add(known)
+            study.enqueue_trial(encoded)
     return study
 
 

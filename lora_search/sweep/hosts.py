@@ -23,6 +23,7 @@ from lora_search.sweep.build import Build
 from lora_search.sweep.cluster import Say, first_places, nodes
 from lora_search.sweep.losses import Losses
 from lora_search.sweep.running import HOST_NAMES, RunningHost, require_same, start_host, what_is_held
+from lora_search.sweep.shared_data import SharedData
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +68,7 @@ class Hosts:
         self._looked = time.monotonic()
         self._none_since: float | None = None
         """When the last host was lost, while there is none."""
-        self._work: Callable[[], tuple[Any, Any]]
-        self._data: Any = None
+        self._data = SharedData()
         places = first_places(spec.hosts)
         self._on_gpus = any(place.gpus for place in places)
         self.check: Callable[[], None] | None = None
@@ -107,7 +107,7 @@ class Hosts:
             InputError: a node has other versions of what decides a result, or does not see the run directory; it
                 says which.
         """
-        require_same(self._each(lambda host: host.greeting), self._spec.output)
+        require_same(self._each(lambda host: unwrap(host.greeting)), self._spec.output)
 
     def prepare(self, work: Callable[[HostPlace], tuple[T, Any]], warm: Callable[[], None]) -> T:
         """Have one host prepare the data for all; what it says of it.
@@ -119,19 +119,13 @@ class Hosts:
         while True:
             self._await_start()
             first, *others = self._begun
-            self._work = partial(work, first.place)
             with self._lost_if_so(first):
                 first.hear()
-                said = self._prepare(first)
+                self._data.begin(first, work)
                 for host in others:
                     host.actor.run.remote(warm)
-                return cast("T", unwrap(said))
+                return cast("T", self._data.said())
             self._replace_all()
-
-    def _prepare(self, host: RunningHost) -> Any:
-        """Have a host prepare the data; a call that is answered with what it says of it."""
-        said, self._data = host.actor.run.options(num_returns=2).remote(self._work)
-        return said
 
     def load(self) -> list[dict[str, Any]]:
         """Have every host load the base, for trials on the data; what each one is.
@@ -139,16 +133,12 @@ class Hosts:
         Raises:
             InputError, SweepError: a host cannot be started; the message says why.
         """
-        found = self._each(self._load)
-        for host, _ in found:
-            host.is_loaded()
-        return [ready for _, ready in found]
+        return [ready for _, ready in self._each(self._data.loaded, self._load)]
 
-    def _load(self, host: RunningHost) -> Any:
-        """Have a host load the base; a call that is answered when it has."""
+    def _load(self, host: RunningHost) -> None:
+        """Have a host begin to load the base."""
         host.hear()
-        host.loading = host.loading or host.actor.load.remote(self._data, self.check)
-        return host.loading
+        self._data.load(host, self.check)
 
     def ask_all(self, work: Callable[[], T]) -> list[T]:
         """What the hosts that have loaded the base answer; one that is lost meanwhile says nothing."""
@@ -182,33 +172,37 @@ class Hosts:
                 self._say(NONE_RUNS + what_is_held(waiting))
                 said = True
 
-    def _each(self, ask: Callable[[RunningHost], Any]) -> list[tuple[RunningHost, Any]]:
+    def _each(
+        self, answer: Callable[[RunningHost], T], ask: Callable[[RunningHost], None] = lambda host: None
+    ) -> list[tuple[RunningHost, T]]:
         """What every host answers. One that is lost before it has is left out, and replaced where no other is left.
+
+        Args:
+            answer: waits for it.
+            ask: done for all before any is waited for.
 
         Raises:
             InputError, SweepError: as the host said, or no host is left.
         """
-        answered: dict[str, Any] = {}
+        answered: dict[str, T] = {}
         while True:
             self._await_start()
             waiting = [host for host in self._begun if host.place.name not in answered]
             if not waiting:
                 return [(host, answered[host.place.name]) for host in self._begun]
-            asked, data = [], self._data
+            asked = []
             for host in waiting:
                 with self._lost_if_so(host):
-                    asked.append((host, ask(host)))
-            for host, answer in asked:
-                with self._lost_if_so(host, data):
-                    answered[host.place.name] = unwrap(answer)
+                    ask(host)
+                    asked.append(host)
+            for host in asked:
+                with self._lost_if_so(host):
+                    answered[host.place.name] = answer(host)
             self._replace_all()
 
     @contextmanager
-    def _lost_if_so(self, host: RunningHost, data: Any = None) -> Iterator[None]:
-        """Lose a host that turns out to be lost here, and have the data prepared anew where they are.
-
-        Args:
-            data: what it was given to load the base for.
+    def _lost_if_so(self, host: RunningHost) -> Iterator[None]:
+        """Lose a host that turns out to be lost here.
 
         Raises:
             InputError, SweepError: as the host said.
@@ -216,9 +210,7 @@ class Hosts:
         try:
             yield
         except DataLost:
-            host.loading = None
-            if self._data is data:
-                self._prepare(host)
+            pass  # it has to be asked again
         except HostLost as lost:
             self._lose(host, lost)
         except InputError:
@@ -273,12 +265,8 @@ class Hosts:
             if host.greeting is None or is_done(host.greeting):
                 self._load(host)
         elif is_done(host.loading):
-            try:
-                unwrap(host.loading)
-                host.is_loaded()
-            except DataLost:
-                host.loading = None
-                self._prepare(host)
+            with suppress(DataLost):
+                self._data.loaded(host)
 
     def _lose(self, host: RunningHost, lost: HostLost, then: str = "") -> None:
         """Strike it off, and say so.
@@ -343,6 +331,30 @@ class Hosts:
         host = self._running[place.name] = start_host(self.prefix, place, capacity, build, self._run)
         return host
 
+    def _await_ready(self) -> None:
+        """Wait for a host that has loaded the base: for those that come after all others were lost.
+
+        Raises:
+            SweepError: none can be started.
+        """
+        while not self._ready:
+            time.sleep(LOOK_EVERY_S)
+            self.look()
+
+    def ask_one(self, work: Callable[[Any], T]) -> T:
+        """Have one host do something with its engine.
+
+        Raises:
+            HostLost: it was; `renew` makes another attempt possible.
+        """
+        self._await_ready()
+        host = self._ready[0]
+        try:
+            return cast("T", unwrap(host.actor.run_with_engine.remote(work)))
+        except HostLost as lost:
+            self._lose(host, lost, "what it did is done again")
+            raise
+
     def finish(self, test: Callable[[Any], T], merge: Callable[[bool, Any], R]) -> tuple[T, R]:
         """Have one host test with its engine, and the last one merge on its device, which it makes free for that.
 
@@ -352,23 +364,20 @@ class Hosts:
         Raises:
             HostLost: one of the two was, or the data; `renew` makes another attempt possible.
         """
-        while not self._ready:  # those that come after all others were lost
-            time.sleep(LOOK_EVERY_S)
-            self.look()
+        self._await_ready()
         first, last = self._ready[0], self._ready[-1]
         tested = first.actor.run_with_engine.remote(test)
         if first is last:
             ray.wait([tested])
         ray.wait([last.actor.unload.remote()])
-        merged = last.actor.run.remote(merge, last.place.gpus > 0, self._data)
+        merged = last.actor.run.remote(merge, last.place.gpus > 0, self._data.for_work(last))
         host = first
         try:
             test_says = unwrap(tested)
             host = last
             return test_says, unwrap(merged)
         except DataLost:
-            last.loaded, last.loading = False, None
-            self._prepare(last)
+            self._data.renew(last)
             raise
         except HostLost as lost:
             self._lose(host, lost, "what it did is done again")

@@ -106,7 +106,7 @@ def reconcile(spec: SweepSpec, run: RunDirectory, study: optuna.Study, record: R
             state = _state(trial)
             record.trial_ended(trial.number, state, UNKNOWN_REASON if state == "failed" else None)
         elif row is not None and trial.state == TrialState.RUNNING and row["state"] != "running":
-            _tell(study, trial, row)
+            _tell(study, trial, row, spec.search.metric)
     events = tuple(read_events(run.trials))
     return Past(events, tuple(trial_rows(events)))
 
@@ -131,10 +131,10 @@ def _state(trial: FrozenTrial) -> Any:
     return "stopped" if trial.state == TrialState.PRUNED and not infeasible else "failed"
 
 
-def _tell(study: optuna.Study, trial: FrozenTrial, row: Mapping[str, Any]) -> None:
+def _tell(study: optuna.Study, trial: FrozenTrial, row: Mapping[str, Any], metric: str) -> None:
     match row["state"]:
         case "completed":
-            study.tell(trial.number, trial.intermediate_values[max(trial.intermediate_values)])
+            study.tell(trial.number, row[metric])  # the study may have lost its last lines, and know less
         case "stopped":
             study.tell(trial.number, state=TrialState.PRUNED)
         case _:

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,15 +22,16 @@ from lora_search.best import (
     export_adapter,
     merge_best,
     test_adapter,
+    train_again,
     write_card,
     write_config,
 )
-from lora_search.checkpoint import trial_folder
+from lora_search.checkpoint import Shelf, trial_folder
 from lora_search.errors import InputError, Interrupted, SweepError
 from lora_search.imports import import_libraries
 from lora_search.journal import JOURNAL, JOURNAL_LOCK
 from lora_search.report import document, page
-from lora_search.results import Row, Run, best_row, ended_count, run_rows, sampled
+from lora_search.results import PLANNED, Row, Run, best_row, ended_count, run_rows, sampled
 from lora_search.rundir import RunDirectory, discard, locked, write_whole
 from lora_search.search import StudySearcher, create_study
 from lora_search.search.asha import InOrder, StepAsha
@@ -153,7 +154,8 @@ def _run(
     if not run.spec.exists():
         write_whole(run.spec, dump_spec(spec))
         write_provenance(run.provenance, facts)
-    grown = asked_of_autoscaler(spec.hosts, planned_trials(spec)) if address else nullcontext()
+    left = planned_trials(spec) - ended_count(run_rows(run)) if resume else planned_trials(spec)
+    grown = asked_of_autoscaler(spec.hosts, max(1, left)) if address else nullcontext()
     with cluster(address, say), grown:
         say("preparing the data and the hosts")
         hosts = Hosts(spec, build_engine, say, run.folder)
@@ -182,7 +184,7 @@ def _run(
             if best is None:
                 raise SweepError(_why_nothing(rows))
             say(f"trial {best['trial']} is best; testing and merging its adapter")
-            found = conclude(spec, run, best, hosts)
+            found = conclude(spec, run, best, hosts, say)
         finally:
             hosts.end()
     write_card(spec, run, rows, best, found)
@@ -298,8 +300,10 @@ def _tune(
         raise cause from None
 
 
-def conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts) -> Conclusion:
+def conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts, say: Say) -> Conclusion:
     """Export, test and merge the best trial's adapter, on hosts: their processes have all they need.
+
+    Where its last checkpoint is damaged, the trial is trained again from the one before, to the same adapter.
 
     Raises:
         SweepError: a host was lost meanwhile, and again in each of `hosts.max_retries` attempts more.
@@ -307,7 +311,7 @@ def conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts) -> Con
     retries = 0
     while True:
         try:
-            return _conclude(spec, run, best, hosts)
+            return _conclude(spec, run, best, hosts, say)
         except HostLost as lost:
             if retries == spec.hosts.max_retries:
                 raise SweepError(f"a host was lost: {lost}; mend it, then --resume") from lost
@@ -315,15 +319,22 @@ def conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts) -> Con
             hosts.renew()
 
 
-def _conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts) -> Conclusion:
+def _conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts, say: Say) -> Conclusion:
     run.folder.remove(run.best.name)  # of when the sweep had fewer trials, or of a merge that was interrupted
     run.best.mkdir(exist_ok=True)
     write_config(spec, best, run.best / "config.yaml")
+    planned = {"steps": best[PLANNED]} if best.get(PLANNED) else {}  # the sweep file may ask for more by now
+    config = trial_config(spec, planned | sampled(best, spec.search.space))
+    shelf = Shelf(run.folder, best["trial"])
+    saved = shelf.newest()
+    if saved is not None and saved.damaged:
+        say(f"WARNING: {saved.damaged[0]}; trial {best['trial']} is trained again from the checkpoint before")
+        shelf.put_again(hosts.ask_one(partial(train_again, config, saved.checkpoint, best["steps"])))
     checkpoint = export_adapter(run, best["trial"], run.best / "adapter")
-    config = trial_config(spec, sampled(best, spec.search.space))
+    seen_by_all = replace(run, path=run.path.resolve())  # a host may have another working directory
     tested, merged = hosts.finish(
         partial(test_adapter, config, checkpoint),
-        partial(merge_best, spec, run, checkpoint, best["eval_loss"]),
+        partial(merge_best, spec, seen_by_all, checkpoint, best["eval_loss"]),
     )
     return Conclusion(trial=best["trial"], **tested, **merged)
 

@@ -11,7 +11,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lora_search.errors import InputError
+from lora_search.errors import InputError, SweepError
 from lora_search.host import Host, TrainsTrials
 from lora_search.placement import HostPlace, Node
 from lora_search.storage import Folder
@@ -24,6 +24,36 @@ HOST_CONCURRENCY = 1000
 
 HOST_NAMES = "lora-search-"
 """What the names of all hosts begin with, as actors."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data, as one host prepares them for all."""
+
+    by: str
+    """The host's name."""
+    said: Any
+    """A call that is answered by what it says of them."""
+    data: Any
+    """A call that is answered by the data."""
+    like: Any
+    """What was said of the data that the sweep began with; None of these themselves."""
+
+    def wrong(self) -> SweepError | None:
+        """Why they are of no use; None where they are, or are not there yet."""
+        if not is_done(self.said):
+            return None
+        try:
+            said = unwrap(self.said)
+        except SweepError as error:
+            return error
+        if self.like is not None and said != self.like:
+            return InputError("they are not those that the sweep began with")
+        return None
+
+    def there(self) -> bool:
+        """Whether they can be had."""
+        return is_done(self.said) and self.wrong() is None
 
 
 @dataclass
@@ -41,6 +71,8 @@ class RunningHost:
     """A call that is answered by what its node is like (`greet`); None where the answer has been looked at."""
     since: float
     """When it was asked for, by this process's monotonic clock, in seconds."""
+    given: Prepared | None = None
+    """What it was given to load the base for."""
     loading: Any = None
     """A call that is answered when the base is loaded; None before it is asked."""
     loaded: bool = False

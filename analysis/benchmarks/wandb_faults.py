@@ -1,0 +1,147 @@
+"""What a Weights & Biases that is not reached, slow or broken costs a sweep: its training goes on at the same speed.
+
+    python analysis/benchmarks/wandb_faults.py [--trials 8] [--rounds 3] [--json FILE]
+
+Each round runs sweeps/demo.yaml, shortened, once without W&B and once with each fault of a server on this machine,
+alternating: one that nobody answers, one that answers 500, one that takes five seconds for every answer, and one that
+never answers. Told are the seconds from the first trial's start to the last one's end, and the trials' own tokens/s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from lora_search.results import open_run, read_events
+
+WAYS = ("without W&B", "refuses", "answers 500", "answers 500 after 5 s", "never answers")
+
+
+@dataclass(frozen=True)
+class Round:
+    """One sweep."""
+
+    way: str
+    seconds: float
+    """From the first trial's start to the last one's end."""
+    tokens_per_second: float
+    """Median over its trials."""
+    losses: tuple[float, ...]
+
+
+@contextmanager
+def server(way: str) -> Iterator[str]:
+    """The URL of a W&B that misbehaves."""
+    over = threading.Event()
+
+    class Faulty(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            if way.endswith("after 5 s"):
+                over.wait(5)
+            if way == "never answers":
+                over.wait()
+            self.send_response(500)
+            self.end_headers()
+
+        do_GET = do_POST
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Nothing: the faults are meant."""
+
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), Faulty)
+    listening.daemon_threads = True
+    if way == "refuses":
+        listening.server_close()
+    else:
+        threading.Thread(target=listening.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listening.server_port}"
+    finally:
+        over.set()
+        if way != "refuses":
+            listening.shutdown()
+            listening.server_close()
+
+
+def run_round(way: str, trials: int, folder: Path) -> Round:
+    """A sweep in a process of its own: what W&B knows of a server lasts as long as the process."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    with server(way) as url:
+        faults = {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0123abcd" * 5}
+        environment |= {"WANDB_MODE": "disabled"} if way == "without W&B" else faults
+        name = f"{way.replace(' ', '-').replace('&', '')}-{time.time_ns()}"
+        sets = {
+            "search.trials": trials,
+            "search.scheduler.name": "none",
+            "search.sampler.name": "random",
+            "output": str(folder),
+        }
+        command = [sys.executable, "-m", "lora_search", "run", "sweeps/demo.yaml", "--name", name]
+        command += [part for key, value in sets.items() for part in ("--set", f"{key}={value}")]
+        answer = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if answer.returncode:
+        raise RuntimeError(answer.stderr)
+    if way != "without W&B" and "W&B failed and is left out" not in answer.stderr:
+        raise RuntimeError(f"{way}: W&B was not told to fail: {answer.stderr}")
+    times = [
+        event["time"] for event in read_events(folder / name / "trials.jsonl") if event["event"] in ("start", "end")
+    ]
+    rows = open_run(folder / name).rows
+    return Round(
+        way,
+        max(times) - min(times),
+        statistics.median(row["tokens_per_second"] for row in rows),
+        tuple(row["eval_loss"] for row in sorted(rows, key=lambda row: row["trial"])),
+    )
+
+
+def main() -> None:
+    """Run all rounds and print the medians, and the ratios to the sweep without W&B of the same round."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    rounds: list[Round] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(arguments.rounds):
+            rounds += [run_round(way, arguments.trials, Path(folder)) for way in WAYS]
+    if len({round_.losses for round_ in rounds}) != 1:
+        raise RuntimeError("the sweeps came to different losses")
+    table = Table(title=f"{arguments.trials} trials, {os.cpu_count()} cores", title_justify="left")
+    for column in ("W&B", "seconds", "of without", "tokens/s", "of without"):
+        table.add_column(column, justify="left" if column == "W&B" else "right")
+    alone = [round_ for round_ in rounds if round_.way == WAYS[0]]
+    for way in WAYS:
+        these = [round_ for round_ in rounds if round_.way == way]
+        times = [one.seconds / other.seconds for one, other in zip(these, alone, strict=True)]
+        speeds = [one.tokens_per_second / other.tokens_per_second for one, other in zip(these, alone, strict=True)]
+        table.add_row(
+            way,
+            f"{statistics.median(one.seconds for one in these):.1f}",
+            f"{statistics.median(times):.2f}",
+            f"{statistics.median(one.tokens_per_second for one in these):,.0f}",
+            f"{statistics.median(speeds):.2f}",
+        )
+    Console().print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(round_) for round_ in rounds], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The data of a sweep: prepared by one host for all of them, and by another one where they went with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lora_search.errors import InputError, SweepError
+from lora_search.placement import HostPlace
+from lora_search.sweep.answers import DataLost, HostLost, NodeUnfit, unwrap
+from lora_search.sweep.running import Prepared, RunningHost
+
+Work = Callable[[HostPlace], tuple[Any, Any]]
+"""Prepares the data on a host, given its place: what is said of them, and the data."""
+
+
+class SharedData:
+    """What hosts load the base for. The tokens stay in Ray's object store; the driver knows what is said of them."""
+
+    def __init__(self) -> None:
+        self._work: Work
+        self._said: Any = None
+        """Of the data that the sweep began with."""
+        self._newest: Prepared | None = None
+
+    def begin(self, host: RunningHost, work: Work) -> None:
+        """Have a host prepare them."""
+        self._work = work
+        self._prepare(host)
+
+    def said(self) -> Any:
+        """What the host says of them that prepares them first; waits for it.
+
+        Raises:
+            InputError, SweepError: as the host said.
+        """
+        assert self._newest is not None  # noqa: S101 - it has begun
+        self._said = unwrap(self._newest.said)
+        return self._said
+
+    def load(self, host: RunningHost, check: Callable[[], None] | None) -> None:
+        """Have a host load the base for them, unless it does so already.
+
+        Args:
+            check: what it has to pass before any trial is let in.
+        """
+        if host.loading is None:
+            host.given = self._newest
+            host.loading = host.actor.load.remote(host.given and host.given.data, check)
+
+    def loaded(self, host: RunningHost) -> dict[str, Any]:
+        """What a host is that has loaded the base; waits for it.
+
+        Raises:
+            DataLost: there are no data for it; they are prepared anew, and it has to load again.
+            HostLost: it was to prepare them, and cannot; NodeUnfit where no other on its node could.
+            InputError, SweepError: as the host said.
+        """
+        given, failed = host.given, None
+        ready: dict[str, Any] = {}
+        try:
+            ready = unwrap(host.loading)
+        except SweepError as error:
+            failed = error
+        wrong = given and given.wrong()
+        if failed is None and wrong is None:
+            host.is_loaded()
+            return ready
+        if failed is not None and wrong is None and not isinstance(failed, DataLost):
+            raise failed
+        if wrong is not None and given is not None and given.by == host.place.name:
+            lost = NodeUnfit if isinstance(wrong, InputError) else HostLost
+            raise lost(f"the data cannot be prepared there: {wrong}") from failed
+        self.renew(host)
+        raise DataLost(str(wrong or failed)) from failed
+
+    def renew(self, host: RunningHost) -> None:
+        """Have a host load again whose data are no more, and prepare them for all, unless another does so already."""
+        host.loaded, host.loading = False, None
+        if self._newest is host.given:
+            self._prepare(host)
+
+    def for_work(self, host: RunningHost) -> Any:
+        """The data as an argument of other work on a host that has loaded the base."""
+        newest = self._newest if self._newest and self._newest.there() else host.given
+        return newest and newest.data
+
+    def _prepare(self, host: RunningHost) -> None:
+        said, data = host.actor.run.options(num_returns=2).remote(self._work, host.place)
+        self._newest = Prepared(host.place.name, said, data, self._said)
