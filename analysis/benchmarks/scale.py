@@ -42,10 +42,14 @@ CHECKPOINT_BYTES = 16 << 10
 
 SWEEP = """
 name: scale-TRIALS
-search: {trials: TRIALS, sampler: {name: SAMPLER}, scheduler: {name: NAME}}
+search: {trials: TRIALS, sampler: {name: SAMPLER}, scheduler: {name: NAME}SPACE}
 training: {steps: 90, eval_every: 30}
 hosts: {gpus_per_host: 1, cpus_per_host: auto, trials_per_host: 1}
 """
+
+SAMPLERS = ("random", "tpe", "grid")
+
+GRID = ", space: {rank: {int_uniform: [1, 100]}, batch_size: {int_uniform: [1, 100]}}"
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Size:
     run_mib: float
     resume_seconds: float
     searcher_seconds: dict[str, float]
-    """Of all its proposals and what is told of them, by sampler."""
+    """Of the queue, all its proposals and what is told of them, by sampler."""
 
 
 def build(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> IdleEngine:
@@ -70,6 +74,7 @@ def build(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> IdleEn
 
 def sweep_of(trials: int, sampler: str, scheduler: str) -> SweepSpec:
     text = SWEEP.replace("TRIALS", str(trials)).replace("SAMPLER", sampler).replace("NAME", scheduler)
+    text = text.replace("SPACE", GRID if sampler == "grid" else "")
     return parse_spec(text, source="scale", folder=Path.cwd())
 
 
@@ -91,7 +96,7 @@ def measure(trials: int, folder: Path) -> Size:
         driver_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
         run_mib=sum(file.stat().st_size for file in run.path.rglob("*") if file.is_file()) / 2**20,
         resume_seconds=resume(spec, run),
-        searcher_seconds={name: searcher_alone(trials, name) for name in ("random", "tpe")},
+        searcher_seconds={name: searcher_alone(trials, name) for name in SAMPLERS},
     )
 
 
@@ -114,15 +119,16 @@ def searcher_alone(trials: int, sampler: str) -> float:
     """Seconds that a searcher takes to propose so many trials, two in three of them stopped early, 16 at a time."""
     spec = sweep_of(trials, sampler, "asha")
     with tempfile.TemporaryDirectory() as folder:
-        searcher = StudySearcher(spec, create_study(spec, Path(folder)), lambda: 16)
         start = time.perf_counter()
+        searcher = StudySearcher(spec, create_study(spec, Path(folder)), lambda: 16)
         running: list[tuple[str, Any]] = []
         for number in range(trials + 16):
             if number < trials:
                 running.append((str(number), searcher.suggest(str(number))))
             if number >= 15 and running:
                 name, proposed = running.pop(0)
-                loss = abs(math.log10(proposed["params"]["learning_rate"]) + 3) + proposed["params"]["dropout"]
+                values = {"learning_rate": 1.0e-3, "dropout": 0.0} | proposed["params"]  # a grid has others
+                loss = abs(math.log10(values["learning_rate"]) + 3) + values["dropout"]
                 searcher.on_trial_result(name, {"step": 30, "steps_total": 90, "eval_loss": loss + 1})
                 end = 90 if int(name) % 3 == 0 else 60
                 searcher.on_trial_complete(name, {"step": end, "steps_total": 90, "eval_loss": loss})
@@ -157,7 +163,17 @@ def main() -> None:
         sizes = [measure(trials, Path(folder)) for trials in arguments.trials]
     ray.shutdown()
     table = Table(title=f"{arguments.gpus} logical GPUs, {os.cpu_count()} cores", title_justify="left")
-    columns = ("trials", "ms a trial", "driver's CPU ms", "of it random", "TPE", "driver MiB", "run MiB", "resume s")
+    columns = (
+        "trials",
+        "ms a trial",
+        "CPU ms",
+        "of it random",
+        "TPE",
+        "grid",
+        "driver MiB",
+        "run MiB",
+        "resume s",
+    )
     for name in columns:
         table.add_column(name, justify="right")
     for size in sizes:
@@ -168,6 +184,7 @@ def main() -> None:
             f"{1000 * size.driver_cpu_seconds / size.trials:.0f}",
             f"{alone['random']:.1f}",
             f"{alone['tpe']:.1f}",
+            f"{alone['grid']:.1f}",
             f"{size.driver_mib:,}",
             f"{size.run_mib:.1f}",
             f"{size.resume_seconds:.2f}",
@@ -177,6 +194,7 @@ def main() -> None:
         "orchestration with random": exponent(counts, [size.seconds for size in sizes]),
         "random alone": exponent(counts, [size.searcher_seconds["random"] for size in sizes]),
         "TPE alone": exponent(counts, [size.searcher_seconds["tpe"] for size in sizes]),
+        "grid alone": exponent(counts, [size.searcher_seconds["grid"] for size in sizes]),
         "orchestration with TPE": exponent(
             counts, [s.seconds + s.searcher_seconds["tpe"] - s.searcher_seconds["random"] for s in sizes]
         ),
