@@ -126,7 +126,7 @@ class Shelf:
         Raises:
             OSError: there is no room, or no right to write.
         """
-        name = f"checkpoint_{step_of(checkpoint):06d}"
+        name = _checkpoint_folder(checkpoint)
         folder = self._folder.below(name)
         if reports:
             told = json.dumps({"parameters": parameters, "reports": reports}).encode()
@@ -159,12 +159,12 @@ class Shelf:
         return Saved(None, None, (), tuple(damaged)) if damaged else None
 
     def put_again(self, checkpoint: Checkpoint) -> None:
-        """Keep a checkpoint in place of the one of its step, which is damaged.
+        """Keep a checkpoint in place of one of its step, which is damaged.
 
         Raises:
             OSError: there is no room, or no right to write.
         """
-        self._folder.remove(f"checkpoint_{step_of(checkpoint):06d}")
+        self._folder.remove(_checkpoint_folder(checkpoint))
         self.put(checkpoint)
 
     def clear(self) -> None:
@@ -189,6 +189,10 @@ class Shelf:
     def _names(self) -> list[str]:
         found = [name for name in self._folder.names() if name.startswith("checkpoint_")]
         return sorted(found, key=lambda name: (len(name), name))  # from step 1,000,000 on there are more digits
+
+
+def _checkpoint_folder(checkpoint: Checkpoint) -> str:
+    return f"checkpoint_{step_of(checkpoint):06d}"
 
 
 def trial_folder(trial: int) -> str:

@@ -349,6 +349,14 @@ def test_script_trains_on_one_gpu_as_the_trial_did(run: RunDirectory, tmp_path: 
     assert chosen < re.search(rf"^(import|from) {first}\b", script, re.MULTILINE).start()  # type: ignore[union-attr]
 
 
+def test_configuration_of_one_trial_waits_for_no_cluster(run: RunDirectory, tmp_path: Path) -> None:
+    from lora_search.best import write_config
+
+    spec = load_spec(run.spec, ["hosts.wait_s=900"])
+    write_config(spec, run_rows(run)[BEST], tmp_path / "config.yaml")
+    assert load_spec(tmp_path / "config.yaml").hosts == load_spec(run.spec, ["hosts.wait_s=0"]).hosts
+
+
 def test_alpha_that_is_no_whole_number_and_rslora_are_kept_or_said(run: RunDirectory, tmp_path: Path) -> None:
     from lora_search.export.axolotl import write
     from lora_search.export.transformers import write as write_script

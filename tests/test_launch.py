@@ -402,6 +402,9 @@ def test_kuberay_job_holds_the_sweep_with_its_paths_on_the_volume(
     held["data"]["path"] = "builtin:demo"
     assert parse_spec(yaml.safe_dump(held), source="configmap", folder=Path()) == expected
 
+    cores = documents(launched(capsys, "kuberay", sweep, "--gpus-per-node", "0", *options)[0])
+    assert yaml.safe_load(cores["ConfigMap"]["data"]["sweep.yaml"])["hosts"]["wait_s"] == 0  # it would wait for a GPU
+
     job = found["RayJob"]["spec"]
     worker = job["rayClusterSpec"]["workerGroupSpecs"][0]
     assert [worker[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [3, 3, 3]

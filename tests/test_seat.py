@@ -306,13 +306,15 @@ def test_data_lost_with_their_host_are_prepared_by_one_that_can_and_else_the_swe
     cores = int(ray.cluster_resources()["CPU"])
     spec = make_spec(tiny, name="lost", hosts={"cpus_per_host": cores // 2}, output=str(tmp_path))
     said: list[str] = []
+    gone: list[Any] = []
     hosts = SweepHosts(spec, build_idle, said.append)
 
     def lose_the_data() -> None:
         """As a node takes them along: what the host that had prepared them answers is no more, and so is that host."""
         first = hosts._ready[0]
         assert hosts._data._newest is not None
-        hosts._data._newest = replace(hosts._data._newest, data=first.actor.run.remote(os._exit, 1))
+        gone.append(first.actor.run.remote(os._exit, 1))
+        hosts._data._newest = replace(hosts._data._newest, data=gone[-1])
 
     def are_ready(*names: str) -> bool:
         hosts.look()
@@ -327,12 +329,15 @@ def test_data_lost_with_their_host_are_prepared_by_one_that_can_and_else_the_swe
         lose_the_data()
         wait_until(lambda: are_ready("host-3") and any("is of no use" in line for line in said))
         node = ray.nodes()[0]["NodeID"][:8]
-        why = "the data cannot be prepared there: they are not those that the sweep began with"
+        why = "the data there are not those that the sweep began with"
         assert said[-1] == f"WARNING: node {node} is of no use: {why}"
-        assert hosts.finish(lambda engine: "tested", lambda gpu, data: data) == (
-            "tested",
-            "the data of host-3",
-        )  # it has all it needs
+        (ready,) = hosts._ready  # it has all it needs
+        assert ready.given is not None
+        hosts._data._newest = ready.given = replace(ready.given, data=gone[-1])
+        with pytest.raises(DataLost):
+            hosts.finish(lambda engine: "tested", lambda gpu, data: data)
+        done = ("tested", "the data of host-3")
+        assert hosts.finish(lambda engine: "tested", lambda gpu, data: data) == done
         ray.kill(hosts.actors[0])
         with pytest.raises(SweepError, match="all hosts were lost"):
             wait_until(lambda: are_ready(""))

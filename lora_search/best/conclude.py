@@ -112,6 +112,7 @@ def write_config(spec: SweepSpec, parameters: Mapping[str, Any], file: Path) -> 
     fixed = sampled(parameters, spec.search.space)
     alone["training"]["steps"] = parameters.get(PLANNED) or spec.training.steps
     alone["name"] = f"{spec.name}-best"
+    alone["hosts"]["wait_s"] = 0  # of the cluster that this sweep ran on
     alone["search"] |= {"space": fixed, "enqueue": [], "trials": 1}
     alone["search"]["scheduler"] |= {"name": "none"}
     alone["search"]["sampler"] |= {"name": "random"}

@@ -323,7 +323,8 @@ def _patient(request: Request) -> tuple[Request, list[str]]:
     And what there is to say of it.
     """
     hosts = request.spec.hosts
-    if "wait_s" in hosts.model_fields_set:
+    takes_it = "# launch: sweep" in request.template.text
+    if "wait_s" in hosts.model_fields_set or request.size.gpu is None or not takes_it:
         return request, []
     spec = request.spec.model_copy(update={"hosts": hosts.model_copy(update={"wait_s": float(REPLACED_S)})})
     note = f"Should all workers be lost at once, new ones are waited for, {REPLACED_S} s (hosts.wait_s)."

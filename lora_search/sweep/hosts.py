@@ -391,9 +391,12 @@ class Hosts:
         A host that is lost, or cannot write, keeps none; its trials have those of their last reports.
         """
         saved = []
-        for answer in [host.actor.save_all.remote(run) for host in self._ready]:
+        answers = [host.actor.save_all.remote(run) for host in self._ready]
+        if answers:
+            ray.wait(answers, num_returns=len(answers), timeout=SAVE_S)
+        for answer in answers:
             try:
-                saved += ray.get(answer, timeout=SAVE_S)
+                saved += ray.get(answer, timeout=0)
             except ray.exceptions.RayError as error:
                 logger.warning("a host kept no checkpoints: %s", error)
         return saved

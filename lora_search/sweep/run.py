@@ -26,8 +26,8 @@ from lora_search.best import (
     write_card,
     write_config,
 )
-from lora_search.checkpoint import Shelf, trial_folder
-from lora_search.errors import InputError, Interrupted, SweepError
+from lora_search.checkpoint import Shelf, step_of, trial_folder
+from lora_search.errors import InputError, Interrupted, SweepError, TrialFailed
 from lora_search.imports import import_libraries
 from lora_search.journal import JOURNAL, JOURNAL_LOCK
 from lora_search.report import document, page
@@ -36,7 +36,7 @@ from lora_search.rundir import RunDirectory, discard, locked, write_whole
 from lora_search.search import StudySearcher, create_study
 from lora_search.search.asha import InOrder, StepAsha
 from lora_search.seat import SEAT_BYTES
-from lora_search.space import planned_trials, trial_config
+from lora_search.space import TrialConfig, planned_trials, trial_config
 from lora_search.spec import SweepSpec, dump_spec
 from lora_search.storage import StoreError
 from lora_search.sweep.answers import HostLost
@@ -303,10 +303,11 @@ def _tune(
 def conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts, say: Say) -> Conclusion:
     """Export, test and merge the best trial's adapter, on hosts: their processes have all they need.
 
-    Where its last checkpoint is damaged, the trial is trained again from the one before, to the same adapter.
+    Where its last checkpoint is damaged, the trial is trained again from the one before.
 
     Raises:
-        SweepError: a host was lost meanwhile, and again in each of `hosts.max_retries` attempts more.
+        SweepError: a host was lost meanwhile, and again in each of `hosts.max_retries` attempts more; or the trial does
+            not come to its end again.
     """
     retries = 0
     while True:
@@ -325,11 +326,7 @@ def _conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts, say: 
     write_config(spec, best, run.best / "config.yaml")
     planned = {"steps": best[PLANNED]} if best.get(PLANNED) else {}  # the sweep file may ask for more by now
     config = trial_config(spec, planned | sampled(best, spec.search.space))
-    shelf = Shelf(run.folder, best["trial"])
-    saved = shelf.newest()
-    if saved is not None and saved.damaged:
-        say(f"WARNING: {saved.damaged[0]}; trial {best['trial']} is trained again from the checkpoint before")
-        shelf.put_again(hosts.ask_one(partial(train_again, config, saved.checkpoint, best["steps"])))
+    _mend_checkpoint(run, best, config, hosts, say)
     checkpoint = export_adapter(run, best["trial"], run.best / "adapter")
     seen_by_all = replace(run, path=run.path.resolve())  # a host may have another working directory
     tested, merged = hosts.finish(
@@ -337,6 +334,23 @@ def _conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts, say: 
         partial(merge_best, spec, seen_by_all, checkpoint, best["eval_loss"]),
     )
     return Conclusion(trial=best["trial"], **tested, **merged)
+
+
+def _mend_checkpoint(run: RunDirectory, best: Row, config: TrialConfig, hosts: Hosts, say: Say) -> None:
+    """Have the trial's last checkpoint whole again, if it is damaged."""
+    shelf = Shelf(run.folder, best["trial"])
+    saved = shelf.newest()
+    if saved is None:
+        return
+    step = 0 if saved.checkpoint is None else step_of(saved.checkpoint)
+    if step >= best["steps"]:
+        return
+    damage = saved.damaged[0] if saved.damaged else "its last checkpoint is gone"
+    say(f"WARNING: trial {best['trial']}: {damage}; it is trained again from step {step}")
+    try:
+        shelf.put_again(hosts.ask_one(partial(train_again, config, saved.checkpoint, best["steps"])))
+    except TrialFailed as failure:
+        raise SweepError(f"trial {best['trial']}: {damage}, and it does not come so far again: {failure}") from None
 
 
 def _scheduler(spec: SweepSpec, past: Past) -> TrialScheduler:

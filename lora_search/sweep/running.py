@@ -36,24 +36,15 @@ class Prepared:
     """A call that is answered by what it says of them."""
     data: Any
     """A call that is answered by the data."""
-    like: Any
-    """What was said of the data that the sweep began with; None of these themselves."""
 
     def wrong(self) -> SweepError | None:
-        """Why they are of no use; None where they are, or are not there yet."""
-        if not is_done(self.said):
-            return None
-        try:
-            said = unwrap(self.said)
-        except SweepError as error:
-            return error
-        if self.like is not None and said != self.like:
-            return InputError("they are not those that the sweep began with")
+        """Why there are none, where the host was not able to; None where it was, or is at it."""
+        if is_done(self.said):
+            try:
+                unwrap(self.said)
+            except SweepError as error:
+                return error
         return None
-
-    def there(self) -> bool:
-        """Whether they can be had."""
-        return is_done(self.said) and self.wrong() is None
 
 
 @dataclass

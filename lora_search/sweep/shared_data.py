@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lora_search.errors import InputError, SweepError
+import ray
+
+from lora_search.errors import SweepError
 from lora_search.placement import HostPlace
 from lora_search.sweep.answers import DataLost, HostLost, NodeUnfit, unwrap
 from lora_search.sweep.running import Prepared, RunningHost
@@ -53,7 +55,7 @@ class SharedData:
 
         Raises:
             DataLost: there are no data for it; they are prepared anew, and it has to load again.
-            HostLost: it was to prepare them, and cannot; NodeUnfit where no other on its node could.
+            HostLost: it was to prepare them, and cannot; NodeUnfit where its node has other ones.
             InputError, SweepError: as the host said.
         """
         given, failed = host.given, None
@@ -62,15 +64,16 @@ class SharedData:
             ready = unwrap(host.loading)
         except SweepError as error:
             failed = error
-        wrong = given and given.wrong()
-        if failed is None and wrong is None:
+        if failed is None:
             host.is_loaded()
             return ready
-        if failed is not None and wrong is None and not isinstance(failed, DataLost):
+        wrong = given and given.wrong()
+        if wrong is None and not isinstance(failed, DataLost):
             raise failed
         if wrong is not None and given is not None and given.by == host.place.name:
-            lost = NodeUnfit if isinstance(wrong, InputError) else HostLost
-            raise lost(f"the data cannot be prepared there: {wrong}") from failed
+            if isinstance(wrong, NodeUnfit):
+                raise wrong
+            raise HostLost(f"the data cannot be prepared there: {wrong}") from failed
         self.renew(host)
         raise DataLost(str(wrong or failed)) from failed
 
@@ -81,10 +84,28 @@ class SharedData:
             self._prepare(host)
 
     def for_work(self, host: RunningHost) -> Any:
-        """The data as an argument of other work on a host that has loaded the base."""
-        newest = self._newest if self._newest and self._newest.there() else host.given
-        return newest and newest.data
+        """The data, for other work on a host that has loaded the base; waits while they are prepared anew."""
+        if self._newest is not None:
+            ray.wait([self._newest.said])
+            if self._newest.wrong() is None:
+                host.given = self._newest
+        return host.given and host.given.data
 
     def _prepare(self, host: RunningHost) -> None:
-        said, data = host.actor.run.options(num_returns=2).remote(self._work, host.place)
-        self._newest = Prepared(host.place.name, said, data, self._said)
+        said, data = host.actor.run.options(num_returns=2).remote(_prepare_like, self._work, host.place, self._said)
+        self._newest = Prepared(host.place.name, said, data)
+
+
+def _prepare_like(work: Work, place: HostPlace, like: Any) -> tuple[Any, Any]:
+    """Prepare the data on a host.
+
+    Args:
+        like: what was said of those that the sweep began with; None where it has not begun.
+
+    Raises:
+        NodeUnfit: these are others.
+    """
+    said, data = work(place)
+    if like is not None and said != like:
+        raise NodeUnfit("the data there are not those that the sweep began with")
+    return said, data
