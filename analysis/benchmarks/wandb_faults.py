@@ -1,6 +1,6 @@
 """What a Weights & Biases that is not reached, slow or broken costs a sweep: its training goes on at the same speed.
 
-    python analysis/benchmarks/wandb_faults.py [--trials 8] [--rounds 3] [--json FILE]
+    python analysis/benchmarks/wandb_faults.py [--trials 4] [--steps 40] [--rounds 3] [--json FILE]
 
 Each round runs sweeps/demo.yaml, shortened, once without W&B and once with each fault of a server on this machine,
 alternating: one that nobody answers, one that answers 500, one that takes five seconds for every answer, and one that
@@ -78,7 +78,7 @@ def server(way: str) -> Iterator[str]:
             listening.server_close()
 
 
-def run_round(way: str, trials: int, folder: Path) -> Round:
+def run_round(way: str, trials: int, steps: int, folder: Path) -> Round:
     """A sweep in a process of its own: what W&B knows of a server lasts as long as the process."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     with server(way) as url:
@@ -89,6 +89,7 @@ def run_round(way: str, trials: int, folder: Path) -> Round:
             "search.trials": trials,
             "search.scheduler.name": "none",
             "search.sampler.name": "random",
+            "training.steps": steps,
             "output": str(folder),
         }
         command = [sys.executable, "-m", "lora_search", "run", "sweeps/demo.yaml", "--name", name]
@@ -113,14 +114,15 @@ def run_round(way: str, trials: int, folder: Path) -> Round:
 def main() -> None:
     """Run all rounds and print the medians, and the ratios to the sweep without W&B of the same round."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--trials", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rounds: list[Round] = []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(arguments.rounds):
-            rounds += [run_round(way, arguments.trials, Path(folder)) for way in WAYS]
+            rounds += [run_round(way, arguments.trials, arguments.steps, Path(folder)) for way in WAYS]
     table = Table(title=f"{arguments.trials} trials, {os.cpu_count()} cores", title_justify="left")
     for column in ("W&B", "seconds", "of without", "tokens/s", "of without"):
         table.add_column(column, justify="left" if column == "W&B" else "right")
