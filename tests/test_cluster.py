@@ -87,6 +87,37 @@ def test_nodes_that_leave_lose_no_trial_and_nodes_that_join_get_a_host(
     assert {row["host"] for row in outcome.rows} - {"host-0", "host-1"}, said
 
 
+COLLECTED = """
+import gc, threading, time
+import ray
+from lora_search.sweep.cluster import cluster
+
+def collect():
+    while True:
+        if pool:
+            pool.pop()
+        if gc.isenabled():
+            gc.collect()
+        time.sleep(0.001)
+
+with cluster(None):
+    pool = []
+    for _ in range(1000):
+        circle = [ray.put(1)]
+        circle.append(circle)
+        pool.append(circle)
+    del circle
+    threading.Thread(target=collect, daemon=True).start()
+print("came to its end")
+"""
+
+
+def test_garbage_of_other_threads_does_not_end_the_driver_while_ray_ends() -> None:
+    """Each of a thousand references is freed by the first collection after it was let go, whenever that is."""
+    answer = subprocess.run([sys.executable, "-c", COLLECTED], capture_output=True, text=True, timeout=PATIENCE)
+    assert answer.stdout.endswith("came to its end\n"), answer.stderr
+
+
 def test_node_with_other_versions_is_an_error_before_the_sweep_starts(tiny: Path, tmp_path: Path) -> None:
     """The second node's processes find another peft first, as one whose image is out of date would."""
     from ray.cluster_utils import Cluster

@@ -13,13 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import require_gives_back
+from conftest import make_spec, require_gives_back
 
 from lora_search.checkpoint import ADAPTER_WEIGHTS, Shelf, seal
+from lora_search.cli.main import main
 from lora_search.errors import InputError
 from lora_search.lease import is_leased, leased
-from lora_search.rundir import create_run
+from lora_search.rundir import create_run, find_run
+from lora_search.spec import SweepSpec
 from lora_search.storage import Folder
+from lora_search.sweep.run import run_sweep
 
 BUCKET = "lora-search-test"
 
@@ -82,3 +85,26 @@ def test_lease_is_held_by_one(bucket: str) -> None:
 def test_missing_bucket_is_said(bucket: str) -> None:
     with pytest.raises(InputError, match=r"output: found .*cannot be written to"):
         create_run(bucket.format("x").replace(BUCKET, "no-such-bucket"), "a", exact=False)
+
+
+@pytest.mark.slow
+def test_sweep_lives_whole_in_the_store_and_goes_on_there(
+    bucket: str, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spec_of(trials: int) -> SweepSpec:
+        search = {"trials": trials, "scheduler": {"name": "none"}}
+        hosts = {"count": 1, "trials_per_host": 1}
+        return make_spec(tiny, name="whole", hosts=hosts, search=search, output=bucket.format("runs"))
+
+    uri = bucket.format("runs/whole")
+    spec = spec_of(2)
+    first = run_sweep(spec, create_run(spec.output, spec.name, exact=True))
+    names = {"sweep.yaml", "provenance.json", "trials.jsonl", "study.journal", "report.html", "best", "tune"}
+    assert set(Folder(uri).names()) == names
+    second = run_sweep(spec_of(3), find_run(uri), resume=True)
+    assert [row["trial"] for row in second.rows] == [0, 1, 2]
+    assert second.rows[:2] == first.rows
+    assert {"config.json", "model.safetensors"} <= set(Folder(uri).below("best").below("merged").names())
+    capsys.readouterr()
+    assert main(["results", uri, "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(second.rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -72,8 +73,26 @@ def cluster(address: str | None, say: Say = lambda line: None) -> Iterator[None]
         yield
     finally:
         if ours:
-            ray.shutdown()
+            with _nothing_collected():
+                ray.shutdown()
             ray_worker._worker_logs_enabled = True
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Have Python collect its garbage before, and not meanwhile.
+
+    Any thread may do so at any time, as W&B's; and where a reference of Ray's is freed while Ray ends, that ends the
+    process, whatever it had left to do (ray-project/ray#19115).
+    """
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _no_answer(address: str | None, error: ConnectionError) -> str:
