@@ -25,6 +25,7 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python $(BENCH)/orchestration.py --json $(BENCH)/orchestration.json
+	$(BIN)/python $(BENCH)/wandb_faults.py --json $(BENCH)/wandb_faults.json
 	$(BIN)/python $(BENCH)/steady_state.py --json $(BENCH)/steady_state.json
 	$(BIN)/python $(BENCH)/whole_sweep.py --setting demo --json $(BENCH)/whole_sweep_demo.json
 	$(BIN)/python $(BENCH)/whole_sweep.py --setting e2e --json $(BENCH)/whole_sweep_e2e.json
