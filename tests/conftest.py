@@ -361,9 +361,9 @@ def kept_verifier() -> Iterator[None]:
 @pytest.fixture
 def unverified_merge(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sweeps of this process merge as where a base is too large to be loaded whole, and start no process to verify."""
-    from lora_search.sweep import run
+    from lora_search.sweep import conclude
 
-    merge_best = run.merge_best
+    merge_best = conclude.merge_best
 
     def merge(*given: Any) -> dict[str, Any]:  # on the host, where this file is not imported
         import lora_search.merge
@@ -371,7 +371,7 @@ def unverified_merge(monkeypatch: pytest.MonkeyPatch) -> None:
         lora_search.merge.lack_of_memory = lambda base, device: "as in a test"
         return merge_best(*given)
 
-    monkeypatch.setattr(run, "merge_best", merge)
+    monkeypatch.setattr(conclude, "merge_best", merge)
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from lora_search.errors import InputError, SweepError
 from lora_search.placement import HostPlace, Node, missing_hosts, most_trials
 from lora_search.spec import SweepSpec
 from lora_search.storage import Folder
-from lora_search.sweep.answers import DataLost, HostLost, NodeUnfit, is_done, unwrap
+from lora_search.sweep.answers import DataLost, HostLost, is_done, unwrap
 from lora_search.sweep.build import Build
 from lora_search.sweep.cluster import Say, first_places, nodes
 from lora_search.sweep.losses import Losses
@@ -66,8 +66,6 @@ class Hosts:
         self._started = 0
         self._losses = Losses(say)
         self._looked = time.monotonic()
-        self._none_since: float | None = None
-        """When the last host was lost, while there is none."""
         self._data = SharedData()
         places = first_places(spec.hosts)
         self._on_gpus = any(place.gpus for place in places)
@@ -275,11 +273,7 @@ class Hosts:
             then: what comes of it.
         """
         self._drop(host)
-        if isinstance(lost, NodeUnfit):
-            self._losses.refuse(host.place.node, str(lost))
-        else:
-            self._say(f"{host.place.name} was lost: {lost}{'; ' if then else ''}{then}")
-            self._losses.count(host)
+        self._losses.add(host, lost, then)
 
     def _drop(self, host: RunningHost) -> None:
         ray.kill(host.actor)  # where it is not its process that has ended
@@ -307,21 +301,12 @@ class Hosts:
         Raises:
             SweepError: no host is left, and none can be started.
         """
-        wait_s = self._spec.hosts.wait_s
         sound = [node for node in there if node.id not in self._losses.unfit]
         missing = missing_hosts(sound, self._spec.hosts, self.places)
         started = [self._start(place) for place in missing if place.gpus or not self._on_gpus]
         for host in started:
             self._say(f"{host.place.name} starts on node {host.place.node[:8]}")
-        if self._running:
-            self._none_since = None
-            return
-        if self._none_since is None:
-            self._none_since = time.monotonic()
-            if wait_s:
-                self._say(f"all hosts were lost; nodes that join within {wait_s:.0f} s (hosts.wait_s) get new ones")
-        if time.monotonic() - self._none_since >= wait_s:
-            raise SweepError("all hosts were lost, and none can be started; the sweep can be resumed with --resume")
+        self._losses.bear_none(not self._running, self._spec.hosts.wait_s)
 
     def _start(self, place: HostPlace) -> RunningHost:
         place = replace(place, name=f"host-{self._started}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 
+from lora_search.errors import SweepError
+from lora_search.sweep.answers import HostLost, NodeUnfit
 from lora_search.sweep.cluster import Say
 from lora_search.sweep.running import RunningHost
 
@@ -29,14 +31,28 @@ class Losses:
         """By node, when one was counted."""
         self.unfit: set[str] = set()
         """Nodes that get no hosts any more."""
+        self._none_since: float | None = None
+        """When the last host was lost, while there is none."""
 
-    def refuse(self, node: str, why: str) -> None:
+    def add(self, host: RunningHost, lost: HostLost, then: str = "") -> None:
+        """Say that a host was lost, and hold it against its node.
+
+        Args:
+            then: what comes of it.
+        """
+        if isinstance(lost, NodeUnfit):
+            self._refuse(host.place.node, str(lost))
+        else:
+            self._say(f"{host.place.name} was lost: {lost}{'; ' if then else ''}{then}")
+            self._count(host)
+
+    def _refuse(self, node: str, why: str) -> None:
         """A node gets no hosts any more, since none would be of use there."""
         if node not in self.unfit:
             self.unfit.add(node)
             self._say(f"WARNING: node {node[:8]} is of no use: {why}")
 
-    def count(self, host: RunningHost) -> None:
+    def _count(self, host: RunningHost) -> None:
         """Count a host that was lost against its node, and give that up where it has lost too many.
 
         Of hosts that train, one that had lasted speaks for its node; and of several that are lost at once, as all of a
@@ -53,3 +69,22 @@ class Losses:
         if self._counted[node] > LOSSES_PER_NODE + host.place.neighbours and node not in self.unfit:
             self.unfit.add(node)
             self._say(f"WARNING: node {node[:8]} gets no more hosts: it has lost {self._counted[node]}")
+
+    def bear_none(self, none: bool, wait_s: float) -> None:
+        """Bear for some time that there is no host, if there is none.
+
+        Args:
+            wait_s: seconds, until nodes join.
+
+        Raises:
+            SweepError: there has been none for so long.
+        """
+        if not none:
+            self._none_since = None
+            return
+        if self._none_since is None:
+            self._none_since = time.monotonic()
+            if wait_s:
+                self._say(f"all hosts were lost; nodes that join within {wait_s:.0f} s (hosts.wait_s) get new ones")
+        if time.monotonic() - self._none_since >= wait_s:
+            raise SweepError("all hosts were lost, and none can be started; the sweep can be resumed with --resume")

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -17,31 +17,23 @@ from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
-from lora_search.best import (
-    Conclusion,
-    export_adapter,
-    merge_best,
-    test_adapter,
-    train_again,
-    write_card,
-    write_config,
-)
-from lora_search.checkpoint import Shelf, step_of, trial_folder
-from lora_search.errors import InputError, Interrupted, SweepError, TrialFailed
+from lora_search.best import Conclusion, write_card
+from lora_search.checkpoint import trial_folder
+from lora_search.errors import InputError, Interrupted, SweepError
 from lora_search.imports import import_libraries
 from lora_search.journal import JOURNAL, JOURNAL_LOCK
 from lora_search.report import document, page
-from lora_search.results import PLANNED, Row, Run, best_row, ended_count, run_rows, sampled
+from lora_search.results import Row, Run, best_row, ended_count, run_rows
 from lora_search.rundir import RunDirectory, discard, locked, write_whole
 from lora_search.search import StudySearcher, create_study
 from lora_search.search.asha import InOrder, StepAsha
 from lora_search.seat import SEAT_BYTES
-from lora_search.space import TrialConfig, planned_trials, trial_config
+from lora_search.space import planned_trials
 from lora_search.spec import SweepSpec, dump_spec
 from lora_search.storage import StoreError
-from lora_search.sweep.answers import HostLost
 from lora_search.sweep.build import build_engine
 from lora_search.sweep.cluster import Say, asked_of_autoscaler, cluster
+from lora_search.sweep.conclude import conclude
 from lora_search.sweep.controller import seated
 from lora_search.sweep.hosts import Hosts
 from lora_search.sweep.prepare import (
@@ -298,59 +290,6 @@ def _tune(
         while isinstance(cause, tune.TuneError) and cause.__context__ is not None:
             cause = cause.__context__
         raise cause from None
-
-
-def conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts, say: Say) -> Conclusion:
-    """Export, test and merge the best trial's adapter, on hosts: their processes have all they need.
-
-    Where its last checkpoint is damaged, the trial is trained again from the one before.
-
-    Raises:
-        SweepError: a host was lost meanwhile, and again in each of `hosts.max_retries` attempts more; or the trial does
-            not come to its end again.
-    """
-    retries = 0
-    while True:
-        try:
-            return _conclude(spec, run, best, hosts, say)
-        except HostLost as lost:
-            if retries == spec.hosts.max_retries:
-                raise SweepError(f"a host was lost: {lost}; mend it, then --resume") from lost
-            retries += 1
-            hosts.renew()
-
-
-def _conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts, say: Say) -> Conclusion:
-    run.folder.remove(run.best.name)  # of when the sweep had fewer trials, or of a merge that was interrupted
-    run.best.mkdir(exist_ok=True)
-    write_config(spec, best, run.best / "config.yaml")
-    planned = {"steps": best[PLANNED]} if best.get(PLANNED) else {}  # the sweep file may ask for more by now
-    config = trial_config(spec, planned | sampled(best, spec.search.space))
-    _mend_checkpoint(run, best, config, hosts, say)
-    checkpoint = export_adapter(run, best["trial"], run.best / "adapter")
-    seen_by_all = replace(run, path=run.path.resolve())  # a host may have another working directory
-    tested, merged = hosts.finish(
-        partial(test_adapter, config, checkpoint),
-        partial(merge_best, spec, seen_by_all, checkpoint, best["eval_loss"]),
-    )
-    return Conclusion(trial=best["trial"], **tested, **merged)
-
-
-def _mend_checkpoint(run: RunDirectory, best: Row, config: TrialConfig, hosts: Hosts, say: Say) -> None:
-    """Have the trial's last checkpoint whole again, if it is damaged."""
-    shelf = Shelf(run.folder, best["trial"])
-    saved = shelf.newest()
-    if saved is None:
-        return
-    step = 0 if saved.checkpoint is None else step_of(saved.checkpoint)
-    if step >= best["steps"]:
-        return
-    damage = saved.damaged[0] if saved.damaged else "its last checkpoint is gone"
-    say(f"WARNING: trial {best['trial']}: {damage}; it is trained again from step {step}")
-    try:
-        shelf.put_again(hosts.ask_one(partial(train_again, config, saved.checkpoint, best["steps"])))
-    except TrialFailed as failure:
-        raise SweepError(f"trial {best['trial']}: {damage}, and it does not come so far again: {failure}") from None
 
 
 def _scheduler(spec: SweepSpec, past: Past) -> TrialScheduler:
