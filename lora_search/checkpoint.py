@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ TRIAL = "trial.json"
 """Step, counters, schedule, and the digests of the other files; written last."""
 
 REPORTS = "reports.json"
-"""The trial's parameters, and all that it has reported, if it reported at that step."""
+"""The trial's parameters, and all that it had reported by then."""
 
 KEPT = 2
 """Checkpoints of a trial: the newest, and the one before should the newest be damaged."""
@@ -94,9 +94,9 @@ class Saved:
     checkpoint: Checkpoint | None
     """None where all that there are are damaged."""
     parameters: Mapping[str, Any] | None
-    """Of the trial, as it told them at its last report; None where it has not reported yet."""
+    """Of the trial, as they were proposed; None where that is not known."""
     reports: Sequence[dict[str, Any]]
-    """All that it had reported, the last one there; whoever was to hear it may have been lost."""
+    """All that it had reported; whoever was to hear it may have been lost."""
     damaged: tuple[str, ...]
     """What is wrong with later checkpoints, by which it comes that this is not the newest."""
 
@@ -113,29 +113,40 @@ class Shelf:
         self._path = f"tune/{trial_folder(trial)}"
         self._folder = run.below(self._path)
 
-    def put(
-        self,
-        checkpoint: Checkpoint,
-        parameters: Mapping[str, Any] | None = None,
-        reports: Sequence[Mapping[str, Any]] = (),
-    ) -> str:
-        """Keep a checkpoint, and let old ones go; its path in the run directory.
+    def put(self, checkpoint: Checkpoint, parameters: Mapping[str, Any], reports: Sequence[Mapping[str, Any]]) -> str:
+        """Keep the checkpoint of a report; its path in the run directory.
 
-        One that is there already, with its reports, stays.
+        Old ones go, and so do those of later steps: they were damaged, or the trial would have gone on from them.
+
+        Args:
+            parameters: of the trial, as it was proposed.
+            reports: all that it has reported, this one last.
 
         Raises:
             OSError: there is no room, or no right to write.
         """
-        name = _checkpoint_folder(checkpoint)
-        folder = self._folder.below(name)
-        if reports:
-            told = json.dumps({"parameters": parameters, "reports": reports}).encode()
-            write_checkpoint({REPORTS: told, **checkpoint}, folder)
-        elif TRIAL not in folder.names():
-            write_checkpoint(checkpoint, folder)
-        for old in self._names()[:-KEPT]:
-            self._folder.remove(old)
-        return f"{self._path}/{name}"
+        path = self._write(checkpoint, parameters, reports)
+        for later in self._names():
+            if _place(later) > _place(_checkpoint_folder(checkpoint)):
+                self._folder.remove(later)
+        self._let_old_go()
+        return path
+
+    def put_unreported(self, checkpoint: Checkpoint, parameters: Mapping[str, Any] | None) -> str:
+        """Keep a checkpoint as the trial stands, between two reports or at one; its path in the run directory.
+
+        One that is there already stays.
+
+        Raises:
+            OSError: there is no room, or no right to write.
+        """
+        folder = _checkpoint_folder(checkpoint)
+        if TRIAL in self._folder.below(folder).names():
+            return f"{self._path}/{folder}"
+        told = next(self._told(), None)
+        path = self._write(checkpoint, parameters, told["reports"] if told else ())
+        self._let_old_go()
+        return path
 
     def newest(self) -> Saved | None:
         """The newest checkpoint that is whole; None where there never was one.
@@ -148,14 +159,14 @@ class Shelf:
             folder = self._folder.below(name)
             try:
                 checkpoint = read_checkpoint(folder)
-                told = json.loads(folder.read(REPORTS)) if REPORTS in folder.names() else {}
+                told = _told(folder) if REPORTS in folder.names() else next(self._told(), None)
             except StoreError:
                 raise
-            except (SweepError, OSError, ValueError) as error:
+            except (SweepError, OSError, ValueError, KeyError, TypeError) as error:
                 damaged.append(str(error))
             else:
-                parameters = told["parameters"] if told else self._parameters()
-                return Saved(checkpoint, parameters, told.get("reports", ()), tuple(damaged))
+                parameters, reports = (told["parameters"], told["reports"]) if told else (None, ())
+                return Saved(checkpoint, parameters, reports, tuple(damaged))
         return Saved(None, None, (), tuple(damaged)) if damaged else None
 
     def put_again(self, checkpoint: Checkpoint) -> None:
@@ -165,30 +176,53 @@ class Shelf:
             OSError: there is no room, or no right to write.
         """
         self._folder.remove(_checkpoint_folder(checkpoint))
-        self.put(checkpoint)
+        self.put_unreported(checkpoint, None)
 
     def clear(self) -> None:
         """Remove all checkpoints: they are another trial's, that has had this number."""
         for name in self._names():
             self._folder.remove(name)
 
-    def _parameters(self) -> dict[str, Any] | None:
-        """Of the newest checkpoint that tells them."""
+    def _write(
+        self,
+        checkpoint: Checkpoint,
+        parameters: Mapping[str, Any] | None,
+        reports: Sequence[Mapping[str, Any]],
+    ) -> str:
+        name = _checkpoint_folder(checkpoint)
+        told = json.dumps({"parameters": parameters, "reports": list(reports)}).encode()
+        write_checkpoint({REPORTS: told, **checkpoint}, self._folder.below(name))
+        return f"{self._path}/{name}"
+
+    def _let_old_go(self) -> None:
+        for old in self._names()[:-KEPT]:
+            self._folder.remove(old)
+
+    def _told(self) -> Iterator[dict[str, Any]]:
+        """What the checkpoints tell of the trial, the newest first."""
         for name in reversed(self._names()):
             folder = self._folder.below(name)
             try:
                 if REPORTS in folder.names():
-                    found: dict[str, Any] = json.loads(folder.read(REPORTS))["parameters"]
-                    return found
+                    yield _told(folder)
             except StoreError:
                 raise
             except (OSError, ValueError, KeyError, TypeError):  # damaged
                 continue
-        return None
 
     def _names(self) -> list[str]:
         found = [name for name in self._folder.names() if name.startswith("checkpoint_")]
-        return sorted(found, key=lambda name: (len(name), name))  # from step 1,000,000 on there are more digits
+        return sorted(found, key=_place)
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Of a checkpoint's folder among others: from step 1,000,000 on there are more digits."""
+    return len(name), name
+
+
+def _told(folder: Folder) -> dict[str, Any]:
+    told = json.loads(folder.read(REPORTS))
+    return {"parameters": told["parameters"], "reports": told["reports"]}
 
 
 def _checkpoint_folder(checkpoint: Checkpoint) -> str:

@@ -77,7 +77,8 @@ class Host:
         """
         self.name = name
         self._capacity = capacity
-        self._residents: set[str] = set()
+        self._residents: dict[str, Mapping[str, Any] | None] = {}
+        """By trial, its parameters as they were proposed, where they were told."""
         self._waiting = WaitingRoom()
         self._door = asyncio.Lock()
         self._bytes_left = 0
@@ -149,10 +150,22 @@ class Host:
         """How many more trials may come, and the bytes that are left for them."""
         return (self._capacity if self._loaded else 0) - len(self._residents), self._bytes_left
 
-    async def admit(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None = None) -> bool:
+    async def admit(
+        self,
+        trial: str,
+        config: TrialConfig,
+        checkpoint: Checkpoint | None = None,
+        parameters: Mapping[str, Any] | None = None,
+    ) -> bool:
         """Make a trial resident, at its start or where a checkpoint left it; False where it has to wait, and ask again.
 
         A trial that is resident already (its seat was lost) starts over from the checkpoint.
+
+        Args:
+            parameters: as they were proposed; its checkpoint tells them, where it is kept here.
+
+        Raises:
+            TrialFailed: it does not fit, with no other beside it.
         """
         if not self._loaded:
             return False
@@ -168,8 +181,13 @@ class Host:
                 size = await self._ask(lambda: self._engine.size(config))
             if not self._waiting.may_enter(trial, size, fits=fits, judged=judged, now=time.monotonic()):
                 return False
-            await self._ask(lambda: self._engine.admit(trial, config, checkpoint))
-            self._residents.add(trial)
+            try:
+                await self._ask(lambda: self._engine.admit(trial, config, checkpoint))
+            except TrialFailed:
+                if self._residents:  # beside fewer it may fit
+                    return False
+                raise
+            self._residents[trial] = parameters
             self._bytes_left = left
         return True
 
@@ -205,7 +223,10 @@ class Host:
         def save() -> list[tuple[int, int, str]]:
             self._goals.clear()
             checkpoints = {trial: self._engine.snapshot(trial) for trial in sorted(self._residents)}
-            return [(int(trial), step_of(c), Shelf(run, int(trial)).put(c)) for trial, c in checkpoints.items()]
+            return [
+                (int(trial), step_of(saved), Shelf(run, int(trial)).put_unreported(saved, self._residents[trial]))
+                for trial, saved in checkpoints.items()
+            ]
 
         return await self._ask(save)
 
@@ -223,7 +244,7 @@ class Host:
             goal.report.cancel()
         if trial in self._residents:  # whoever else let it go may have been first
             self._engine.release(trial)
-            self._residents.remove(trial)  # here, not on the loop: what is asked next may be to save them all
+            del self._residents[trial]  # here, not on the loop: what is asked next may be to save them all
         return self._engine.room()
 
     async def _ask(self, work: Callable[[], T]) -> T:

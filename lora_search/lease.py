@@ -105,6 +105,9 @@ def _refresh(folder: Folder, mine: bytes, ended: threading.Event, lost: threadin
                 lost.set()
                 return
             folder.write(LEASE, mine)
+        except FileNotFoundError:  # another had it since, and has ended
+            lost.set()
+            return
         except OSError as error:
             logger.warning("the lease is not refreshed: %s", error)
 

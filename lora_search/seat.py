@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ray
@@ -33,8 +33,12 @@ Two Choices in Randomized Load Balancing, 2001), and costs the same whatever the
 ANSWER_S = 5.0
 """A host that takes longer to say whether it has room is passed over, this time."""
 
-GONE = (ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError)
-"""What calls of a host end in that is lost, or out of reach for a moment; the second where it had not started yet."""
+GONE = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.ActorUnschedulableError,  # it had not started yet
+    ray.exceptions.OutOfMemoryError,  # Ray ended it, since the node had no memory left
+)
+"""What calls of a host end in that is lost, or out of reach for a moment."""
 
 
 class Seat:
@@ -98,6 +102,8 @@ class Seat:
         except TrialFailed as failure:
             return news | {"step": max(0, self._reported), "failure": str(failure), "done": True}
         except OSError as error:
+            if isinstance(error, ray.exceptions.RayError):  # of the cluster, or raised on a host
+                raise
             return news | {"step": max(0, self._reported), "unsaved": str(error)}
         last = self._steps[-1]
         return news | report | {"done": report["step"] >= last}
@@ -113,12 +119,15 @@ class Seat:
         self._untold = deque(self._reports)
         """Whoever was to hear it may have been lost since."""
         step = step_of(self._checkpoint) if self._checkpoint is not None else 0
-        self._reported = step if self._reports else step - 1  # what is between the two may be a report step itself
+        # Where it stands may be a report step itself.
+        self._reported = int(self._reports[-1]["step"]) if self._reports else step - 1
         return {"resumed": {"step": step, "damaged": list(saved.damaged)}} if saved else {}
 
     def _advance(self) -> dict[str, Any]:
         if self._host is None:
-            self._host = self._lobby.admit(self._trial, self._config, self._checkpoint, again=self._again)
+            self._host = self._lobby.admit(
+                self._trial, self._config, self._checkpoint, self._parameters, again=self._again
+            )
             self._checkpoint = None
         until = next(step for step in self._steps if step > self._reported)
         report: dict[str, Any] = _get(self._host.advance.remote(self._trial, until))
@@ -145,11 +154,18 @@ class Lobby:
         """The host that admitted the last trial of this seat: where that has ended, there is room."""
 
     def admit(
-        self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None, *, again: bool = False
+        self,
+        trial: str,
+        config: TrialConfig,
+        checkpoint: Checkpoint | None,
+        parameters: Mapping[str, Any] | None = None,
+        *,
+        again: bool = False,
     ) -> ActorHandle:
         """A host that admits the trial, of a few at a time the one with most room; waits while all are full.
 
         Args:
+            parameters: of the trial, as it was proposed.
             again: the trial may be resident somewhere, from when it had another seat.
         """
         given = None if checkpoint is None else ray.put(checkpoint)
@@ -159,7 +175,7 @@ class Lobby:
             for name in self._as_asked(names):
                 asked.add(name)
                 try:
-                    admitted = _get(self._known[name].admit.remote(trial, config, given))
+                    admitted = _get(self._known[name].admit.remote(trial, config, given, parameters))
                 except GONE:
                     continue  # lost meanwhile, or out of reach for a moment
                 if admitted:

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -254,10 +255,12 @@ def test_slow_host_loses_no_trial_and_gets_less_work(ray: Any, tiny: Path, tmp_p
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MiB."""
+    """A file system of 8 MiB and some thousand files."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m,nr_inodes=4k", "tmpfs", folder], capture_output=True
+    )
     if mounted.returncode != 0:
         pytest.skip("needs the right to mount a small file system")
     yield folder
@@ -295,21 +298,28 @@ def test_host_that_is_lost_before_the_first_trial_or_after_the_last_is_replaced(
 def test_full_disk_ends_the_sweep_and_with_room_it_goes_on(
     ray: Any, tiny: Path, small_disk: Path, undisturbed: list[Row]
 ) -> None:
+    """While a trial runs, and when it has just ended: the searcher's and the record's troubles are not that trial's."""
     spec = sequential(tiny, "full", small_disk)
     run = create_run(small_disk, spec.name, exact=True)
-    filler = small_disk / "filler"
+    fillers = small_disk / "fillers"
 
     def fill() -> None:
-        with filler.open("wb") as file:
+        fillers.mkdir()
+        with (fillers / "filler").open("wb") as file, suppress(OSError):
             while True:
-                try:
-                    os.write(file.fileno(), bytes(1 << 12))
-                except OSError:
-                    return
+                os.write(file.fileno(), bytes(1 << 12))
 
-    with pytest.raises(SweepError, match=r"cannot be written to: .*No space left on device.*; mend it, then --resume"):
-        run_sweep(spec, run, [Strikes({(0, 4): fill})])
-    filler.unlink()
+    def fill_with_files() -> None:
+        fillers.mkdir()
+        with suppress(OSError):
+            for number in itertools.count():
+                (fillers / str(number)).touch()
+
+    full = r"cannot be written to: .*No space left on device.*; mend it, then --resume"
+    for strike, resume in (((0, 4), fill), False), (((0, 8), fill_with_files), True):
+        with pytest.raises(SweepError, match=full):
+            run_sweep(spec, run, [Strikes(dict([strike]))], resume=resume)
+        shutil.rmtree(fillers)
     outcome = run_sweep(spec, run, resume=True)
     require_whole(run, TRIALS)
     assert compared(outcome.rows) == undisturbed

@@ -14,13 +14,14 @@ import pytest
 from conftest import PATIENCE, make_spec, wait_until
 from test_host import CONFIG, CountingEngine
 
-from lora_search.checkpoint import Checkpoint, Shelf, seal
+from lora_search.checkpoint import Checkpoint, Shelf, seal, step_of
 from lora_search.doctor import _hosts
 from lora_search.errors import HostFailed, InputError, SweepError
 from lora_search.host import Host
 from lora_search.placement import HostPlace
 from lora_search.rundir import create_run
 from lora_search.seat import ASKED_AT_ONCE, Lobby, Seat
+from lora_search.space import TrialConfig
 from lora_search.spec import SweepSpec
 from lora_search.storage import Folder
 from lora_search.sweep.answers import DataLost, HostLost, NodeUnfit, is_done, unwrap
@@ -421,10 +422,10 @@ def test_seat_clears_away_the_checkpoints_of_a_trial_that_had_its_number(
     shelf = Shelf(Folder(tmp_path), 7)
     for step in (2, 4):
         shelf.put(seal({"weights.bin": b"lost"}, {"step": step}), {"rank": 8}, [{"step": step}])
-    shelf.put(seal({"weights.bin": b"lost"}, {"step": 5}))  # as it stood when the sweep was interrupted
+    shelf.put_unreported(seal({"weights.bin": b"lost"}, {"step": 5}), {"rank": 8})  # when the sweep was interrupted
     saved = shelf.newest()
     assert saved is not None
-    assert (saved.parameters, saved.reports) == ({"rank": 8}, ())
+    assert (saved.parameters, saved.reports) == ({"rank": 8}, [{"step": 4}])
     params = {"rank": 4, "alpha_ratio": 2, "dropout": 0.0, "target_modules": "all-linear", "learning_rate": 1e-3}
     spec = make_spec(tiny, name="number", training={"steps": 4, "eval_every": 2}, output=str(tmp_path))
     host = started.ray.remote(Host).options(num_cpus=0, name="lora-search-number-0").remote("h", 1, build_counting)
@@ -436,6 +437,75 @@ def test_seat_clears_away_the_checkpoints_of_a_trial_that_had_its_number(
     assert saved is not None
     assert saved.parameters == params
     started.ray.kill(host)
+
+
+def test_trial_that_is_interrupted_twice_between_reports_tells_all_again_and_goes_on_to_the_next(
+    started: Hosts, tiny: Path, tmp_path: Path
+) -> None:
+    """Its study and its record may have lost what it had told: an object store has what was uploaded last."""
+    params = {"rank": 4, "alpha_ratio": 2, "dropout": 0.0, "target_modules": "all-linear", "learning_rate": 1e-3}
+    training, search = {"steps": 40, "eval_every": 10}, {"scheduler": {"name": "none"}}
+    spec = make_spec(tiny, name="told", training=training, search=search, output=str(tmp_path))
+    run = Folder(tmp_path)
+    host = started.ray.remote(Host).options(num_cpus=0, name="lora-search-told-0").remote("h", 1, build_resuming)
+    try:
+        started.ray.get(host.load.remote(None))
+        seat = Seat({"trial": 3, "params": params, "again": False}, spec, run, "lora-search-told-")
+        assert seat.train()["step"] == 10
+        for step in (14, 17, 18):
+            Shelf(run, 3).put_unreported(seal({"weights.bin": b""}, {"step": step}), params)
+        seat.reset({"trial": 3, "params": params, "again": True})
+        first, second = seat.train(), seat.train()
+        assert (first["step"], first["resumed"]) == (10, {"step": 18, "damaged": []})
+        assert second["step"] == 20
+        started.ray.get(host.save_all.remote(run))
+        saved = Shelf(run, 3).newest()
+    finally:
+        started.ray.kill(host)
+    assert saved is not None
+    assert saved.parameters == params
+    assert [report["step"] for report in saved.reports] == [10, 20]
+
+
+def test_checkpoints_that_a_host_keeps_of_a_trial_without_a_report_tell_its_parameters(
+    started: Hosts, tmp_path: Path
+) -> None:
+    """Its number may be another trial's by the time the sweep goes on."""
+    host = started.ray.remote(Host).options(num_cpus=0, name="lora-search-new-0").remote("h", 1, build_resuming)
+    try:
+        started.ray.get(host.load.remote(None))
+        Lobby("lora-search-new-").admit("3", CONFIG, None, {"rank": 8})
+        assert started.ray.get(host.save_all.remote(Folder(tmp_path))) == [(3, 0, "tune/trial-0003/checkpoint_000000")]
+    finally:
+        started.ray.kill(host)
+    saved = Shelf(Folder(tmp_path), 3).newest()
+    assert saved is not None
+    assert saved.parameters == {"rank": 8}
+
+
+def test_new_checkpoint_is_not_let_go_for_damaged_ones_of_later_steps(tmp_path: Path) -> None:
+    shelf = Shelf(Folder(tmp_path), 0)
+    for step in (30, 40):
+        shelf.put(seal({"weights.bin": b"good"}, {"step": step}), {}, [{"step": step}])
+        (tmp_path / "tune" / "trial-0000" / f"checkpoint_{step:06d}" / "weights.bin").write_bytes(b"gone")
+    for step in (10, 20):
+        shelf.put(seal({"weights.bin": b"anew"}, {"step": step}), {}, [{"step": step}])
+        saved = shelf.newest()
+        assert saved is not None
+        assert saved.checkpoint is not None
+        assert (step_of(saved.checkpoint), saved.damaged) == (step, ())
+
+
+class ResumingEngine(IdleEngine):
+    """Goes on from a checkpoint."""
+
+    def admit(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None = None) -> None:
+        super().admit(trial, config)
+        self.steps[trial] = step_of(checkpoint) if checkpoint else 0
+
+
+def build_resuming(data: Any) -> ResumingEngine:
+    return ResumingEngine()
 
 
 def other_weights() -> None:

@@ -89,7 +89,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for _ in range(STEPS):
                 engine.step(["a"])
             loss = engine.evaluate(["a"])["a"].loss
-            Shelf(RunDirectory(folder).folder, trial).put(engine.snapshot("a"))
+            Shelf(RunDirectory(folder).folder, trial).put_unreported(engine.snapshot("a"), None)
             engine.release("a")
         told = {"trial": trial, "time": 1e9 + trial + 0.5}
         events.append({"event": "report", **told, "step": STEPS, "steps_total": STEPS, "eval_loss": loss})

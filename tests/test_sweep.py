@@ -26,8 +26,8 @@ from lora_search.rundir import RunDirectory, create_run, newest_run
 from lora_search.spec import load_spec
 from lora_search.sweep.run import Outcome, run_sweep
 from lora_search.sweep.signals import (
+    signals_end_tune,
     sigterm_as_sigint,
-    sigterm_ends_tune,
     sigterm_interrupts,
     sigterm_kept_from_ray,
 )
@@ -252,13 +252,19 @@ def test_sigterm_before_there_is_a_ray_leaves_what_can_be_resumed(tiny: Path, tm
         create_run(tmp_path, "early", exact=True)
 
 
-def test_sigterm_before_tune_listens_interrupts_the_sweep() -> None:
-    with pytest.raises(KeyboardInterrupt), sigterm_ends_tune():
-        signal.raise_signal(signal.SIGTERM)
-    with sigterm_ends_tune():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Tune leaves a handler of its own, which does nothing any more
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_before_tune_listens_or_after_it_has_interrupts_the_sweep(number: signal.Signals) -> None:
+    with pytest.raises(KeyboardInterrupt), signals_end_tune():
+        signal.raise_signal(number)
+    with signals_end_tune() as came:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Tune leaves a handler of its own, which does nothing any more
+        signal.raise_signal(number)
+        assert came.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_sigterm_while_ray_starts_interrupts_the_sweep() -> None:
     with (
         pytest.raises(Interrupted, match="with --resume goes on"),
         sigterm_interrupts("runs/a"),

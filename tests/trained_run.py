@@ -52,7 +52,7 @@ def train_run(
         for name, report in engine.report(engine.residents).items():
             number = int(name)
             record.trial_reported(number, {**report.to_dict(), "host": "host-0"})
-            Shelf(run.folder, number).put(engine.snapshot(name))
+            Shelf(run.folder, number).put_unreported(engine.snapshot(name), None)
             if step == trials[number][1]:
                 record.trial_ended(number, "completed" if step == report.steps_total else "stopped", None)
                 engine.release(name)

@@ -1,6 +1,6 @@
 """What a Weights & Biases that is not reached, slow or broken costs a sweep: its training goes on at the same speed.
 
-    python analysis/benchmarks/wandb_faults.py [--trials 4] [--steps 40] [--rounds 3] [--json FILE]
+    python analysis/benchmarks/wandb_faults.py [--trials 8] [--steps 80] [--rounds 3] [--json FILE]
 
 Each round runs sweeps/demo.yaml, shortened, once without W&B and once with each fault of a server on this machine,
 alternating: one that nobody answers, one that answers 500, one that takes five seconds for every answer, and one that
@@ -114,8 +114,8 @@ def run_round(way: str, trials: int, steps: int, folder: Path) -> Round:
 def main() -> None:
     """Run all rounds and print the medians, and the ratios to the sweep without W&B of the same round."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

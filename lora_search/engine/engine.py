@@ -28,7 +28,7 @@ from lora_search.engine.products import working_dtype
 from lora_search.engine.random import seeded
 from lora_search.engine.sites import attach_sites, introduce_siblings
 from lora_search.engine.trial import ResidentTrial, lora_config
-from lora_search.engine.trouble import device_fails_host, free_memory, require_finite, trouble_of
+from lora_search.engine.trouble import device_fails_host, free_memory, is_out_of_memory, require_finite, trouble_of
 from lora_search.errors import TrialFailed
 from lora_search.memory.gauge import Gauge
 from lora_search.model import FrozenBase
@@ -92,6 +92,7 @@ class Engine:
         Raises:
             InputError: the target modules are none of this base.
             SweepError: the checkpoint is damaged.
+            TrialFailed: there is no memory for it.
             HostFailed: the device computes no longer.
         """
         if trial in self._trials:
@@ -114,8 +115,10 @@ class Engine:
             resident = ResidentTrial(name, config, self._peft, flat, adapts_experts=experts)
             if checkpoint is not None:
                 resident.restore(checkpoint)
-        except BaseException:
+        except BaseException as error:
             self._delete(name)
+            if isinstance(error, Exception) and is_out_of_memory(error):
+                raise trouble_of(error).failure(0) from error
             raise
         self._trials[trial] = resident
 

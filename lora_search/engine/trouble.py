@@ -23,6 +23,9 @@ DEVICE_ERRORS = (
 """How errors begin after which a device answers every call with the same one."""
 
 
+NO_THREAD = "can't start new thread"
+"""What Python says of a machine that has no more of them."""
+
 LASTING = ("no kernel image", "kernel image is invalid", "invalid device function", "NOT_SUPPORTED")
 """What such an error says where the device is sound, and cannot do what is asked: no other would."""
 
@@ -50,11 +53,14 @@ def trouble_of(error: Exception) -> Trouble:
     """What a pass of one or several trials ended in.
 
     Raises:
-        HostFailed: it is the device's: CUDA answers every call after such an error with the same one.
+        HostFailed: it is the device's: CUDA answers every call after such an error with the same one. Or the machine's:
+            its disk is full, where Triton compiles, or it has no more files or threads to give.
     """
     line = str(error).partition("\n")[0]
     if is_out_of_memory(error):
         return Trouble(line, memory=True)
+    if isinstance(error, OSError) or NO_THREAD in line:
+        raise HostFailed(f"{type(error).__name__}: {line}") from error
     _require_device(error)
     return Trouble(f"{type(error).__name__}: {line}", memory=False)
 

@@ -7,6 +7,7 @@ from typing import Any
 import ray
 
 from lora_search.errors import HostFailed, SweepError
+from lora_search.seat import GONE
 
 
 class HostLost(SweepError):
@@ -21,12 +22,7 @@ class NodeUnfit(HostLost):
     """A host is of no use, and no other on its node would be; the message says what is wrong with the node."""
 
 
-LOST_BEFORE = (
-    ray.exceptions.ObjectLostError,
-    ray.exceptions.RayActorError,
-    ray.exceptions.ActorUnschedulableError,
-    ray.exceptions.OutOfMemoryError,  # Ray ended it, since the node had no memory left
-)
+LOST_BEFORE = (ray.exceptions.ObjectLostError, *GONE)
 """Of a call whose arguments were to come from a host that is no more."""
 
 

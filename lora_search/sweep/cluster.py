@@ -38,7 +38,7 @@ def cluster(address: str | None, say: Say = lambda line: None) -> Iterator[None]
         say: prints one line to the user.
 
     Raises:
-        SweepError: there is no cluster at the address.
+        SweepError: there is no cluster at the address, or it cannot be used.
     """
     ours = not ray.is_initialized()
     if ours:
@@ -66,8 +66,8 @@ def cluster(address: str | None, say: Say = lambda line: None) -> Iterator[None]
         except ConnectionError as error:
             raise SweepError(_no_answer(address, error)) from None
         except Exception as error:  # of many kinds: ports, memory, a machine too busy to start it in time
-            if address:
-                raise
+            if address:  # as one of another version of Ray or Python
+                raise SweepError(f"the cluster at {address} cannot be used: {' '.join(str(error).split())}") from error
             raise SweepError(f"Ray did not start: {str(error).strip().splitlines()[0]}") from error
     try:
         yield

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 
 from lora_search.best import Conclusion, export_adapter, merge_best, test_adapter, train_again, write_config
-from lora_search.checkpoint import Shelf, step_of
+from lora_search.checkpoint import Saved, Shelf, step_of
 from lora_search.errors import SweepError, TrialFailed
 from lora_search.results import PLANNED, Row, sampled
 from lora_search.rundir import RunDirectory
@@ -56,9 +56,7 @@ def _conclude(spec: SweepSpec, run: RunDirectory, best: Row, hosts: Hosts, say: 
 def _mend_checkpoint(run: RunDirectory, best: Row, config: TrialConfig, hosts: Hosts, say: Say) -> None:
     """Have the trial's last checkpoint whole again, if it is damaged."""
     shelf = Shelf(run.folder, best["trial"])
-    saved = shelf.newest()
-    if saved is None:
-        return
+    saved = shelf.newest() or Saved(None, None, (), ())
     step = 0 if saved.checkpoint is None else step_of(saved.checkpoint)
     if step >= best["steps"]:
         return

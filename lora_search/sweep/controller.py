@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import ray
 from ray.actor import ActorClass
+from ray.air.execution import ResourceRequest
 from ray.air.execution._internal import RayActorManager, TrackedActor
+from ray.air.execution._internal.tracked_actor_task import TrackedActorTask
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.tune import tune as tune_module
+from ray.tune.error import TuneError, _TuneStopTrialError
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 
@@ -18,17 +23,21 @@ from lora_search.seat import PROPOSED, Seat
 
 _SEAT = ray.remote(Seat)
 
+NODE_LABEL = "ray.io/node-id"
+"""Ray gives it to every node."""
+
 
 @contextmanager
-def seated(capacity: Callable[[], int], **given: Any) -> Iterator[None]:
+def seated(capacity: Callable[[], int], barred: Callable[[], Collection[str]], **given: Any) -> Iterator[None]:
     """Have the trials of `tune.run` sit on seats, whatever trainable it is told of.
 
     Args:
         capacity: trials that may run at once, as it stands; above zero.
+        barred: the nodes on which no seat may be, as it stands.
         given: what every seat is made with, besides its first trial.
     """
     # tune.run takes no control loop as an argument
-    tune_module.TuneController = partial(_Controller, capacity, given)
+    tune_module.TuneController = partial(_Controller, capacity, barred, given)
     try:
         yield
     finally:
@@ -44,11 +53,17 @@ class _Controller(TuneController):  # type: ignore[misc]  # Ray's base class is 
     longer than a process takes to start, it does so to the sweep's end.
     """
 
-    def __init__(self, capacity: Callable[[], int], given: Mapping[str, Any], **told: Any) -> None:
+    def __init__(
+        self,
+        capacity: Callable[[], int],
+        barred: Callable[[], Collection[str]],
+        given: Mapping[str, Any],
+        **told: Any,
+    ) -> None:
         super().__init__(**told)
         self._capacity = capacity
         seats = _Seats(self._actor_manager._resource_manager)
-        seats.given = given
+        seats.barred, seats.given = barred, given
         self._actor_manager: RayActorManager = seats
 
     def step(self) -> None:
@@ -59,6 +74,12 @@ class _Controller(TuneController):  # type: ignore[misc]  # Ray's base class is 
         state: dict[str, Any] = super().__getstate__()
         del state["_capacity"]  # what Tune saves of a run is data
         return state
+
+    def _process_trial_failure(self, trial: Trial, exception: TuneError | RayTaskError | RayActorError) -> None:
+        """What the searcher or the record raises as a trial ends is the sweep's: Tune holds it against the trial."""
+        if isinstance(exception, _TuneStopTrialError) and (raised := sys.exception()) is not None:
+            raise raised
+        super()._process_trial_failure(trial, exception)
 
     def _maybe_reuse_cached_actor(self, trial: Trial) -> bool:
         own = self._trial_to_actor.get(trial)
@@ -76,11 +97,24 @@ class _Seats(RayActorManager):  # type: ignore[misc]  # Ray's base class is unty
     would have to import to receive it.
     """
 
+    barred: Callable[[], Collection[str]]
     given: Mapping[str, Any]
     """What every seat is made with, besides its first trial. No argument: `cleanup` calls the constructor again."""
 
-    def add_actor(self, cls: ActorClass, kwargs: Mapping[str, Any], **told: Any) -> TrackedActor:
-        return super().add_actor(_SEAT, {**self.given, "config": _proposal(kwargs["config"])}, **told)
+    def add_actor(
+        self, cls: ActorClass, kwargs: Mapping[str, Any], resource_request: ResourceRequest, **told: Any
+    ) -> TrackedActor:
+        if barred := self.barred():
+            elsewhere = [{NODE_LABEL: f"!in({','.join(sorted(barred))})"}]
+            resource_request = ResourceRequest(resource_request.bundles, bundle_label_selector=elsewhere)
+        config = _proposal(kwargs["config"])
+        return super().add_actor(_SEAT, {**self.given, "config": config}, resource_request, **told)
+
+    def _actor_task_failed(self, tracked_actor_task: TrackedActorTask, exception: Exception) -> None:
+        """A seat that was ended where memory was short is lost as any other: to Ray that is of another class (2.60)."""
+        if isinstance(exception, RayError) and not isinstance(exception, RayActorError | RayTaskError):
+            exception = RayActorError(error_msg=str(exception))
+        super()._actor_task_failed(tracked_actor_task, exception)
 
     def schedule_actor_task(
         self,

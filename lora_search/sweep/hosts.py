@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -24,6 +24,7 @@ from lora_search.sweep.cluster import Say, first_places, nodes
 from lora_search.sweep.losses import Losses
 from lora_search.sweep.running import HOST_NAMES, RunningHost, require_same, start_host, what_is_held
 from lora_search.sweep.shared_data import SharedData
+from lora_search.sweep.soundness import Soundness
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class Hosts:
         self._running: dict[str, RunningHost] = {}
         self._started = 0
         self._losses = Losses(say)
+        self._soundness = Soundness(say, run)
         self._looked = time.monotonic()
         self._data = SharedData()
         places = first_places(spec.hosts)
@@ -92,6 +94,15 @@ class Hosts:
         return max(1, sum(host.capacity for host in self._begun))
 
     @property
+    def barred(self) -> Collection[str]:
+        """Nodes on which no seat may be, as far as is known."""
+        return self._soundness.barred
+
+    @property
+    def _hosted(self) -> set[str]:
+        return {host.place.node for host in self._running.values()}
+
+    @property
     def _begun(self) -> list[RunningHost]:
         return [host for host in self._running.values() if not host.late]
 
@@ -105,7 +116,14 @@ class Hosts:
             InputError: a node has other versions of what decides a result, or does not see the run directory; it
                 says which.
         """
-        require_same(self._each(lambda host: unwrap(host.greeting)), self._spec.output)
+        greeted = [(host.place.node, said) for host, said in self._each(lambda host: unwrap(host.greeting))]
+        greeted += self._soundness.answers(nodes(), self._hosted)
+        require_same(greeted, self._spec.output)
+        for host in self._begun:
+            host.greeting = None
+        for node, _ in greeted:
+            self._soundness.add(node)
+        self._soundness.look(nodes(), self._hosted)
 
     def prepare(self, work: Callable[[HostPlace], tuple[T, Any]], warm: Callable[[], None]) -> T:
         """Have one host prepare the data for all; what it says of it.
@@ -136,6 +154,7 @@ class Hosts:
     def _load(self, host: RunningHost) -> None:
         """Have a host begin to load the base."""
         host.hear()
+        self._soundness.add(host.place.node)
         self._data.load(host, self.check)
 
     def ask_all(self, work: Callable[[], T]) -> list[T]:
@@ -244,6 +263,7 @@ class Hosts:
             except SweepError as error:
                 self._lose(host, HostLost(str(error)))
         self._fill(there)
+        self._soundness.look(there, self._hosted)
         late = [host for host in self._begun if now - host.since > START_S and not is_done(host.started)]
         for host in late:
             host.late = True

@@ -98,7 +98,9 @@ def reconcile(spec: SweepSpec, run: RunDirectory, study: optuna.Study, record: R
 
     Of a trial that has ended by the study alone, the record is told the reports that its checkpoints keep.
     """
-    known = {row["trial"]: row for row in trial_rows(read_events(run.trials))}
+    events = tuple(read_events(run.trials))
+    known = {row["trial"]: row for row in trial_rows(events)}
+    _tell_values(study, events, spec.search.metric)
     for trial in study.get_trials(deepcopy=False):
         row = known.get(trial.number)
         if trial.state.is_finished() and (row is None or row["state"] == "running"):
@@ -109,6 +111,17 @@ def reconcile(spec: SweepSpec, run: RunDirectory, study: optuna.Study, record: R
             _tell(study, trial, row, spec.search.metric)
     events = tuple(read_events(run.trials))
     return Past(events, tuple(trial_rows(events)))
+
+
+def _tell_values(study: optuna.Study, events: Sequence[Row], metric: str) -> None:
+    """Report to the study what only the record has of trials that run there: a report is recorded before it is told."""
+    running = {trial.number: trial for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING])}
+    for event in events:
+        trial = running.get(event["trial"])
+        if trial is None or event["event"] != "report" or event["step"] in trial.intermediate_values:
+            continue
+        if event[metric] is not None:
+            optuna.Trial(study, trial._trial_id).report(event[metric], event["step"])
 
 
 def _tell_reports(

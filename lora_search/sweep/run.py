@@ -46,7 +46,7 @@ from lora_search.sweep.prepare import (
 )
 from lora_search.sweep.provenance import provenance, read_provenance, write_provenance
 from lora_search.sweep.resume import Past, mend_last_line, reconcile, refuse_other_sweep, shorter_trials
-from lora_search.sweep.signals import sigterm_ends_tune, sigterm_interrupts
+from lora_search.sweep.signals import signals_end_tune, sigterm_interrupts
 from lora_search.sweep.upload import Held, kept_uploaded
 from lora_search.tracking import Observer, RunRecord
 from lora_search.tracking.relay import Relay
@@ -55,12 +55,25 @@ TUNE_ENV = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials.jsonl is the record
     "TUNE_GLOBAL_CHECKPOINT_S": "inf",  # Tune's own state, which grows with the trials: once, at the end
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # signals_end_tune has its own
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a result may say why there is no metric
+    "RAY_TRAIN_COUNT_PREEMPTION_AS_FAILURE": "1",  # else Tune puts such a trial on a seat again and tells nobody
 }
 
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+UNWRITABLE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ESTALE,  # this and the next two: a file server that has gone
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,
+)
 
 
 @dataclass(frozen=True)
@@ -242,11 +255,11 @@ def search(
                 say(shorter)
             for observer in observers:
                 observer.past(past.rows)
-        if past.ended < planned:
-            _tune(spec, run, hosts, [record, _Attend(hosts), *observers], study, past)
+        told = [record, _Attend(hosts), *observers]
+        interrupted = past.ended < planned and _tune(spec, run, hosts, told, study, past)
         rows = run_rows(run)
         ended = ended_count(rows)
-        if ended < planned:
+        if interrupted or ended < planned:
             for trial, step, path in hosts.save_all(run.folder):
                 record.trial_saved(trial, step, path)
             raise Interrupted(
@@ -265,11 +278,14 @@ def _tune(
     told: Sequence[Observer],
     study: optuna.Study,
     past: Past,
-) -> None:
-    """Have Ray Tune run the trials that are left."""
+) -> bool:
+    """Have Ray Tune run the trials that are left; whether a signal came meanwhile."""
     searcher = StudySearcher(spec, study, lambda: hosts.capacity)
     try:
-        with sigterm_ends_tune(), seated(lambda: hosts.capacity, spec=spec, run=run.folder, hosts=hosts.prefix):
+        with (
+            signals_end_tune() as came,
+            seated(lambda: hosts.capacity, lambda: hosts.barred, spec=spec, run=run.folder, hosts=hosts.prefix),
+        ):
             # tune.run, not Tuner: that one pickles every callback and searcher into the run directory.
             tune.run(
                 tune.with_resources(tune.Trainable, {"memory": SEAT_BYTES}),
@@ -290,6 +306,7 @@ def _tune(
         while isinstance(cause, tune.TuneError) and cause.__context__ is not None:
             cause = cause.__context__
         raise cause from None
+    return came.is_set()
 
 
 def _scheduler(spec: SweepSpec, past: Past) -> TrialScheduler:

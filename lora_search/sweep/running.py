@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,11 +82,8 @@ class RunningHost:
         """
         if self.greeting is None:
             return
-        (there, unseen), self.greeting = unwrap(self.greeting), None
-        if what := differences(versions(), there):
-            raise NodeUnfit(f"it has {', '.join(what)}")
-        if unseen is not None:
-            raise HostLost(f"it cannot use the run directory: {unseen}")
+        greeted, self.greeting = unwrap(self.greeting), None
+        require_fit(greeted)
 
     def require_alive(self, there: Sequence[Node]) -> None:
         """
@@ -102,10 +99,26 @@ class RunningHost:
             unwrap(self.alive)
 
 
-def require_same(greeted: Sequence[tuple[RunningHost, Any]], output: str) -> None:
+def require_fit(greeted: Any) -> None:
     """
     Args:
-        greeted: the hosts that a sweep begins with, and what each said of its node.
+        greeted: what a node said (`greet`) that has joined since the sweep began.
+
+    Raises:
+        NodeUnfit: it has other versions of what decides a result.
+        HostLost: it does not see the run directory.
+    """
+    there, unseen = greeted
+    if what := differences(versions(), there):
+        raise NodeUnfit(f"it has {', '.join(what)}")
+    if unseen is not None:
+        raise HostLost(f"it cannot use the run directory: {unseen}")
+
+
+def require_same(greeted: Iterable[tuple[str, Any]], output: str) -> None:
+    """
+    Args:
+        greeted: the nodes that a sweep begins with, each by its id, and what it said (`greet`).
         output: as in the sweep file.
 
     Raises:
@@ -113,13 +126,12 @@ def require_same(greeted: Sequence[tuple[RunningHost, Any]], output: str) -> Non
             which.
     """
     differing, blind = {}, {}
-    for host, (there, unseen) in greeted:
-        host.greeting = None
-        node = f"node {host.place.node[:8]}"
+    for node, (there, unseen) in greeted:
+        name = f"node {node[:8]}"
         if what := differences(versions(), there):
-            differing[node] = f"{node} has {', '.join(what)}"
+            differing[name] = f"{name} has {', '.join(what)}"
         if unseen is not None:
-            blind[node] = f"{node}: {unseen}"
+            blind[name] = f"{name}: {unseen}"
     if differing:
         found = "; ".join(differing.values())
         raise InputError(f"the cluster's nodes differ: {found}; install the same versions on every node")

@@ -51,18 +51,29 @@ def sigterm_kept_from_ray() -> Iterator[None]:
 
 
 @contextmanager
-def sigterm_ends_tune() -> Iterator[None]:
-    """Let SIGTERM end Ray Tune's loop as cleanly as SIGINT does.
+def signals_end_tune() -> Iterator[threading.Event]:
+    """Let SIGINT and SIGTERM end Ray Tune's loop after its current event; yields what is set as soon as either came.
 
-    Tune catches SIGINT and SIGUSR1 alone, each of which ends its loop after the current event; before it does,
-    SIGUSR1 would kill, and after it has, SIGINT would do nothing.
+    Tune is told by SIGUSR1, which would kill before Tune catches it, and does nothing in the seconds in which Tune
+    ends. A second SIGINT does not wait for that. Tune's own handler of SIGINT is left out (TUNE_ENV).
+
+    Raises:
+        KeyboardInterrupt: Tune did not listen yet, or a second SIGINT came.
     """
+    came = threading.Event()
+
+    def end_tune(number: int, frame: Any) -> None:
+        if came.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        came.set()
+        signal.raise_signal(signal.SIGUSR1)
+
     with (
-        _handled(signal.SIGINT, signal.getsignal(signal.SIGINT)),
         _handled(signal.SIGUSR1, signal.default_int_handler),
-        _handled(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGUSR1)),
+        _handled(signal.SIGINT, end_tune),
+        _handled(signal.SIGTERM, end_tune),
     ):
-        yield
+        yield came
 
 
 @contextmanager

@@ -1,0 +1,89 @@
+"""On which nodes of a cluster seats may be: those that are as all others, whether a host is there or none."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from lora_search.errors import InputError, SweepError
+from lora_search.placement import Node
+from lora_search.storage import Folder
+from lora_search.sweep.answers import HostLost, is_done, unwrap
+from lora_search.sweep.build import greet
+from lora_search.sweep.cluster import Say
+from lora_search.sweep.running import require_fit
+
+ANSWER_S = 60.0
+"""A node without a host that takes longer to say what it is like is not waited for."""
+
+
+class Soundness:
+    """Asks the nodes that have no host what hosts say of theirs. Until it has answered, no seat is on a node."""
+
+    def __init__(self, say: Say, run: Folder | None) -> None:
+        """
+        Args:
+            say: prints one line to the user.
+            run: the run directory, which each node must see.
+        """
+        self._say, self._run = say, run
+        self._sound: set[str] = set()
+        self._asked: dict[str, Any] = {}
+        """By node, its answer; None where that has been heard."""
+        self.barred: frozenset[str] = frozenset()
+
+    def add(self, node: str) -> None:
+        """A node is as all others."""
+        self._sound.add(node)
+
+    def answers(self, there: Sequence[Node], hosted: Collection[str]) -> list[tuple[str, Any]]:
+        """What each node without a host says (`greet`), by its id; who is silent for ANSWER_S is left out.
+
+        Args:
+            hosted: the nodes that have one.
+
+        Raises:
+            InputError: a node cannot even say it.
+        """
+        self._ask(there, hosted)
+        if self._asked:
+            ray.wait(list(self._asked.values()), num_returns=len(self._asked), timeout=ANSWER_S)
+        heard = []
+        for node, answer in self._asked.items():
+            if is_done(answer):
+                self._asked[node] = None
+                try:
+                    heard.append((node, unwrap(answer)))
+                except HostLost:  # the node has gone
+                    continue
+                except SweepError as error:
+                    raise InputError(
+                        f"the cluster's nodes differ: node {node[:8]}: {error}; install the same versions on every node"
+                    ) from None
+        return heard
+
+    def look(self, there: Sequence[Node], hosted: Collection[str]) -> None:
+        """See which nodes have come, gone, or answered. Never waits."""
+        self._ask(there, hosted)
+        alive = {node.id for node in there}
+        self._asked = {node: answer for node, answer in self._asked.items() if node in alive}
+        for node, answer in self._asked.items():
+            if answer is not None and is_done(answer):
+                self._asked[node] = None
+                try:
+                    require_fit(unwrap(answer))
+                except SweepError as error:
+                    self._say(f"WARNING: node {node[:8]} is of no use: {error}")
+                else:
+                    self.add(node)
+        self.barred = frozenset(alive - self._sound)
+
+    def _ask(self, there: Sequence[Node], hosted: Collection[str]) -> None:
+        for node in there:
+            if node.id not in self._sound and node.id not in hosted and node.id not in self._asked:
+                there_only = NodeAffinitySchedulingStrategy(node_id=node.id, soft=False)
+                ask = ray.remote(num_cpus=0, max_retries=0)(greet).options(scheduling_strategy=there_only)
+                self._asked[node.id] = ask.remote(self._run)
