@@ -118,18 +118,23 @@ def test_garbage_of_other_threads_does_not_end_the_driver_while_ray_ends() -> No
     assert answer.stdout.endswith("came to its end\n"), answer.stderr
 
 
-def test_node_with_other_versions_is_an_error_before_the_sweep_starts(tiny: Path, tmp_path: Path) -> None:
-    """The second node's processes find another peft first, as one whose image is out of date would."""
+def with_other_peft(folder: Path) -> str:
+    """A path on which Python finds another peft, as on a machine whose image is out of date."""
+    other = folder / "other" / "peft-9.9.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 9.9\n")
+    return str(other.parent)
+
+
+@pytest.mark.parametrize("gpus", [1, 0], ids=["of a host", "of seats alone"])
+def test_node_with_other_versions_is_an_error_before_the_sweep_starts(tiny: Path, tmp_path: Path, gpus: int) -> None:
     from ray.cluster_utils import Cluster
 
     from lora_search.doctor import examine
 
-    other = tmp_path / "other" / "peft-9.9.dist-info"
-    other.mkdir(parents=True)
-    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 9.9\n")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1})
     try:
-        cluster.add_node(num_cpus=1, num_gpus=1, env_vars={"PYTHONPATH": str(other.parent)})
+        cluster.add_node(num_cpus=1, num_gpus=gpus, env_vars={"PYTHONPATH": with_other_peft(tmp_path)})
         spec = make_spec(tiny, name="versions", output=str(tmp_path))
         run = create_run(tmp_path, spec.name, exact=True)
         with pytest.raises(InputError, match=r"the cluster's nodes differ: node \w+ has peft 9.9 \(here 0"):
@@ -138,7 +143,7 @@ def test_node_with_other_versions_is_an_error_before_the_sweep_starts(tiny: Path
         checks = {check.what: check for check in examine(cluster.address, str(tmp_path))}
         nodes = [check for what, check in checks.items() if what.startswith("node ")]
         assert sorted(check.state for check in nodes) == ["ok", "wrong"]
-        assert "2 nodes, 2 GPUs" in checks["cluster"].found
+        assert f"2 nodes, {1 + gpus} GPUs" in checks["cluster"].found
         assert not list(tmp_path.glob(".doctor-*"))
     finally:
         cluster.shutdown()

@@ -165,6 +165,29 @@ def test_full_host_admits_nobody_until_one_leaves() -> None:
     assert asyncio.run(story()) == [True, True, False, 0, 1, True]
 
 
+class Full(CountingEngine):
+    """Has no memory for a second trial, or for one of rank 99, whatever was reckoned."""
+
+    def admit(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None = None) -> None:
+        if self.steps or config.lora.rank == 99:
+            raise TrialFailed("out of memory")
+        super().admit(trial, config, checkpoint)
+
+
+def test_trial_that_finds_no_memory_waits_unless_it_would_be_alone() -> None:
+    async def story() -> list[Any]:
+        host = await make_host(Full())
+        said: list[Any] = [await host.admit("a", CONFIG), await host.admit("b", CONFIG)]
+        await host.release("a")
+        said += [await host.admit("b", CONFIG)]
+        await host.release("b")
+        with pytest.raises(TrialFailed, match="out of memory"):
+            await host.admit("c", ranked(99))
+        return [*said, (await host.room())[0]]
+
+    assert asyncio.run(story()) == [True, False, True, 4]
+
+
 def ranked(rank: int) -> TrialConfig:
     return TrialConfig(Lora(rank=rank), Training())
 

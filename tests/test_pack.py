@@ -497,6 +497,43 @@ def test_error_of_the_device_is_no_trials_failure(
         engine._packed._find_out()
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("can't start new thread")], ids=["disk", "threads"]
+)
+def test_error_of_the_machine_is_no_trials_failure(
+    engine: Engine, spec: SweepSpec, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """As where Triton compiles. Such a host would take one trial after the other, and fail it."""
+
+    def broken(pack: Pack) -> Any:
+        raise error
+
+    for index in range(2):
+        engine.admit(str(index), trial_config(spec, {"rank": 4}))
+    monkeypatch.setattr(engine._packed, "train", broken)
+    with pytest.raises(HostFailed, match=re.escape(str(error))):
+        engine.step(["0", "1"])
+    for index in range(2):
+        engine.release(str(index))
+
+
+def test_trial_that_finds_no_memory_as_it_is_admitted_is_too_large_and_leaves_nothing(
+    engine: Engine, spec: SweepSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: Any, **named: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.\nSee documentation")
+
+    engine.admit("resident", trial_config(spec, {"rank": 4}))
+    monkeypatch.setattr("lora_search.engine.engine.FlatAdapter", full)
+    with pytest.raises(TrialFailed, match=r"^out of memory at step 0, .*: CUDA out of memory. Tried to [\w. ]+$"):
+        engine.admit("new", trial_config(spec, {"rank": 4}))
+    monkeypatch.undo()
+    assert list(engine.residents) == ["resident"]
+    engine.admit("new", trial_config(spec, {"rank": 4}))
+    for trial in ("new", "resident"):
+        engine.release(trial)
+
+
 def test_what_no_device_like_this_can_do_is_said_of_the_base(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     def unable(pack: Pack) -> Any:
         raise RuntimeError("CUDA error: no kernel image is available for execution on the device")

@@ -15,12 +15,15 @@ from ray.tune.schedulers import TrialScheduler
 
 from lora_search.errors import OUT_OF_MEMORY
 from lora_search.journal import open_study
+from lora_search.rundir import create_run
 from lora_search.search import StudySearcher, create_study
 from lora_search.search.asha import StepAsha
 from lora_search.search.study import sampler
 from lora_search.search.window import Window
 from lora_search.space import planned_trials
 from lora_search.spec import SweepSpec
+from lora_search.sweep.resume import reconcile
+from lora_search.tracking import RunRecord
 
 
 def searcher(spec: SweepSpec, folder: Path, capacity: int = 100) -> StudySearcher:
@@ -84,6 +87,31 @@ def test_stopped_trial_is_told_pruned(tiny_spec: SweepSpec, tmp_path: Path) -> N
     (trial,) = open_study(tmp_path).trials
     assert trial.state == TrialState.PRUNED
     assert trial.intermediate_values == {2: 3.0, 4: 2.5}
+
+
+def test_report_that_a_trial_was_stopped_by_is_told_to_the_study_when_the_sweep_goes_on(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """A killed process had recorded it, and not told the study. TPE ranks a stopped trial by its last one."""
+    spec = make_spec(tiny, name="stopped", output=str(tmp_path))
+    run = create_run(tmp_path, spec.name, exact=True)
+    study = create_study(spec, run.path)
+    search = StudySearcher(spec, study, lambda: 1)
+    proposal(search, "a")
+    record = RunRecord(run.trials)
+    record.trial_started(0, {})
+    for step, loss in ((2, 2.5), (4, 2.25)):
+        record.trial_reported(0, result(step, loss))
+    search.on_trial_result("a", result(2, 2.5))
+    again = create_study(spec, run.path)
+    reconcile(spec, run, again, record)
+    record.close()
+    after = StudySearcher(spec, again, lambda: 1)
+    proposal(after, "a")
+    after.on_trial_complete("a", result(2, 2.5))  # what the seat tells first, once more; the scheduler stops it at once
+    (trial,) = (trial for trial in open_study(run.path).trials if trial.number == 0)
+    assert trial.state == TrialState.PRUNED
+    assert trial.intermediate_values == {2: 2.5, 4: 2.25}
 
 
 def test_finished_trial_is_told_complete_with_its_last_value(tiny_spec: SweepSpec, tmp_path: Path) -> None:

@@ -366,6 +366,15 @@ def test_of_two_that_begin_at_once_one_gives_way_before_it_has_uploaded_anything
     assert first.folder.read("sweep.yaml") == b"the second's"
 
 
+def test_lease_that_another_had_and_gave_back_is_lost(tmp_path: Path) -> None:
+    """Its holder had stood still for too long: what it writes from now on would undo the other's."""
+    folder = Folder(tmp_path)
+    with leased(folder) as held:
+        folder.remove(LEASE)
+        wait_until(lambda: not held())
+    assert folder.names() == []
+
+
 def test_copy_of_a_stored_run_goes_when_the_process_ends_unless_it_holds_offline_runs(store: Store) -> None:
     code = (
         "import sys\n"

@@ -120,7 +120,7 @@ def _tell_values(study: optuna.Study, events: Sequence[Row], metric: str) -> Non
         trial = running.get(event["trial"])
         if trial is None or event["event"] != "report" or event["step"] in trial.intermediate_values:
             continue
-        if event[metric] is not None:
+        if event.get(metric) is not None:
             optuna.Trial(study, trial._trial_id).report(event[metric], event["step"])
 
 
