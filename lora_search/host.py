@@ -211,7 +211,7 @@ class Host:
         return await self._ask(lambda: self._engine.snapshot(trial))
 
     async def save_all(self, run: Folder) -> list[tuple[int, int, str]]:
-        """End all training, and keep a checkpoint of every resident trial.
+        """End all training, keep a checkpoint of every resident trial, and take no more of them.
 
         Args:
             run: the run directory.
@@ -221,6 +221,7 @@ class Host:
         """
 
         def save() -> list[tuple[int, int, str]]:
+            self._loaded = False
             self._goals.clear()
             checkpoints = {trial: self._engine.snapshot(trial) for trial in sorted(self._residents)}
             return [

@@ -82,12 +82,11 @@ def test_cluster_of_another_ray_is_one_message() -> None:
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
-        answer = subprocess.run(
-            [sys.executable, "-c", OTHER_RAY, cluster.address], capture_output=True, text=True, timeout=60
-        )
+        address = cluster.address
+        answer = subprocess.run([sys.executable, "-c", OTHER_RAY, address], capture_output=True, text=True, timeout=60)
     finally:
         cluster.shutdown()
-    expected = f"the cluster at {cluster.address} cannot be used: Version mismatch: "
+    expected = f"the cluster at {address} cannot be used: Version mismatch: "
     assert answer.stdout.startswith(expected), answer.stderr
     assert answer.stdout.count("\n") == 1
 

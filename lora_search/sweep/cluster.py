@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray._private import ray_constants
 from ray._private import worker as ray_worker
+from ray._private.state import state
 from ray.autoscaler.sdk import request_resources
 
 from lora_search.errors import InputError, SweepError
@@ -148,6 +149,11 @@ def nodes() -> tuple[Node, ...]:
         for node in ray.nodes()
         if node["Alive"]
     )
+
+
+def warned() -> frozenset[str]:
+    """The nodes that are to go: by `ray drain-node`, or as `ray start --block` got SIGTERM, after which it has 30 s."""
+    return frozenset(state.get_draining_nodes())
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from lora_search.spec import SweepSpec
 from lora_search.storage import Folder
 from lora_search.sweep.answers import DataLost, HostLost, is_done, unwrap
 from lora_search.sweep.build import Build
-from lora_search.sweep.cluster import Say, first_places, nodes
+from lora_search.sweep.cluster import Say, first_places, nodes, warned
 from lora_search.sweep.losses import Losses
 from lora_search.sweep.running import HOST_NAMES, RunningHost, require_same, start_host, what_is_held
 from lora_search.sweep.shared_data import SharedData
@@ -262,13 +262,26 @@ class Hosts:
                 self._lose(host, lost, "its trials go on elsewhere from their last checkpoints" * host.loaded)
             except SweepError as error:
                 self._lose(host, HostLost(str(error)))
-        self._fill(there)
-        self._soundness.look(there, self._hosted)
+        staying = self._leave(there)
+        self._fill(staying)
+        self._soundness.look(staying, self._hosted)
         late = [host for host in self._begun if now - host.since > START_S and not is_done(host.started)]
         for host in late:
             host.late = True
         if late:
             self._say((WITHOUT if self._begun else NONE_RUNS) + what_is_held(late))
+
+    def _leave(self, there: Sequence[Node]) -> list[Node]:
+        """Have the hosts of nodes that are to go keep their trials as they stand, and let them go; the other nodes."""
+        going = warned()
+        for host in list(self._running.values()):
+            if host.place.node not in going:
+                continue
+            if host.saving is None:
+                host.saving = host.actor.save_all.remote(self._run)
+            elif is_done(host.saving):
+                self._lose(host, HostLost("its node is to go"), "its trials go on elsewhere from where they stood")
+        return [node for node in there if node.id not in going]
 
     def _look_at(self, host: RunningHost, there: Sequence[Node]) -> None:
         """See how far a host is that has not loaded the base, and have it go on.

@@ -69,6 +69,8 @@ class RunningHost:
     loaded: bool = False
     late: bool = False
     """It did not start while others did, and nobody waits for it."""
+    saving: Any = None
+    """A call that is answered when it has kept its trials, since its node is to go."""
 
     def is_loaded(self) -> None:
         self.loaded, self.late = True, False
