@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -133,7 +134,6 @@ def test_ray_up_rents_spot_workers_of_the_gpu_that_was_asked_for(
     assert worker["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
     assert worker["resources"] == {"CPU": 48, "GPU": 4}
     assert worker["min_workers"] == worker["max_workers"] == config["max_workers"] == 3
-    assert Path(config["file_mounts"]["~/sweep.yaml"]) == Path("sweep.yaml").resolve()
     *_, work = shlex.split(command)
     run = "timeout --preserve-status 28800 lora-search run sweep.yaml --address auto --set "
     assert work.endswith(f"; {run}{output[1]} --set hosts.wait_s=900")  # with fewer nodes too, and until they are back
@@ -164,12 +164,19 @@ class Machine:
     image_env: list[str]
     ssh_user: str = "ubuntu"
     cluster_name: str = "lora-search"
+    running: bool = False
     told: list[str] = field(default_factory=list)
+    sent: list[tuple[str, str]] = field(default_factory=list)
+
+    def run_rsync_up(self, source: str, target: str, options: dict[str, Any]) -> None:
+        self.sent.append((source, target))
 
     def run(self, cmd: str, **options: Any) -> bytes:
         self.told.append(cmd)
         answers = {
             "docker inspect -f '{{json .Config.Env}}'": json.dumps(self.image_env),
+            "docker inspect -f '{{.State.Running}}'": str(self.running).lower(),
+            "printenv HOME": "/home/ray",
             "cat /proc/meminfo": "MemAvailable: 8000000 kB",
             "docker info": "map[nvidia:{nvidia-container-runtime}]",
             "command -v docker": "/usr/bin/docker",
@@ -196,12 +203,43 @@ def test_ray_mounts_its_files_in_the_home_of_the_images_user(name: str) -> None:
         runner.run_init(as_head=as_head, file_mounts=dict(config["file_mounts"]), sync_run_yet=True)
         (start,) = [command for command in machine.told if command.startswith("docker run")]
         mounted = [mount.rpartition(":")[2] for mount in re.findall(r"-v (\S+)", start)]
-        assert mounted == [f"{home}/.ray/auth_token", f"{home}/sweep.yaml"]
+        assert mounted == [f"{home}/.ray/auth_token"]
         assert ("--gpus all" in start) is not as_head
     # Docker makes the folders that are missing as root's, who is not the user.
     commented = re.findall(r"^  # ~/(.*?): ~/", (CLUSTER / name).read_text(encoding="utf-8"), re.MULTILINE)
-    folders = {str(Path(path).parent) for path in (*commented, ".ray/auth_token", "sweep.yaml")}
+    folders = {str(Path(path).parent) for path in (*commented, ".ray/auth_token")}
     assert folders - {"."} <= set(made[1].split())
+
+
+@pytest.mark.parametrize("name", RAY_FILES)
+def test_sweep_that_was_edited_reaches_a_head_that_is_still_up(
+    name: str, sweep: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray.autoscaler._private import commands
+    from ray.autoscaler._private.command_runner import DockerCommandRunner
+
+    _, command = launched(capsys, "ray", sweep, "--template", name, "--set", "output=s3://b/runs")
+    words = shlex.split(command)
+    steps = [list(step) for end, step in itertools.groupby(words, lambda word: word == "&&") if not end]
+    assert [step[1] for step in steps[-3:]] == ["up", "rsync-up", "exec"]
+    file, *paths = steps[-2][2:]
+    config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    machine: Any = Machine([], running=True)
+    runner = machine
+    if "docker" in config:
+        runner = DockerCommandRunner.__new__(DockerCommandRunner)
+        runner.ssh_command_runner, runner.container_name, runner.docker_cmd = machine, "lora-search", "docker"
+        runner.home_dir, runner.initialized = None, False
+    provider = SimpleNamespace(get_command_runner=lambda *arguments: runner)
+    monkeypatch.setattr(commands, "_get_node_provider", lambda *arguments: provider)
+    monkeypatch.setattr(commands, "_get_running_head_node", lambda *arguments, **options: "head")
+    commands.rsync(file, *paths, None, down=False, should_bootstrap=False)
+    ((source, target),) = machine.sent
+    assert Path(source) == Path(sweep).resolve()
+    if "docker" in config:  # Ray leaves a file that is mounted to Docker
+        assert machine.told[-1].endswith(f"rsync -e 'docker exec -i' -avz {target} lora-search:/home/ray/sweep.yaml")
+    else:
+        assert target == "~/sweep.yaml"
 
 
 @pytest.mark.parametrize(

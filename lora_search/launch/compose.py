@@ -168,7 +168,8 @@ def _slurm(request: Request) -> _Filled:
 
 
 def _kuberay(request: Request) -> _Filled:
-    request, patience = _patient(request)
+    takes_it = "# launch: sweep" in request.template.text
+    request, patience = _patient(request) if takes_it else (request, [])
     spec, copies = _on_volume(request.spec, _mounts(request.template))
     size = request.size
     values: dict[str, str | None] = {
@@ -264,7 +265,6 @@ def _ray(request: Request) -> _Filled:
     _check_output(request)
     values: dict[str, str | None] = {
         "name": request.label,
-        "sweep": json.dumps(str(request.sweep)),
         "checkout": json.dumps(_checkout()),
     }
     machine, nodes = "machine of yours", size.nodes
@@ -290,9 +290,13 @@ def _ray(request: Request) -> _Filled:
     # `ray exec --stop` ends with `sudo shutdown`: right for rented workers, never for a machine of the user's.
     stop = ["--stop"] if provider in MACHINES else []
     out = str(request.out)
-    command = " && ".join(
-        [TOKEN, shlex.join(["ray", "up", "-y", out]), shlex.join(["ray", "exec", "--tmux", *stop, out, work])]
-    )
+    steps = [
+        ["ray", "up", "-y", out],
+        # A file that is mounted would stay what it was in a container that runs already.
+        ["ray", "rsync-up", out, str(request.sweep), "~/sweep.yaml"],
+        ["ray", "exec", "--tmux", *stop, out, work],
+    ]
+    command = " && ".join([TOKEN, *map(shlex.join, steps)])
     return _Filled(values, command, ("ray",), machine, (*_same_paths(request.spec), *patience))
 
 
@@ -323,8 +327,7 @@ def _patient(request: Request) -> tuple[Request, list[str]]:
     And what there is to say of it.
     """
     hosts = request.spec.hosts
-    takes_it = "# launch: sweep" in request.template.text
-    if "wait_s" in hosts.model_fields_set or request.size.gpu is None or not takes_it:
+    if "wait_s" in hosts.model_fields_set or request.size.gpu is None:
         return request, []
     spec = request.spec.model_copy(update={"hosts": hosts.model_copy(update={"wait_s": float(REPLACED_S)})})
     note = f"Should all workers be lost at once, new ones are waited for, {REPLACED_S} s (hosts.wait_s)."
