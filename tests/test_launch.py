@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -518,7 +519,68 @@ def test_skypilot_task_has_the_fields_of_its_schema(sweep: str, capsys: pytest.C
     assert "--dashboard-host=127.0.0.1" in task["run"]
     assert not re.search(r"^\s*ray stop", task["run"], re.MULTILINE)
     # SkyPilot's subprocess_daemon ends what is left of a task's processes, of which Ray's are some at first.
-    assert re.search(r"ray start --address.*\n(\s*#.*\n)*\s*sleep \d+\n\s*exit\n", task["run"])
+    assert re.search(r"ray start --address[^#]*done\n(\s*#.*\n)*\s*sleep \d+\n\s*exit\n", task["run"])
+
+
+@pytest.fixture
+def ports() -> Iterator[list[socket.socket]]:
+    """Two ports of this machine, on which nobody listens yet."""
+    with socket.socket() as one, socket.socket() as other:
+        for each in (one, other):
+            each.bind(("127.0.0.1", 0))
+        yield [one, other]
+
+
+@pytest.mark.parametrize(
+    ("rank", "earlier", "starts"),
+    [(0, "none", True), (1, "none", True), (0, "whole", False), (1, "whole", False), (1, "headless", True)],
+)
+def test_skypilot_task_on_machines_that_are_still_up_takes_the_ray_that_is_there(
+    rank: int, earlier: str, starts: bool, ports: list[socket.socket], tmp_path: Path
+) -> None:
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("ray", "python3", "lora-search", "sleep"):
+        waits = 'until [ -e "$CALLED.go" ]; do /bin/sleep 0.05; done\n' * (name == "sleep")
+        (tools / name).write_text(f'#!/bin/sh\necho "{name} $*" >> "$CALLED"\n{waits}', encoding="utf-8")
+        (tools / name).chmod(0o755)
+    head, node = ports
+    number = str(node.getsockname()[1])
+    if rank or earlier != "none":
+        head.listen()
+    if earlier != "none":
+        node.listen()
+    script = yaml.safe_load((CLUSTER / "skypilot.yaml").read_text(encoding="utf-8"))["run"]
+    script = script.replace("6379", str(head.getsockname()[1])).replace("6378", number)
+    called = tmp_path / "called"
+    called.touch()
+    environment = {
+        "PATH": f"{tools}:/usr/bin:/bin",
+        "CALLED": str(called),
+        "HOME": str(tmp_path),
+        "HF_TOKEN": "",
+        "WANDB_API_KEY": "",
+        "LIMIT": "60",
+        "RUN_OPTIONS": "--set output=s3://b/runs --resume",
+        "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.2",
+        "SKYPILOT_NODE_RANK": str(rank),
+        "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NUM_GPUS_PER_NODE": "1",
+    }
+    task = subprocess.Popen(["bash", "-c", script], env=environment)
+    if earlier == "headless":  # the head has just begun anew, and the worker's Ray finds out
+        while task.poll() is None and not called.read_text(encoding="utf-8"):
+            time.sleep(0.05)
+        node.close()
+    (tmp_path / "called.go").touch()
+    assert task.wait(60) == 0
+    lines = called.read_text(encoding="utf-8").splitlines()
+    started = {line for line in lines if line.startswith("ray ")}
+    assert len(started) == starts
+    assert all(line.startswith(("ray start --address", "ray start --head")[rank == 0]) for line in started)
+    assert all(f"--node-manager-port={number} " in line for line in started)
+    ran = [line for line in lines if line.startswith("lora-search run ")]
+    assert [line.partition(" --set ")[2] for line in ran] == ["output=s3://b/runs --resume"] * (rank == 0)
 
 
 # Whatever the platform
