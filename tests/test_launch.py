@@ -402,7 +402,10 @@ KINDS = {
 @pytest.mark.parametrize("name", KUBERAY_FILES)
 def test_kuberay_takes_the_file(name: str, sweep: str, capsys: pytest.CaptureFixture[str]) -> None:
     filled, command = launched(capsys, "kuberay", sweep, "--template", name, "--gpus-per-node", "2")
-    assert command == "kubectl apply -f launched.kuberay"
+    if name == "kuberay-cluster.yaml":
+        assert command == "kubectl apply -f launched.kuberay"
+        _, command = launched(capsys, "kuberay", sweep, "--template", name, "--gpus-per-node", "2", "--resume")
+        assert command == "kubectl apply -f launched.kuberay"  # the cluster is there to stay
     for text in ((CLUSTER / name).read_text(encoding="utf-8"), filled):
         for kind, document in documents(text).items():
             jsonschema.validate(document, KINDS[kind])
@@ -478,6 +481,55 @@ def test_kuberay_job_takes_no_path_that_its_pods_do_not_see(
     text = (CLUSTER / "kuberay-job.yaml").read_text(encoding="utf-8")
     Path("mine.yaml").write_text(text.replace("mountPath: /shared", f"mountPath: {rows.parent}"), encoding="utf-8")
     assert output("--template", "mine.yaml", "--set", f"output={rows.parent}/runs") == f"{rows.parent}/runs"
+
+
+KUBECTL = """#!{python}
+import pathlib, sys, yaml
+command, *options, file = sys.argv[1:]
+refused = False
+for document in yaml.safe_load_all(pathlib.Path(file).read_text()):
+    there = pathlib.Path("objects") / document["kind"]
+    if command == "delete":
+        there.unlink(missing_ok=True)
+    elif there.exists() and command == "create":
+        refused = True
+    elif not there.exists() and "--dry-run=server" not in options:
+        there.write_text(yaml.safe_dump(document))
+sys.exit(refused)
+"""
+"""As far as our commands go: like kubectl, it makes what it can beside what it refuses, and leaves what is there."""
+
+
+def test_kuberay_job_runs_the_sweep_that_was_submitted_or_is_refused(
+    sweep: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects, tools = tmp_path / "objects", tmp_path / "tools"
+    for folder in (objects, tools):
+        folder.mkdir()
+    (tools / "kubectl").write_text(KUBECTL.format(python=sys.executable), encoding="utf-8")
+    (tools / "kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+
+    def submitted(trials: int, *options: str) -> int:
+        out = ["--out", f"{trials}.yaml", "--gpus-per-node", "1", "--image", "registry/lora:1"]
+        overrides = ["--set", f"search.trials={trials}"]
+        return main(["launch", "--on", "kuberay", sweep, *UNPLANNED, *out, *overrides, "--submit", *options])
+
+    def runs() -> int:
+        held = yaml.safe_load((objects / "ConfigMap").read_text(encoding="utf-8"))["data"]["sweep.yaml"]
+        return int((objects / "RayJob").exists() and yaml.safe_load(held)["search"]["trials"])
+
+    assert submitted(3) == 0
+    assert runs() == 3
+    assert submitted(4) == 1
+    assert "--submit: exit status 1 of: kubectl create" in capsys.readouterr().err
+    assert runs() == 3
+    (objects / "RayJob").unlink()  # as `kubectl delete rayjob` does
+    assert submitted(5) == 1
+    assert runs() == 0
+    for trials in (6, 7):
+        assert submitted(trials, "--resume") == 0
+        assert runs() == trials
 
 
 # SkyPilot
@@ -599,8 +651,6 @@ def test_resume_reaches_the_run(where: str, sweep: str, capsys: pytest.CaptureFi
     assert not re.search(ran[where], f"{text}\n{command}", re.MULTILINE)
     text, command = launched(capsys, where, sweep, *output, "--resume")
     assert re.search(ran[where], f"{text}\n{command}", re.MULTILINE)
-    if where == "kuberay":  # a job that has ended begins again only when it is made anew
-        assert command == "kubectl delete --ignore-not-found -f launched.kuberay && kubectl apply -f launched.kuberay"
 
 
 def test_launch_file_of_a_resumed_sweep_stands_beside_that_of_its_start(

@@ -170,7 +170,8 @@ def _slurm(request: Request) -> _Filled:
 def _kuberay(request: Request) -> _Filled:
     takes_it = "# launch: sweep" in request.template.text
     request, patience = _patient(request) if takes_it else (request, [])
-    spec, copies = _on_volume(request.spec, _mounts(request.template))
+    objects = _objects(request.template)
+    spec, copies = _on_volume(request.spec, tuple(_mounts(objects)))
     size = request.size
     values: dict[str, str | None] = {
         "name": request.label,
@@ -188,26 +189,37 @@ def _kuberay(request: Request) -> _Filled:
     notes += [f"Copy {here} to the volume first, as {there}." for here, there in copies]
     notes += patience
     out = shlex.quote(str(request.out))
-    # A job that has ended begins again only when it is made anew.
-    again = f"kubectl delete --ignore-not-found -f {out} && " if request.resumes else ""
-    return _Filled(values, f"{again}kubectl apply -f {out}", ("kubectl",), "node that holds a worker pod", tuple(notes))
+    if not any(isinstance(each, dict) and each.get("kind") == "RayJob" for each in objects):
+        command = f"kubectl apply -f {out}"  # a cluster stays, and is changed
+    else:
+        # A job that has ended begins again only when it is made anew. Where its sweep alone is left of an earlier one,
+        # kubectl create would refuse that, and go on to make a job which runs it: so it is asked first.
+        asked = f"kubectl create --dry-run=server -f {out} > /dev/null"
+        first = f"kubectl delete --ignore-not-found -f {out}" if request.resumes else asked
+        command = f"{first} && kubectl create -f {out}"
+    return _Filled(values, command, ("kubectl",), "node that holds a worker pod", tuple(notes))
 
 
-def _mounts(template: Template) -> tuple[Path, ...]:
-    """Where the pods of a template see volumes, its own and those that the user has put in."""
+def _objects(template: Template) -> list[Any]:
+    """What a template for Kubernetes makes.
 
-    def mounts(value: Any) -> Iterator[Path]:
-        if isinstance(value, dict):
-            if isinstance(value.get("mountPath"), str):
-                yield Path(value["mountPath"])
-            value = list(value.values())
-        for part in value if isinstance(value, list) else ():
-            yield from mounts(part)
-
+    Raises:
+        InputError: it is not YAML.
+    """
     try:
-        return tuple(mounts(list(yaml.safe_load_all(template.text))))
+        return list(yaml.safe_load_all(template.text))
     except yaml.YAMLError as error:
         raise InputError(f"{template.path}: not YAML: {error}") from None
+
+
+def _mounts(value: Any) -> Iterator[Path]:
+    """Where pods see volumes, a template's own and those that the user has put in."""
+    if isinstance(value, dict):
+        if isinstance(value.get("mountPath"), str):
+            yield Path(value["mountPath"])
+        value = list(value.values())
+    for part in value if isinstance(value, list) else ():
+        yield from _mounts(part)
 
 
 def _on_volume(spec: SweepSpec, mounts: Sequence[Path]) -> tuple[SweepSpec, list[tuple[Path, Path]]]:
