@@ -336,7 +336,6 @@ _VOLUME = _object(
         "name": STRING,
         "configMap": _object({"name": STRING}),
         "persistentVolumeClaim": _object({"claimName": STRING}, ("claimName",)),
-        "emptyDir": _object({"medium": STRING, "sizeLimit": QUANTITY}),
     },
     ("name",),
 )
@@ -427,6 +426,19 @@ def test_kuberay_volumes_and_versions_agree(name: str) -> None:
     for pod in pods:
         mounted = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
         assert mounted == {volume["name"] for volume in pod["volumes"]}
+
+
+@pytest.mark.parametrize("name", KUBERAY_FILES)
+def test_kuberay_gives_rays_object_store_its_shared_memory(name: str) -> None:
+    found = documents((CLUSTER / name).read_text(encoding="utf-8"))
+    spec = found["RayJob"]["spec"]["rayClusterSpec"] if "RayJob" in found else found["RayCluster"]["spec"]
+    # KubeRay mounts /dev/shm as large as the first container's limit (ray-operator/controllers/ray/common/pod.go,
+    # addEmptyDir), unless something is mounted there or the object store is put elsewhere.
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        container = group["template"]["spec"]["containers"][0]
+        assert container["resources"]["limits"]["memory"]
+        assert "/dev/shm" not in {mount["mountPath"] for mount in container["volumeMounts"]}
+        assert "plasma-directory" not in group["rayStartParams"]
 
 
 def test_kuberay_job_holds_the_sweep_with_its_paths_on_the_volume(
