@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from lora_search.errors import InputError
 from lora_search.lease import LEASE, is_leased, leased
-from lora_search.spec.secret import ADVICE, MASK, secret_kind
+from lora_search.spec.secret import refuse_secret
 from lora_search.storage import Folder, is_uri
 
 SWEEP_FILE = "sweep.yaml"
@@ -287,8 +287,7 @@ def at_home(path: str) -> Path:
 
 
 def _find_in_store(uri: str) -> RunDirectory:
-    if (kind := secret_kind(uri)) is not None:
-        raise InputError(f"RUN: found {MASK}, which looks like {kind}; {ADVICE}")
+    refuse_secret("RUN", uri)
     folder = Folder(uri, patience_s=0)
     try:
         if SWEEP_FILE not in folder.names():

@@ -210,6 +210,14 @@ def test_rays_new_token_is_for_its_user_alone(watched: Watched) -> None:
         ("name: AKIASECRET0SECRET012", "sweep.yaml:1: name: "),
         ("output: s3://AKIA:abc123SECRET@bucket/runs", "sweep.yaml:1: output: "),
         ("output: s3://bucket/runs?secret_key=abc123SECRET", "sweep.yaml:1: output: "),
+        ("output: abfs://c@acc.dfs.core.windows.net/runs?sv=2024&sig=abc123SECRET%3D", "sweep.yaml:1: output: "),
+        (
+            "data: {path: 'https://host/rows.csv?X-Amz-Date=1&X-Amz-Signature=abc123SECRET'}",
+            "sweep.yaml:1: data.path: ",
+        ),
+        ("data: {path: 'https://host/rows.csv?key=abc123SECRET'}", "sweep.yaml:1: data.path: "),
+        ("data: {path: AIzaSECRETabc123SECRETabc123SECRETabc123}", "sweep.yaml:1: data.path: "),
+        ("base: {model: glpat-abc123SECRETabc123SE}", "sweep.yaml:1: base.model: "),
         (
             "search: {space: {target_modules: [sk-proj-abc123SECRETabc123SECRET]}}",
             "sweep.yaml:1: search.space.target_m",
@@ -252,10 +260,22 @@ def test_secret_on_the_command_line_ends_it_with_status_2(
         "output: s3://bucket/runs?endpoint_override=127.0.0.1:9000",
         "data: {path: sk-learn/data}",
         "search: {metric: token_accuracy}",
+        'data: {template: "Is it so?\\nkey={prompt}"}',
     ],
 )
 def test_what_is_no_secret_is_taken(text: str) -> None:
     parse_spec(text, source="sweep.yaml", folder=Path())
+
+
+@pytest.mark.parametrize("more", [[], ["--json"]])
+@pytest.mark.parametrize("output", ["s3://AKIA:abc123SECRET@bucket/runs", "abfs://c@acc.net/runs?sig=abc123SECRET"])
+def test_secret_in_doctors_output_ends_it_with_status_2(
+    capsys: pytest.CaptureFixture[str], output: str, more: list[str]
+) -> None:
+    assert main(["doctor", "--output", output, *more]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("lora-search: --output: found ***, which looks like ")
+    assert "abc123" not in said.out + said.err
 
 
 def test_cluster_without_token_authentication_is_warned_of_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 from lora_search.errors import SweepError
 from lora_search.job import cluster_address
+from lora_search.spec.secret import refuse_secret
 
 STYLES = {"ok": "green", "note": "yellow", "wrong": "bold red"}
 
@@ -17,6 +18,7 @@ def doctor(address: str | None, output: str, *, as_json: bool) -> None:
     """Print what was looked at, as it is found.
 
     Raises:
+        InputError: the output looks like a secret.
         SweepError: something is wrong.
     """
     from rich.console import Console
@@ -24,6 +26,7 @@ def doctor(address: str | None, output: str, *, as_json: bool) -> None:
 
     from lora_search.doctor import examine
 
+    refuse_secret("--output", output)
     cluster, _ = cluster_address(address)
     console = Console(file=sys.stdout)
     checks = []

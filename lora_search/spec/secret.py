@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
+
+from lora_search.errors import InputError
 
 MASK = "***"
 
@@ -17,12 +19,17 @@ NAMES = frozenset(
     "token password passwd passphrase secret secrets credential credentials apikey authkey privatekey".split()
 )
 
+QUERY_NAMES = NAMES | frozenset("sig signature key accesskey secretkey accountkey".split())
+"""Of a URL's parameters: Azure's `sig` and the signatures of presigned URLs let in whoever shows them."""
+
 VALUES = {
     "a W&B API key": re.compile(r"^((local-)?[0-9a-f]{40}|wandb_v\d_\S{20,})$", re.IGNORECASE),
     "a Hugging Face token": re.compile(r"(?<![A-Za-z0-9])hf_[A-Za-z0-9]{20,}"),
     "an AWS access key": re.compile(r"(?<![A-Z0-9])(AKIA|ASIA)[A-Z0-9]{16}(?![A-Z0-9])"),
     "an API key": re.compile(r"^sk-[\w-]{20,}$"),
     "a GitHub token": re.compile(r"(?<![A-Za-z0-9])(gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})"),
+    "a GitLab token": re.compile(r"(?<![A-Za-z0-9])glpat-[\w-]{20,}"),
+    "a Google API key": re.compile(r"(?<![A-Za-z0-9])AIza[\w-]{35}"),
     "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
     "a URL with a password": re.compile(r"\w://[^/@\s]*:[^/@\s]+@"),
 }
@@ -49,10 +56,19 @@ def find_secrets(raw: Any, path: Keys = ()) -> Iterator[tuple[Keys, str]]:
         yield path, f"found {MASK}, which looks like {kind}; {ADVICE}"
 
 
-def is_secret_name(key: str) -> bool:
+def refuse_secret(key: str, value: str) -> None:
+    """
+    Raises:
+        InputError: what was given as `key` looks like a secret.
+    """
+    if (kind := secret_kind(value)) is not None:
+        raise InputError(f"{key}: found {MASK}, which looks like {kind}; {ADVICE}")
+
+
+def is_secret_name(key: str, names: Collection[str] = NAMES) -> bool:
     """Whether a key is called as secrets are: api_key, hf-token, AWS_SECRET_ACCESS_KEY, accessToken."""
     words = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", key).lower().replace("-", "_").strip("_").split("_")
-    return words[-1] in NAMES or "secret" in words or ("key" in words and len(words) > 1)
+    return words[-1] in names or "secret" in words or ("key" in words and len(words) > 1)
 
 
 def secret_kind(value: str) -> str | None:
@@ -60,8 +76,8 @@ def secret_kind(value: str) -> str | None:
     for kind, pattern in VALUES.items():
         if pattern.search(value.strip()):
             return kind
-    parameters = re.findall(r"[?&]([^=&]+)=[^&]", value)
-    return "a URL with a secret" if any(map(is_secret_name, parameters)) else None
+    parameters = re.findall(r"[?&]([^=&\s]+)=[^&]", value)
+    return "a URL with a secret" if any(is_secret_name(name, QUERY_NAMES) for name in parameters) else None
 
 
 def masked(override: str) -> str:
