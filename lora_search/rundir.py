@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from lora_search.errors import InputError
 from lora_search.lease import LEASE, is_leased, leased
 from lora_search.spec.secret import refuse_secret
+from lora_search.spec.yaml import read_yaml
 from lora_search.storage import Folder, is_uri
 
 SWEEP_FILE = "sweep.yaml"
@@ -173,8 +174,8 @@ def newest_run(output: str | Path, name: str, *, exact: bool = False) -> RunDire
 def _sweep_name(folder: Folder) -> object:
     """What a run directory's sweep is called: `llama-7` may be a sweep of its own, or the seventh run of `llama`."""
     try:
-        found = yaml.safe_load(folder.read(SWEEP_FILE))
-    except yaml.YAMLError:
+        found = read_yaml(folder.read(SWEEP_FILE).decode(), folder.place)
+    except (yaml.YAMLError, ValueError, OverflowError, InputError):  # somebody else's
         return None
     return found.get("name") if isinstance(found, dict) else None
 

@@ -241,6 +241,48 @@ def test_what_is_written_reads_back_the_same(raw: dict[str, Any]) -> None:
     assert parse(dump_spec(spec)) == spec
 
 
+def test_aliases_are_taken_in_moderation() -> None:
+    spec = parse(
+        "training: {steps: &n 60, eval_every: *n}\nsearch: {enqueue: [&a {rank: 8}, {<<: *a, dropout: 0.1}]}\n"
+    )
+    assert (spec.training.steps, spec.training.eval_every) == (60, 60)
+    assert spec.search.enqueue == [{"rank": 8}, {"rank": 8, "dropout": 0.1}]
+    assert len(parse("search: {enqueue: [" + "{rank: 8}, " * 20_000 + "]}").search.enqueue) == 20_000
+
+
+def bomb(open_: str, close: str, between: str) -> str:
+    """A few hundred bytes that stand for a billion values."""
+    levels = [f"a0: &a0 {open_}x{close}", *(f"a{n}: &a{n} {open_}{aliases(n, between)}{close}" for n in range(1, 10))]
+    return "\n".join(levels)
+
+
+def aliases(level: int, between: str) -> str:
+    return between.join([f"*a{level - 1}"] * 9)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("&a [*a]", "in line 1"),
+        ("name: x\ntraining: &a {steps: 1, more: {again: *a}}", "in line 2"),
+        (bomb("[", "]", ", "), "aliases stand for too much; allowed: 100,000"),
+        (bomb("{<<: [", "]}", ", ").replace("[x]", "{x: 1}"), "aliases stand for too much; allowed: 100,000"),
+        (f"long: &a {'x' * 50_000}\nmore: [*a, *a, *a]", "aliases stand for too much; allowed: 100,000"),
+        ("x: " + "[" * 100 + "]" * 100, "nested too deeply; allowed: 64"),
+        ("x: " + "[" * 100_000, "nested too deeply; allowed: 64"),
+        (f"a: &a {'[' * 50}{']' * 50}\nb: {'[' * 50}*a{']' * 50}", "nested too deeply; allowed: 64"),
+    ],
+    ids=["loop", "loop below", "lists", "merged mappings", "letters", "deep", "deeper than Python", "deep by an alias"],
+)
+def test_few_bytes_that_stand_for_too_much_are_one_message(text: str, said: str) -> None:
+    """At once, where they took all memory."""
+    message = complaint(text)
+    assert message.startswith("sweep.yaml: ")
+    assert said in message
+    if "\n" not in text:
+        assert said in complaint("name: x\n", f"data.path={text.removeprefix('x: ')}")
+
+
 VALID = Path(__file__).parent.parent / "sweeps" / "demo.yaml"
 
 

@@ -15,6 +15,7 @@ from lora_search.errors import InputError
 from lora_search.spec.paths import resolve_base, resolve_paths
 from lora_search.spec.schema import SweepSpec, plain_reason, unknown_key
 from lora_search.spec.secret import find_secrets, masked
+from lora_search.spec.yaml import read_yaml
 
 Path_ = tuple[str | int, ...]
 """The keys that lead to a value."""
@@ -24,23 +25,6 @@ Lines = dict[Path_, int]
 
 UNION_MEMBERS = ("float", "str", "int", "list[str]", "literal['auto']")
 """What pydantic adds to a key's path to say which member of a union it means."""
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a repeated key and reads 1e-4 as the number it is (YAML 1.2; PyYAML follows 1.1)."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:float"]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(\d[\d_]*\.?[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$"
-    ),
-    list("-+0123456789."),
-)
 
 
 def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> SweepSpec:
@@ -114,20 +98,13 @@ def _resolved(
 def _parse_yaml(text: str, source: str) -> tuple[dict[str, Any], Lines]:
     lines: Lines = {}
     try:
-        loader = _Loader(text)
-        try:
-            node = loader.get_single_node()
-            if node is not None:
-                _index(node, (), lines, source)
-            raw = loader.construct_document(node) if node is not None else {}
-        finally:
-            loader.dispose()
+        raw = read_yaml(text, source, lambda node: _index(node, (), lines, source), empty={})
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise InputError(f"{where}: not valid YAML: {reason}") from None
-    except (ValueError, OverflowError, RecursionError) as error:  # a date that is none, a number too long, a loop
+    except (ValueError, OverflowError) as error:  # a date that is none, a number too long
         raise InputError(f"{source}: not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise InputError(f"{source}: a sweep file is a mapping of keys; found {type(raw).__name__}")
@@ -163,10 +140,10 @@ def _lay_over(raw: dict[str, Any], lines: Lines, override: str) -> None:
     if not equals or not all(keys):
         raise InputError(f"--set {shown}: must be key.path=value, as in --set training.steps=60")
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+        value = read_yaml(text, f"--set {shown[:80]}")
     except yaml.YAMLError as error:
         raise InputError(f"--set {shown}: the value is not valid YAML: {getattr(error, 'problem', error)}") from None
-    except (ValueError, OverflowError, RecursionError) as error:  # as in a file: a date that is none, a number too long
+    except (ValueError, OverflowError) as error:  # as in a file: a date that is none, a number too long
         raise InputError(f"--set {shown[:80]}: the value is not valid YAML: {error}") from None
     place = raw
     for depth, key in enumerate(keys[:-1], start=1):
