@@ -88,14 +88,16 @@ class Folder:
         return self._ask(read)
 
     def write(self, name: str, content: bytes) -> None:
-        """
+        """Where a link stands in its place, the file replaces the link.
+
         Raises:
             OSError: there is no room, or no right to write.
         """
 
         def write(system: FileSystem, path: str) -> None:
             local = _is_local(system)  # an object appears when it is complete, and needs no folder
-            target = f"{path}/.{name}.part" if local else f"{path}/{name}"
+            # A name that nobody knows: another writer has its own, and a link that waits there is not followed.
+            target = f"{path}/.{name}.{uuid.uuid4().hex}.part" if local else f"{path}/{name}"
             if local:
                 system.create_dir(path)
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
@@ -9,9 +10,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +107,23 @@ def wait_until(done: Callable[[], bool], process: subprocess.Popen[str] | None =
         assert process is None or process.poll() is None, process.stderr.read() if process.stderr else ""
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+@cache
+def preloaded(source: str) -> str:
+    """A C file beside the tests, compiled for LD_PRELOAD.
+
+    Ray takes LD_PRELOAD from its workers, unless RAY_LD_PRELOAD_ON_WORKERS says otherwise; and gives the raylet another
+    one, unless there is one in the environment of whoever starts it.
+    """
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip(f"needs a C compiler, for {source}")
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    file, built = Path(__file__).with_name(source), f"{folder}/{source}.so"
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", built, str(file), "-ldl"], check=True)
+    return built
 
 
 def flip_bit(file: Path, place: int = -1) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +15,7 @@ import pytest
 from conftest import PATIENCE, ROOT, make_spec, shared
 
 from lora_search.cli import main
-from lora_search.rundir import RunDirectory, create_run, locked, newest_run
+from lora_search.rundir import RunDirectory, create_run, locked, newest_run, write_whole
 from lora_search.spec import dump_spec
 from lora_search.tracking import RunRecord
 
@@ -241,8 +242,27 @@ def test_taken_name_is_refused_and_a_default_one_numbered(tmp_path: Path) -> Non
         create_run(tmp_path, "demo", exact=True)
 
 
+def test_file_that_several_write_at_once_is_one_of_theirs(tmp_path: Path) -> None:
+    contents = [bytes([number]) * 100_000 for number in range(4)]
+
+    def write(content: bytes) -> None:
+        for _ in range(50):
+            write_whole(tmp_path / "file", content)
+            assert (tmp_path / "file").read_bytes() in contents
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, contents))
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
 def test_newest_run_of_a_sweep_is_no_other_sweeps_whose_name_ends_in_a_number(tmp_path: Path) -> None:
-    for folder, name in (("demo", "demo"), ("demo-2", "demo"), ("demo-7", "demo-7"), ("demo-8", "[not yaml")):
+    for folder, name in (
+        ("demo", "demo"),
+        ("demo-2", "demo"),
+        ("demo-7", "demo-7"),
+        ("demo-8", "[not yaml"),
+        ("demo-9", "[" * 10_000),
+    ):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "sweep.yaml").write_text(f"name: {name}\n")
     found = {name: newest_run(tmp_path, name) for name in ("demo", "demo-7", "none")}

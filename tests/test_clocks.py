@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import atexit
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import PATIENCE, make_spec
+from conftest import PATIENCE, make_spec, preloaded
 from test_faults import require_whole
 from test_store import Store, server, store  # noqa: F401  # fixtures
 
@@ -37,22 +33,9 @@ OFF_S = 600
 BOTH = (OFF_S, -OFF_S)
 
 
-@cache
-def library() -> str:
-    """shifted_clock.c, compiled."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("needs a C compiler, to shift the clock of a process")
-    folder = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    source, built = Path(__file__).with_name("shifted_clock.c"), f"{folder}/shifted_clock.so"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", built, str(source), "-ldl"], check=True)
-    return built
-
-
 def clock(off_s: int) -> dict[str, str]:
     """Of the environment of a process whose clock is so many seconds off; files keep their times."""
-    return {"LD_PRELOAD": library(), "CLOCK_SHIFT_S": str(off_s)}
+    return {"LD_PRELOAD": preloaded("shifted_clock.c"), "CLOCK_SHIFT_S": str(off_s)}
 
 
 def answer(off_s: int, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -119,11 +102,7 @@ def test_lease_of_a_killed_machine_whose_clock_was_off_is_free_after_its_time(
 
 
 def add_node(cluster: Cluster, off_s: int, env_vars: Mapping[str, str] | None = None) -> None:
-    """A node with a GPU, all of whose processes have a clock that is off: raylet, agents and workers.
-
-    Ray takes LD_PRELOAD from its workers, unless RAY_LD_PRELOAD_ON_WORKERS says otherwise; and gives the raylet another
-    one, unless there is one in the environment of whoever starts it.
-    """
+    """A node with a GPU, all of whose processes have a clock that is off: raylet, agents and workers."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ({**clock(off_s), "RAY_LD_PRELOAD_ON_WORKERS": "1"} if off_s else {}).items():
             patch.setenv(name, value)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
-import struct
-import termios
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-from conftest import PATIENCE, make_spec, two_nodes
+from conftest import PATIENCE, make_spec, preloaded, two_nodes
 from test_faults import require_whole
 
 from lora_search.checkpoint import ADAPTER_WEIGHTS, TRIAL
@@ -33,66 +30,45 @@ TRIALS = 6
 TORN = (0, 2 * EVERY)
 """Trial and step of the checkpoint that is half written."""
 
+TAKEN = 100
+"""Bytes of its file that are written."""
 
-@pytest.fixture
-def nodes() -> Iterator[Cluster]:
-    """The head has room for no seat."""
+
+@contextmanager
+def nodes(torn: Path, taken: int, mark: Path) -> Iterator[Cluster]:
+    """Two nodes, and a head that has room for no seat, with a disk that hangs once.
+
+    Args:
+        torn: how the path of the file begins that is not written to its end.
+        taken: bytes of it that the disk takes.
+        mark: a file that holds, from then on, the id of the process that stands still.
+    """
+    environment = {
+        "LD_PRELOAD": preloaded("torn_write.c"),
+        "RAY_LD_PRELOAD_ON_WORKERS": "1",
+        "TORN_FILE": str(torn),
+        "TORN_BYTES": str(taken),
+        "TORN_MARK": str(mark),
+    }
     soon = {"health_check_period_ms": 500, "health_check_timeout_ms": 2000, "health_check_failure_threshold": 4}
-    with two_nodes(memory=1, _system_config=soon) as nodes:
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            nodes = stack.enter_context(two_nodes(memory=1, _system_config=soon))
         yield nodes
 
 
-class SlowFile:
-    """Stands in the place where a file is about to be written, and takes no more of it than a page: a disk that hangs.
-
-    A pipe: whoever writes stands still in the middle of the write, for as long as nobody reads.
-    """
-
-    def __init__(self, path: Path, *, full: bool) -> None:
-        """
-        Args:
-            full: takes nothing at all, for a file that is smaller than a page.
-        """
-        self._path = path
-        os.mkfifo(path)
-        self._pipe = os.open(path, os.O_RDWR | os.O_NONBLOCK)
-        self._room = fcntl.fcntl(self._pipe, fcntl.F_SETPIPE_SZ, 4096)
-        self._mine = os.write(self._pipe, bytes(self._room)) if full else 0
-
-    def writer(self) -> psutil.Process | None:
-        """The process that stands in a write to the file; None where there is none yet."""
-        waiting = struct.unpack("i", fcntl.ioctl(self._pipe, termios.FIONREAD, bytes(4)))[0]
-        if waiting < self._room:
-            return None
-        for process in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error, OSError):
-                for entry in Path(f"/proc/{process.pid}/fd").iterdir():
-                    with suppress(OSError):
-                        if entry.readlink() == self._path:
-                            return process
-        return None
-
-    def tear(self) -> int:
-        """Leave an ordinary file with what had been written of it; so many bytes."""
-        content = b""
-        with suppress(BlockingIOError):
-            while True:
-                content += os.read(self._pipe, 1 << 16)
-        os.close(self._pipe)
-        self._path.unlink()
-        self._path.write_bytes(content[self._mine :])
-        return len(content) - self._mine
-
-
 class Lightning(Observer):
-    """Kills the node, with every process on it, whose seat stands in the middle of writing a checkpoint."""
+    """Kills the node, with every process on it, one of which stands in the middle of writing a checkpoint."""
 
     def __init__(self, run: RunDirectory, file: str) -> None:
-        self.folder = run.tune / f"trial-{TORN[0]:04d}" / f"checkpoint_{TORN[1]:06d}"
-        self._file = file
+        self.folder = run.tune.resolve() / f"trial-{TORN[0]:04d}" / f"checkpoint_{TORN[1]:06d}"
+        self.torn = self.folder / f".{file}."
+        self.mark = run.path.with_name("mark")
         self._thread = threading.Thread(target=self._strike, daemon=True)
-        self.torn: list[tuple[int, list[str]]] = []
-        """Bytes of the file that were written, and the complete files beside it."""
+        self.left: dict[str, int] = {}
+        """Of the checkpoint's files, bytes at that moment."""
         self.killed: list[str] = []
         self.resumed: list[tuple[int, int, int]] = []
 
@@ -104,28 +80,24 @@ class Lightning(Observer):
         self.resumed.append((trial, step, len(damaged)))
 
     def _strike(self) -> None:
-        self.folder.mkdir()
-        slow = SlowFile(self.folder / f".{self._file}.part", full=self._file == TRIAL)
         deadline = time.monotonic() + PATIENCE
-        while (seat := slow.writer()) is None:
+        while not (self.mark.exists() and self.mark.read_text().endswith("\n")):
             assert time.monotonic() < deadline
             time.sleep(0.005)
-        raylet = next(parent for parent in seat.parents() if "raylet" in parent.name())
+        writer = psutil.Process(int(self.mark.read_text()))
+        raylet = next(parent for parent in writer.parents() if "raylet" in parent.name())
         victims = [raylet, *raylet.children(recursive=True)]
-        assert seat in victims
+        assert writer in victims
         self.killed = [" ".join(victim.cmdline())[:40].strip() for victim in victims]
         for victim in victims:
             with suppress(psutil.NoSuchProcess):
                 os.kill(victim.pid, signal.SIGKILL)
-        left = sorted(entry.name for entry in self.folder.iterdir() if entry.is_file())
-        self.torn.append((slow.tear(), left))
+        self.left = {entry.name: entry.stat().st_size for entry in self.folder.iterdir()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", [ADAPTER_WEIGHTS, TRIAL])
-def test_node_lost_while_it_writes_a_checkpoint_loses_nothing(
-    nodes: Cluster, tiny: Path, tmp_path: Path, file: str
-) -> None:
+def test_node_lost_while_it_writes_a_checkpoint_loses_nothing(tiny: Path, tmp_path: Path, file: str) -> None:
     """Its raylet, host and seats are killed at once, with half of the weights written, or all but the seal."""
     space = {"rank": 8, "target_modules": "all-linear", "learning_rate": {"log_uniform": [1.0e-4, 1.0e-2]}}
     spec = make_spec(
@@ -139,12 +111,13 @@ def test_node_lost_while_it_writes_a_checkpoint_loses_nothing(
     run = create_run(tmp_path, spec.name, exact=True)
     lightning = Lightning(run, file)
     said: list[str] = []
-    outcome = run_sweep(spec, run, [lightning], address=nodes.address, say=said.append)
+    with nodes(lightning.torn, TAKEN, lightning.mark) as cluster:
+        outcome = run_sweep(spec, run, [lightning], address=cluster.address, say=said.append)
 
-    (written, beside) = lightning.torn[0]
-    assert written == (0 if file == TRIAL else 4096)
-    assert ADAPTER_WEIGHTS in beside if file == TRIAL else ADAPTER_WEIGHTS not in beside
-    assert TRIAL not in beside
+    (half,) = (name for name in lightning.left if name.startswith(lightning.torn.name))
+    assert lightning.left[half] == TAKEN
+    assert (ADAPTER_WEIGHTS in lightning.left) == (file == TRIAL)
+    assert TRIAL not in lightning.left
     assert [title for title in lightning.killed if title.startswith("ray::Host")], lightning.killed
     assert [line for line in said if "was lost: its node is gone" in line]
 

@@ -20,12 +20,14 @@ from typing import Any
 import psutil
 import pytest
 from conftest import make_spec
+from searched_run import write_searched
 
 from lora_search.checkpoint import require_lora
 from lora_search.cli import main
 from lora_search.data.rows import read_splits
 from lora_search.errors import InputError, SweepError
 from lora_search.model import load_base, load_tokenizer
+from lora_search.rundir import write_whole
 from lora_search.search import create_study
 from lora_search.spec import dump_spec, parse_spec
 
@@ -417,6 +419,18 @@ def test_adapter_of_pickled_weights_is_refused(watched: Watched, tmp_path: Path)
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(SweepError, match=r"adapter_model\.safetensors"):
         require_lora(adapter)
+
+
+@pytest.mark.parametrize("link", ["report.html", ".report.html.part"])
+def test_report_of_a_foreign_run_writes_where_no_link_leads(tmp_path: Path, link: str) -> None:
+    run, victim = write_searched(tmp_path / "run", 3), tmp_path / "victim"
+    victim.write_text("mine")
+    (run / link).symlink_to(victim)
+    assert main(["report", str(run)]) == 0
+    write_whole(run / "report.html", (run / "report.html").read_bytes())  # as a sweep does at its end
+    assert victim.read_text() == "mine"
+    assert not (run / "report.html").is_symlink()
+    assert "</html>" in (run / "report.html").read_text()
 
 
 # A base that brings code or pickles

@@ -9,7 +9,6 @@ from lora_search.errors import InputError
 from lora_search.report.document import document
 from lora_search.report.page import page
 from lora_search.rundir import REPORT
-from lora_search.storage import StoreError
 
 if TYPE_CHECKING:
     from lora_search.results import Run
@@ -29,12 +28,13 @@ def write_report(run: Run, out: Path | None = None, *, finished: bool | None = N
         SweepError: a file of the run directory is not what it should be.
     """
     html = page(document(run, finished=finished))
-    file = out or run.directory.report
+    directory = run.directory
+    place = str(out or (directory.folder.below(REPORT).place if directory.uri is not None else directory.report))
     try:
-        if out is None and run.directory.uri is not None:
-            run.directory.folder.write(REPORT, html.encode())
-            return run.directory.folder.below(REPORT).place
-        file.write_text(html, encoding="utf-8")
-    except (OSError, StoreError) as error:
-        raise InputError(f"--out: {file} cannot be written: {error}; name another file") from None
-    return str(file)
+        if out is None:
+            directory.folder.write(REPORT, html.encode())
+        else:
+            out.write_text(html, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--out: {place} cannot be written: {error}; name another file") from None
+    return place
