@@ -21,16 +21,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import noted_steps
 import pytest
 import yaml
 from conftest import PATIENCE, flip_bit, made_once, make_spec, processes, wait_until
+from noted_steps import build_noting, steps_made
+from optuna.trial import TrialState
 
 from lora_search.checkpoint import KEPT
 from lora_search.errors import InputError, SweepError
 from lora_search.journal import open_study
 from lora_search.results import Row, read_events, run_rows
 from lora_search.rundir import RunDirectory, create_run
-from lora_search.spec import dump_spec
+from lora_search.spec import dump_spec, recorded_spec
 from lora_search.sweep import run as sweep_module
 from lora_search.sweep.resume import shorter_trials
 from lora_search.sweep.run import run_sweep
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
 
 SEQUENTIAL = {"count": 1, "trials_per_host": 1}
 TRIALS = 5
+TOLD = {"completed": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "failed": TrialState.FAIL}
+"""The study, of a trial's state."""
 COMPARED = ("trial", "state", "steps", "rank", "target_modules", "learning_rate", "eval_loss", "train_loss", "tokens")
 
 
@@ -83,11 +88,14 @@ def compared(rows: list[Row]) -> list[Row]:
 
 
 def require_whole(run: RunDirectory, trials: int) -> None:
-    """Every planned trial once in the study, the record and the results; no step twice; no trial over again."""
+    """Every planned trial once in study, record and results, which agree; no step twice; no trial over again."""
     numbers = list(range(trials))
-    study = open_study(run.path)
-    assert [trial.number for trial in study.trials if trial.state.is_finished()] == numbers
-    assert [row["trial"] for row in run_rows(run)] == numbers
+    study, rows, metric = open_study(run.path), run_rows(run), recorded_spec(run.spec).search.metric
+    assert [trial.number for trial in study.trials] == numbers
+    assert [row["trial"] for row in rows] == numbers
+    assert [trial.state for trial in study.trials] == [TOLD[row["state"]] for row in rows]
+    values = {row["trial"]: row[metric] for row in rows if row["state"] == "completed"}
+    assert {trial.number: trial.value for trial in study.trials if trial.state == TrialState.COMPLETE} == values
     events = list(read_events(run.trials))
     for kind in ("start", "end"):
         assert sorted(event["trial"] for event in events if event["event"] == kind) == numbers
@@ -136,10 +144,8 @@ def damage(run: RunDirectory, trial: int, step: int) -> None:
 
 
 def build_sick(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> Engine:
-    """The engine of a host; that of host-0 says from its fourth step on what CUDA says of a device that is no more."""
-    from lora_search.sweep.build import build_engine
-
-    engine = build_engine(spec, place, capacity, data)
+    """A host's engine; that of host-0 says from its fourth step on what CUDA says of a device that is no more."""
+    engine = build_noting(spec, place, capacity, data)
     step, steps = engine.step, itertools.count(1)
 
     def sick(trials: Sequence[str]) -> Any:
@@ -159,10 +165,12 @@ def test_sick_device_sigkill_of_host_and_seat_and_a_damaged_checkpoint_lose_noth
     """A host whose device is sick is replaced: it would take one trial after the other, and fail it.
 
     Of the damaged checkpoint, the one before it is used; so it is of the best trial's last, when the sweep is to end.
+    No steps are made twice but those since the checkpoint that a trial goes on from.
     """
     spec = sequential(tiny, "killed", tmp_path)
     run = create_run(tmp_path, spec.name, exact=True)
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    for module in (sys.modules[__name__], noted_steps):
+        ray.cloudpickle.register_pickle_by_value(module)
     monkeypatch.setattr(sweep_module, "build_engine", build_sick)
     strikes = Strikes(
         {(0, 2): lambda: kill("ray::Seat"), (0, 4): lambda: kill("ray::Host"), (0, 6): lambda: damage(run, 0, 6)}
@@ -178,7 +186,8 @@ def test_sick_device_sigkill_of_host_and_seat_and_a_damaged_checkpoint_lose_noth
             flip_bit(last)
 
     outcome = run_sweep(spec, run, [strikes], say=say)
-    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    for module in (sys.modules[__name__], noted_steps):
+        ray.cloudpickle.unregister_pickle_by_value(module)
     assert [(run.best / "adapter" / "adapter_model.safetensors").read_bytes()] == adapters
     assert any("adapter_model.safetensors is damaged" in line and "is trained again" in line for line in said)
     require_whole(run, TRIALS)
@@ -188,6 +197,8 @@ def test_sick_device_sigkill_of_host_and_seat_and_a_damaged_checkpoint_lose_noth
         in "|".join(said)
     )
     assert compared(outcome.rows) == undisturbed
+    made = {(row["trial"], step): 1 for row in outcome.rows for step in range(1, row["steps"] + 1)}
+    assert steps_made(tmp_path) == made | {(0, 3): 2, (0, 5): 2, (0, 6): 2}
 
 
 @pytest.mark.slow

@@ -13,26 +13,27 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import noted_steps
 import pytest
 import yaml
 from conftest import PATIENCE, flip_bit, make_spec, processes, two_nodes
+from noted_steps import jumps_back, repeated, steps_made
 from rich.console import Console
 from rich.table import Table
 from test_faults import require_whole
 
+from lora_search.checkpoint import KEPT
 from lora_search.results import Row, read_events, run_rows
 from lora_search.rundir import RunDirectory
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
 
-    from lora_search.engine import Engine
-    from lora_search.placement import HostPlace
     from lora_search.spec import SweepSpec
 
 SEEDS = range(int(os.environ.get("STORMS", "2")))
@@ -52,34 +53,6 @@ PER_STORM = 2
 
 CLOSE = 1e-4
 """Relative, of a loss trained in other company (DESIGN: the same result, alone or in company)."""
-
-
-def build_noting(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> Engine:
-    """The engine of a host, which notes the steps that it makes: a line each, with trial and step."""
-    from lora_search.sweep.build import build_engine
-
-    engine = build_engine(spec, place, capacity, data)
-    step = engine.step
-    notes = os.open(Path(spec.output) / "steps", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-
-    def noted(trials: Sequence[str]) -> Any:
-        outcomes = step(trials)
-        os.write(notes, "".join(f"{trial} {engine.position(trial)}\n" for trial in trials).encode())
-        return outcomes
-
-    engine.step = noted  # type: ignore[method-assign]
-    return engine
-
-
-def steps_made(output: Path) -> Counter[tuple[int, int]]:
-    """How often each step of each trial was made."""
-    notes = output / "steps"
-    lines = notes.read_text().splitlines() if notes.exists() else []
-    return Counter((int(trial), int(step)) for trial, step in map(str.split, lines))
-
-
-def repeated(output: Path) -> int:
-    return sum(count - 1 for count in steps_made(output).values())
 
 
 @dataclass
@@ -132,7 +105,7 @@ class Storm:
     def _start(self, *options: str) -> subprocess.Popen[bytes]:
         file = Path(self._spec.output) / "sweep.yaml"
         file.write_text(yaml.safe_dump(self._spec.model_dump(mode="json")))
-        command = [sys.executable, __file__, "run", str(file), "--address", self._nodes.address, *options]
+        command = [sys.executable, noted_steps.__file__, "run", str(file), "--address", self._nodes.address, *options]
         with (Path(self._spec.output) / "said").open("ab") as said:
             return subprocess.Popen(command, stdout=said, stderr=said)
 
@@ -259,7 +232,11 @@ def test_sweep_in_a_storm_comes_to_what_it_would_have(
     tally.steps += TRIALS * STEPS
     require_whole(storm.run, TRIALS)
     assert set(steps_made(tmp_path)) == {(trial, step) for trial in range(TRIALS) for step in range(1, STEPS + 1)}
-    reports = Counter(event["trial"] for event in read_events(storm.run.trials) if event["event"] == "report")
+    events = list(read_events(storm.run.trials))
+    anew = {event["trial"] for event in events if event["event"] == "resume" and len(event["damaged"]) == KEPT}
+    for trial, last, step in jumps_back(tmp_path):
+        assert trial in anew or last - step < 2 * EVAL_EVERY, (trial, last, step)
+    reports = Counter(event["trial"] for event in events if event["event"] == "report")
     assert set(reports.values()) == {STEPS // EVAL_EVERY}
     for row, alone in zip(rows, undisturbed, strict=True):
         for name in ("trial", "state", "steps", "tokens", *storm_spec(tiny, tmp_path).search.space):
@@ -267,16 +244,3 @@ def test_sweep_in_a_storm_comes_to_what_it_would_have(
         apart = abs(row["eval_loss"] / alone["eval_loss"] - 1)
         tally.apart = max(tally.apart, apart)
         assert apart < CLOSE
-
-
-def drive() -> None:
-    """The command, with engines that note what they do."""
-    from lora_search.cli.main import main
-    from lora_search.sweep import run
-
-    run.build_engine = build_noting
-    sys.exit(main(sys.argv[1:]))
-
-
-if __name__ == "__main__":
-    drive()
