@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import make_spec
 
-from lora_search.errors import InputError
+from lora_search.errors import InputError, SweepError
 from lora_search.placement import Node, missing_hosts, place_hosts
 from lora_search.rundir import create_run
 from lora_search.spec import Hosts
+from lora_search.sweep.cluster import asked_of_autoscaler
 from lora_search.sweep.run import run_sweep
 
 CASES: list[tuple[str, list[Node], dict[str, Any], list[tuple[str, int, int]]]] = [
@@ -72,6 +74,29 @@ def test_node_that_joins_or_leaves_changes_nothing_but_its_own_hosts() -> None:
     assert starts(with_gpus, "abc", [], count=2) == []
     head = Node("head", 0, 0)
     assert starts([head, *with_gpus], "abc", [head]) == starts([head, *with_gpus], "abc", [head], count=2) == []
+
+
+@pytest.mark.parametrize(
+    ("hosts", "trials", "bundles"),
+    [
+        ({"trials_per_host": 2}, 12, [{"GPU": 1}] * 6),
+        ({"trials_per_host": 2}, 1, [{"GPU": 1}]),
+        ({"trials_per_host": 4, "gpus_per_host": 2}, 5, [{"GPU": 2}] * 2),
+        ({"count": 3}, 100, [{"GPU": 1}] * 3),
+        ({"trials_per_host": 2, "gpus_per_host": 0}, 4, [{"CPU": 1}] * 2),
+    ],
+)
+@pytest.mark.parametrize("ends", ["well", "in an error"])
+def test_autoscaler_is_asked_for_what_the_trials_fill_and_let_go_at_the_end(
+    hosts: dict[str, Any], trials: int, bundles: list[dict[str, int]], ends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[dict[str, int]]] = []
+    monkeypatch.setattr("lora_search.sweep.cluster.request_resources", lambda bundles: asked.append(bundles))
+    with suppress(SweepError), asked_of_autoscaler(Hosts(**hosts), trials):
+        assert asked == [bundles]
+        if ends != "well":
+            raise SweepError("all hosts were lost")
+    assert asked == [bundles, []]
 
 
 @pytest.mark.slow
