@@ -42,6 +42,17 @@ def test_links_lead_to_files_of_the_repository(page: Path) -> None:
     assert not missing
 
 
+PLATFORMS = ("Slurm", "Kubernetes", "AWS and Google Cloud", "Machines of your own", "SkyPilot")
+PARTS = ["Edit", "Run", "Secrets", "Cost", "Stop"]
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_every_platform_says_what_to_edit_how_to_run_what_it_costs_and_how_to_stop(platform: str) -> None:
+    page = (ROOT / "cluster" / "README.md").read_text(encoding="utf-8")
+    sections = dict(section.split("\n", 1) for section in page.split("\n## ")[1:])
+    assert re.findall(r"^- \*\*(\w+)\*\*: \S", sections[platform], re.MULTILINE) == PARTS
+
+
 def test_messages_of_the_troubleshooting_page_are_those_of_the_code() -> None:
     source = "".join(file.read_text(encoding="utf-8") for file in sorted((ROOT / "lora_search").rglob("*.py")))
     said = re.sub(r'"\s*f?"', "", source)  # literals that stand side by side are one

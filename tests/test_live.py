@@ -90,6 +90,21 @@ def test_failed_trial_says_why() -> None:
     assert "trial 3 failed at step 0: loss is [nan] at step 7" in file.getvalue()
 
 
+def test_trial_that_goes_on_says_from_where_and_what_was_damaged() -> None:
+    console, file = plain()
+    what = (
+        "runs/demo/tune/trial-0003/checkpoint_000020: adapter_model.safetensors is damaged: it is not what was written"
+    )
+    with view(console, Clock()) as shown:
+        shown.trial_resumed(3, PARAMETERS, 10, [what])
+        shown.trial_ended(3, "failed", "loss is [nan] at step 12")
+    assert file.getvalue().splitlines() == [
+        what,
+        "trial 3 goes on from step 10",
+        "trial 3 failed at step 10: loss is [nan] at step 12",
+    ]
+
+
 @pytest.mark.parametrize(("metric", "mode", "best"), [("eval_loss", "min", 1), ("token_accuracy", "max", 1)])
 def test_best_follows_the_mode(metric: str, mode: str, best: int) -> None:
     console, _ = plain()
