@@ -12,10 +12,12 @@ import sys
 import threading
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -42,14 +44,19 @@ if TYPE_CHECKING:
 
 BUCKET = "lora-search-test"
 
+Fault = Callable[[BaseHTTPRequestHandler], str]
+"""Answers a request in place of the store, and says how; says nothing where it does not."""
+
+NO_ANSWER = "none in time"
+
 
 class Store:
     """A proxy before an S3 server, which can answer 500, or hang, or refuse, in place of it."""
 
     def __init__(self, server: tuple[str, int]) -> None:
-        self.fault: Callable[[BaseHTTPRequestHandler], bool] = lambda request: False
-        """Answers a request, or says that it does not."""
-        self.faults = 0
+        self.fault: Fault = fine
+        self.faults: Counter[str] = Counter()
+        """By what was answered."""
         store = self
 
         class Proxy(BaseHTTPRequestHandler):
@@ -57,8 +64,8 @@ class Store:
 
             def forward(self) -> None:
                 content = self.body()
-                if store.fault(self):
-                    store.faults += 1
+                if answered := store.fault(self):
+                    store.faults[answered] += 1
                     return
                 server_connection = http.client.HTTPConnection(*server)
                 left_out = ("expect", "transfer-encoding", "content-length")
@@ -104,20 +111,24 @@ class Store:
         self._server.server_close()
 
 
-def status(code: int) -> Callable[[BaseHTTPRequestHandler], bool]:
-    def answer(request: BaseHTTPRequestHandler) -> bool:
+def fine(request: BaseHTTPRequestHandler) -> str:
+    return ""
+
+
+def status(code: int) -> Fault:
+    def answer(request: BaseHTTPRequestHandler) -> str:
         request.send_response(code)
         request.send_header("Content-Length", "0")
         request.end_headers()
-        return True
+        return str(code)
 
     return answer
 
 
-def hang(request: BaseHTTPRequestHandler) -> bool:
+def hang(request: BaseHTTPRequestHandler) -> str:
     time.sleep(5)
     request.close_connection = True
-    return True
+    return NO_ANSWER
 
 
 @pytest.fixture(scope="module")
@@ -198,8 +209,8 @@ class Kept:
     strikes: Strikes
     refused: str
     """What was said to the second."""
-    faults: int
-    """Of the store."""
+    faults: Counter[str]
+    """Of the store, by what it answered."""
     best: list[str]
     """What `best/` held there when the sweep was first said to have come to its end: it may be killed then."""
 
@@ -208,9 +219,9 @@ class Kept:
 def kept(ray: Any, server: tuple[str, int], tiny: Path) -> Iterator[Kept]:
     store = Store(server)
 
-    def fail(fault: Callable[[BaseHTTPRequestHandler], bool], seconds: float) -> None:
+    def fail(fault: Fault, seconds: float) -> None:
         store.fault = fault
-        threading.Timer(seconds, lambda: setattr(store, "fault", lambda request: False)).start()
+        threading.Timer(seconds, lambda: setattr(store, "fault", fine)).start()
 
     def hang_and_kill() -> None:
         fail(hang, 5)
@@ -263,11 +274,11 @@ def test_checkpoint_is_not_taken_for_damaged_because_the_store_fails(store: Stor
     assert saved is not None
     assert (saved.parameters, saved.reports, saved.damaged) == ({"rank": 8}, [{"step": 4}], ())
 
-    store.fault = lambda request: ADAPTER_WEIGHTS in request.path and status(500)(request)
+    store.fault = lambda request: status(500)(request) if ADAPTER_WEIGHTS in request.path else ""
     with pytest.raises(StoreError, match="500"):
         shelf.newest()
 
-    store.fault = lambda request: False
+    store.fault = fine
     run.below("tune/trial-0003/checkpoint_000004").remove(ADAPTER_WEIGHTS)
     saved = shelf.newest()
     assert saved is not None
@@ -300,6 +311,31 @@ def test_opening_a_store_is_tried_again_too(store: Store, monkeypatch: pytest.Mo
     opened.clear()
     with pytest.raises(StoreError, match="When resolving region"):
         Folder(store.uri("opened"), patience_s=0).read("a")
+
+
+def test_store_that_fails_is_asked_less_and_less_often_and_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to half of each pause is left to chance, so that not all who wait ask at once."""
+    now, slept, shares = 0.0, [], []
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        slept.append(seconds)
+
+    def longest(*bounds: float) -> float:
+        shares.append(bounds)
+        return bounds[1]
+
+    def fail(folder: Folder) -> Any:
+        raise OSError("AWS Error SLOW_DOWN during PutObject operation: 503")
+
+    monkeypatch.setattr("lora_search.storage.time", SimpleNamespace(sleep=sleep, monotonic=lambda: now))
+    monkeypatch.setattr("lora_search.storage.random", SimpleNamespace(uniform=longest))
+    monkeypatch.setattr(Folder, "_open", fail)
+    with pytest.raises(StoreError, match="SLOW_DOWN"):
+        Folder("s3://bucket/runs", patience_s=300).write("a", b"")
+    assert slept == [0.5, 1, 2, 4, 8, 16, *[30] * 8]
+    assert set(shares) == {(0.5, 1)}
 
 
 def test_store_that_refuses_is_not_asked_again(store: Store) -> None:
@@ -522,7 +558,8 @@ def test_driver_that_is_killed_goes_on_from_the_store_on_another_machine(
 
 
 def test_store_that_fails_for_a_while_loses_nothing(kept: Kept, undisturbed: list[Row]) -> None:
-    assert kept.faults > 10
+    assert kept.faults.total() > 10
+    assert kept.faults.keys() == {"500", NO_ANSWER}
     run = find_run(kept.outcome.run.place)
     require_whole(run, TRIALS)
     assert kept.strikes.resumed == [(0, 4, 0)]
