@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections import Counter
@@ -12,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from lora_search.checkpoint import TRIAL
+from lora_search.rundir import RunDirectory
 from lora_search.sweep.build import build_engine
 
 if TYPE_CHECKING:
@@ -62,6 +65,14 @@ def jumps_back(output: Path) -> list[tuple[int, int, int]]:
         if step <= last.get(trial, 0):
             found.append((trial, last[trial], step))
         last[trial] = step
+    return found
+
+
+def saved_steps(run: RunDirectory) -> dict[int, list[int]]:
+    """The steps of the checkpoints that a run directory holds, by trial."""
+    found: dict[int, list[int]] = {}
+    for seal in sorted(run.tune.glob(f"trial-*/checkpoint_*/{TRIAL}")):
+        found.setdefault(int(seal.parts[-3].removeprefix("trial-")), []).append(json.loads(seal.read_text())["step"])
     return found
 
 

@@ -12,10 +12,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import noted_steps
 import pytest
 import torch
 import yaml
 from conftest import PATIENCE, make_spec, processes, wait_until
+from noted_steps import noted, saved_steps
 from optuna.trial import TrialState
 from trained_run import train_run
 
@@ -279,21 +281,27 @@ def test_sigterm_while_ray_starts_interrupts_the_sweep() -> None:
 
 
 def test_interrupt_ends_the_sweep_cleanly(tiny: Path, tmp_path: Path) -> None:
-    endless = {"training": {"steps": 100_000}, "search": {"scheduler": {"name": "none"}}}
-    spec = make_spec(tiny, name="interrupted", hosts=ONE, output=str(tmp_path), **endless)
+    """Each trial is saved where it stands, long before there is anything to report of it."""
+    endless: dict[str, Any] = {"training": {"steps": 100_000, "eval_every": 50_000}}
+    endless |= {"search": {"scheduler": {"name": "none"}}, "hosts": ONE | {"trials_per_host": 2}}
+    spec = make_spec(tiny, name="interrupted", output=str(tmp_path), **endless)
     file = tmp_path / "sweep.yaml"
     file.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
     process = subprocess.Popen(
-        [sys.executable, "-m", "lora_search", "run", str(file)],
+        [sys.executable, noted_steps.__file__, "run", str(file)],
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )
-    trials = tmp_path / "interrupted" / "trials.jsonl"
-    wait_until(lambda: trials.exists() and '"report"' in trials.read_text(), process)
+    run = RunDirectory(tmp_path / "interrupted")
+    wait_until(lambda: len(dict(noted(tmp_path))) == 2, process)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, said
     assert "interrupted after 0 of 8 trials" in said
     assert "Traceback" not in said
-    assert {row["state"] for row in run_rows(RunDirectory(tmp_path / "interrupted"))} == {"running"}
+    assert [(row["trial"], row["state"], row["steps"]) for row in run_rows(run)] == [
+        (0, "running", 0),
+        (1, "running", 0),
+    ]
+    assert saved_steps(run) == {trial: [step] for trial, step in noted(tmp_path)}
