@@ -19,13 +19,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import noted_steps
 import pytest
 import yaml
 from conftest import PATIENCE, flip_bit, made_once, make_spec, processes, wait_until
-from noted_steps import build_noting, steps_made
+from noted_steps import build_noting, noted, saved_steps, steps_made
 from optuna.trial import TrialState
 
 from lora_search.checkpoint import KEPT
@@ -33,9 +34,10 @@ from lora_search.errors import InputError, SweepError
 from lora_search.journal import open_study
 from lora_search.results import Row, read_events, run_rows
 from lora_search.rundir import RunDirectory, create_run
+from lora_search.search.asha import StepAsha
 from lora_search.spec import dump_spec, recorded_spec
 from lora_search.sweep import run as sweep_module
-from lora_search.sweep.resume import shorter_trials
+from lora_search.sweep.resume import mend_last_line, shorter_trials
 from lora_search.sweep.run import run_sweep
 from lora_search.tracking import Observer
 
@@ -46,13 +48,16 @@ if TYPE_CHECKING:
 
 SEQUENTIAL = {"count": 1, "trials_per_host": 1}
 TRIALS = 5
+SEARCH = {"trials": TRIALS, "sampler": {"name": "tpe", "seed": 12}}
+"""By this seed trials end at steps 8, 2, 8, 2 and 4; whichever is the first of a resumed sweep, rung records decide."""
+
 TOLD = {"completed": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "failed": TrialState.FAIL}
 """The study, of a trial's state."""
 COMPARED = ("trial", "state", "steps", "rank", "target_modules", "learning_rate", "eval_loss", "train_loss", "tokens")
 
 
 def sequential(tiny: Path, name: str, output: Path, **sections: Any) -> SweepSpec:
-    search = {"trials": TRIALS} | sections.pop("search", {})
+    search = SEARCH | sections.pop("search", {})
     return make_spec(tiny, name=name, hosts=SEQUENTIAL, search=search, output=str(output), **sections)
 
 
@@ -76,6 +81,15 @@ def without_faults(tiny: Path, factory: pytest.TempPathFactory) -> list[Row]:
 
     rows: list[Row] = json.loads((made_once("undisturbed", factory, make) / "rows.json").read_text())
     return rows
+
+
+def undisturbed_run(factory: pytest.TempPathFactory) -> RunDirectory:
+    """Of `without_faults`, once it has been."""
+
+    def make(folder: Path) -> None:
+        raise AssertionError("there is none")
+
+    return RunDirectory(made_once("undisturbed", factory, make) / "undisturbed")
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +170,33 @@ def build_sick(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> E
     if place.name == "host-0":
         engine.step = sick  # type: ignore[method-assign]
     return engine
+
+
+def decided(scheduler: StepAsha, events: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], str]:
+    """What a scheduler says to each report, by trial and step, in the order of a record."""
+    found = {}
+    for event in events:
+        trial: Any = SimpleNamespace(config={"trial": event["trial"]})
+        if event["event"] == "start":
+            scheduler.on_trial_add(None, trial)
+        elif event["event"] == "report":
+            found[event["trial"], event["step"]] = scheduler.on_trial_result(None, trial, event)
+    return found
+
+
+def test_resume_without_rung_records_would_show(
+    undisturbed: list[Row], tiny: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Of the sweep of this file, whichever trial it is resumed with."""
+    spec = sequential(tiny, "undisturbed", tmp_path)
+    events = list(read_events(undisturbed_run(tmp_path_factory).trials))
+    kept = decided(StepAsha(spec), events)
+    for first in range(1, TRIALS):
+        left = [event for event in events if event["trial"] >= first]
+        knowing = StepAsha(spec)
+        knowing.replay(event for event in events if event["trial"] < first)
+        assert decided(knowing, left).items() <= kept.items()
+        assert not decided(StepAsha(spec), left).items() <= kept.items()
 
 
 @pytest.mark.usefixtures("unverified_merge")
@@ -256,11 +297,15 @@ def test_slow_host_loses_no_trial_and_gets_less_work(ray: Any, tiny: Path, tmp_p
     training = {"steps": 100, "eval_every": 50}
     spec = make_spec(tiny, name="slow", hosts=hosts, search=search, training=training, output=str(tmp_path))
     run = create_run(tmp_path, spec.name, exact=True)
-    outcome = run_sweep(spec, run, [Slow()])
+    said: list[str] = []
+    outcome = run_sweep(spec, run, [Slow()], say=said.append)
     require_whole(run, 10)
     assert len(held_up) > 5
+    assert not [line for line in said if "was lost" in line or "starts on node" in line]
+    assert not [event for event in read_events(run.trials) if event["event"] == "resume"]
     assert {row["state"] for row in outcome.rows} == {"completed"}
     work = Counter(row["host"] for row in outcome.rows)
+    assert work.keys() == {"host-0", "host-1"}
     assert 0 < work["host-1"] < work["host-0"], work
 
 
@@ -336,25 +381,42 @@ def test_full_disk_ends_the_sweep_and_with_room_it_goes_on(
     assert compared(outcome.rows) == undisturbed
 
 
-def command(spec: SweepSpec, *options: str) -> list[str]:
+NOTING = (noted_steps.__file__,)
+"""The command, with hosts that note the steps that they make."""
+
+SHORT = 2000
+"""Steps of a trial that trains longer than an interrupted sweep takes to save it."""
+
+
+def command(spec: SweepSpec, *options: str, program: Sequence[str] = ("-m", "lora_search")) -> list[str]:
     file = Path(spec.output) / f"{spec.name}.yaml"
     file.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
-    return [sys.executable, "-m", "lora_search", "run", str(file), "--name", spec.name, *options]
+    return [sys.executable, *program, "run", str(file), "--name", spec.name, *options]
 
 
 def reported(run: RunDirectory, trial: int) -> bool:
     return run.trials.exists() and f'"event": "report", "trial": {trial}' in run.trials.read_text()
 
 
-def warned(spec: SweepSpec, until: Callable[[subprocess.Popen[str]], object], *options: str) -> str:
+def warned(
+    spec: SweepSpec,
+    until: Callable[[subprocess.Popen[str]], object],
+    *options: str,
+    by: signal.Signals = signal.SIGTERM,
+    program: Sequence[str] = ("-m", "lora_search"),
+) -> str:
     """Run a sweep until something, and have it end by a signal that warns; what it said."""
-    process = subprocess.Popen(command(spec, *options), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(spec, *options, program=program), stderr=subprocess.PIPE, text=True)
     until(process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(by)
     _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, said
     assert "the same command with --resume goes on" in said
     return said
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def says(what: str) -> Callable[[subprocess.Popen[str]], object]:
@@ -381,14 +443,14 @@ def test_sweep_that_is_warned_in_every_phase_goes_on_as_if_nothing_had_been(
     require_whole(run, TRIALS)
     assert compared(run_rows(run)) == undisturbed
 
-    before = run.trials.read_bytes()
     run.report.unlink()  # as where the process was ended before it was made
+    before = contents(run.path)
     again = subprocess.run(command(spec, "--resume"), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert "nothing is left to do" in again.stderr
     assert again.stdout == last.stdout
-    assert run.trials.read_bytes() == before
     assert run.report.is_file()
+    assert contents(run.path) == before | {run.report: run.report.read_bytes()}
 
     more = sequential(tiny, "ended", tmp_path, search={"trials": TRIALS + 2}, training={"steps": 12})
     told: list[str] = []
@@ -401,28 +463,43 @@ def test_sweep_that_is_warned_in_every_phase_goes_on_as_if_nothing_had_been(
 
 
 @pytest.mark.slow
-def test_trial_that_was_interrupted_half_way_goes_on_to_more_steps(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_trial_that_was_interrupted_half_way_goes_on_to_more_steps(
+    by: signal.Signals, tiny: Path, tmp_path: Path
+) -> None:
+    """From the step that it stood at, where nothing is reported; no step is made twice."""
     short, long = (
-        sequential(tiny, "longer", tmp_path, search={"scheduler": {"name": "none"}}, training={"steps": steps})
-        for steps in (60, 80)
+        sequential(
+            tiny,
+            "longer",
+            tmp_path,
+            search={"trials": 2, "scheduler": {"name": "none"}},
+            training={"steps": steps, "eval_every": SHORT},
+        )
+        for steps in (SHORT, SHORT + 20)
     )
     run = RunDirectory(tmp_path / "longer")
-    warned(short, lambda process: wait_until(lambda: reported(run, 1), process))
-    last = subprocess.run(command(long, "--resume"), capture_output=True, text=True, timeout=PATIENCE)
+    warned(short, lambda process: wait_until(lambda: (1, 10) in noted(tmp_path), process), by=by, program=NOTING)
+    stood = dict(noted(tmp_path))
+    assert stood[0] == SHORT
+    assert 10 <= stood[1] <= SHORT
+    assert saved_steps(run) == {trial: [step] for trial, step in stood.items()}
+    last = subprocess.run(command(long, "--resume", program=NOTING), capture_output=True, text=True, timeout=PATIENCE)
     assert last.returncode == 0, last.stderr
-    require_whole(run, TRIALS)
-    events = list(read_events(run.trials))
-    (resumed,) = [event for event in events if event["event"] == "resume"]
-    assert 0 < resumed["step"] < 60
+    require_whole(run, 2)
+    resumed = [(event["trial"], event["step"]) for event in read_events(run.trials) if event["event"] == "resume"]
+    assert resumed == [(1, stood[1])]
     ends = {row["trial"]: row["steps"] for row in run_rows(run)}
-    assert ends == {trial: 60 if trial < resumed["trial"] else 80 for trial in range(TRIALS)}
+    assert ends == {0: SHORT, 1: SHORT + 20}
+    assert steps_made(tmp_path) == {(trial, step): 1 for trial, end in ends.items() for step in range(1, end + 1)}
 
 
 def test_sweep_whose_driver_is_killed_goes_on_as_if_nothing_had_been(
     tiny: Path, tmp_path: Path, undisturbed: list[Row]
 ) -> None:
-    """And what it was writing is torn."""
+    """And what it was writing is torn; it is resumed with a trial more."""
     spec = sequential(tiny, "ended", tmp_path)
+    more = sequential(tiny, "ended", tmp_path, search={"trials": TRIALS + 1})
     run = RunDirectory(tmp_path / "ended")
     process = subprocess.Popen(command(spec), stderr=subprocess.PIPE, text=True)
     wait_until(lambda: reported(run, 2), process)
@@ -432,11 +509,11 @@ def test_sweep_whose_driver_is_killed_goes_on_as_if_nothing_had_been(
         record.write('{"event": "report", "tri')
         journal.write('{"op_code": 6, "worker')
 
-    second = subprocess.run(command(spec, "--resume"), capture_output=True, text=True)
+    second = subprocess.run(command(more, "--resume"), capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
     assert second.stderr.count("the last line was damaged, and is left out") == 2
-    require_whole(run, TRIALS)
-    assert compared(run_rows(run)) == undisturbed
+    require_whole(run, TRIALS + 1)
+    assert compared(run_rows(run))[:TRIALS] == undisturbed
 
 
 def test_fewer_steps_are_no_budget_to_resume_with(tiny: Path, tmp_path: Path) -> None:
@@ -461,16 +538,45 @@ def test_more_steps_are_for_trials_that_had_not_ended(
     assert bool(said) == (shorter_trials(spec, rows) is not None)
 
 
+@pytest.mark.parametrize(
+    ("last", "stays"),
+    [
+        (b'{"event": "rep', b""),
+        (b'{"event": "rep\n', b""),
+        (bytes(512), b""),
+        (bytes(512) + b"\n", b""),
+        (b'{"event": "end"}\n', b'{"event": "end"}\n'),
+    ],
+    ids=["torn", "torn, with its end", "NULs", "NULs, with an end", "intact"],
+)
+def test_last_line_is_left_out_where_it_was_not_written_to_its_end(last: bytes, stays: bytes, tmp_path: Path) -> None:
+    """As a machine leaves it that loses its power: what had been written last is torn, or is NULs."""
+    file = tmp_path / "trials.jsonl"
+    before = b'{"event": "start"}\n' * 2
+    file.write_bytes(before + last)
+    said = mend_last_line(file)
+    assert file.read_bytes() == before + stays
+    assert (said is None) == bool(stays)
+    assert said is None or said.endswith(f"the last line was damaged, and is left out ({len(last)} bytes)")
+    assert mend_last_line(file) is None
+
+
 def test_another_sweep_is_not_resumed_and_what_changed_is_said(tiny: Path, tmp_path: Path) -> None:
     spec = sequential(tiny, "other", tmp_path)
     run = create_run(tmp_path, spec.name, exact=True)
     run.spec.write_text(dump_spec(spec))
     other = sequential(
-        tiny, "other", tmp_path, search={"space": {"rank": {"choice": [2, 16]}}}, data={"max_length": 16}
+        tiny,
+        "other",
+        tmp_path,
+        search={"space": {"rank": {"choice": [2, 16]}}},
+        data={"max_length": 16},
+        base={"quantization": "none"},
     )
     with pytest.raises(InputError) as refused:
         run_sweep(other, run, resume=True)
     assert "data.max_length: found 16, was 32" in str(refused.value)
+    assert "base.quantization: found 'none', was 'nf4'" in str(refused.value)
     assert "search.space.rank.choice: found [2, 16], was [2, 4, 8]" in str(refused.value)
 
 

@@ -24,7 +24,7 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import PATIENCE, make_spec, require_gives_back, wait_until
-from test_faults import SEQUENTIAL, TRIALS, Strikes, compared, kill, require_whole, without_faults
+from test_faults import SEARCH, SEQUENTIAL, TRIALS, Strikes, compared, kill, require_whole, without_faults
 
 from lora_search.checkpoint import ADAPTER_WEIGHTS, Shelf, seal
 from lora_search.cli.main import main
@@ -250,7 +250,7 @@ def undisturbed(ray: Any, tiny: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def sequential(tiny: Path, name: str, output: str) -> SweepSpec:
-    return make_spec(tiny, name=name, hosts=SEQUENTIAL, search={"trials": TRIALS}, output=output)
+    return make_spec(tiny, name=name, hosts=SEQUENTIAL, search=SEARCH, output=output)
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -540,7 +540,7 @@ def test_driver_that_is_killed_goes_on_from_the_store_on_another_machine(
 
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment("first"))
     shelf = Folder(store.uri("runs/killed/tune/trial-0002"))
-    wait_until(lambda: "checkpoint_000002" in shelf.names(), process)
+    wait_until(lambda: bool(shelf.names()), process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     stored = Folder(store.uri("runs/killed"))
