@@ -9,13 +9,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bad_wandb import FAULTS, KEY, bad_wandb
 from conftest import PATIENCE
+from test_faults import TRIALS, command, compared, require_whole, sequential, without_faults
 from wandb.proto.wandb_internal_pb2 import Record
 
+from lora_search.results import run_rows
+from lora_search.rundir import RunDirectory
 from lora_search.spec import Wandb
 from lora_search.tracking import wandb as tracking
 from lora_search.tracking.wandb import WandbRuns, wandb_mode
@@ -209,33 +214,15 @@ def test_slow_wandb_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 MISBEHAVING = """
-import os, socket, sys, threading, time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import sys, time
 from pathlib import Path
-sys.path.insert(0, sys.argv[3])
+sys.path.insert(0, sys.argv[2])
 from test_wandb import report
 from lora_search.spec import Wandb
 from lora_search.tracking import wandb as tracking
 
-class Server(BaseHTTPRequestHandler):
-    def do_POST(self):
-        if sys.argv[1] == "hangs":
-            time.sleep(1000)
-        self.send_response(500)
-        self.end_headers()
-    do_GET = do_POST
-    def log_message(self, *_):
-        pass
-
-server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-server.daemon_threads = True
-if sys.argv[1] == "refuses":
-    server.server_close()
-else:
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-os.environ["WANDB_BASE_URL"] = f"http://127.0.0.1:{server.server_port}"
 tracking.ANSWER_S = 3
-runs = tracking.WandbRuns(Wandb(project="test", mode="online"), "demo", Path(sys.argv[2]), {}, print)
+runs = tracking.WandbRuns(Wandb(project="test", mode="online"), "demo", Path(sys.argv[1]), {}, print)
 longest = 0.0
 for trial in range(400):
     for call in (
@@ -256,26 +243,29 @@ print("close", time.perf_counter() - start)
 @pytest.fixture(scope="module")
 def misbehaving(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, list[str], str]]:
     """By how the server misbehaves: exit status, standard output and error of a process that told it of 400 trials."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    environment["WANDB_API_KEY"] = "0123abcd" * 5
-    started = {}
-    for fault in ("refuses", "answers 500", "hangs"):
-        arguments = [fault, str(tmp_path_factory.mktemp("run")), str(Path(__file__).parent)]
-        started[fault] = subprocess.Popen(
-            [sys.executable, "-c", MISBEHAVING, *arguments],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
     answers = {}
-    for fault, process in started.items():
-        said, errors = process.communicate(timeout=PATIENCE)
-        answers[fault] = (process.returncode, said.splitlines(), errors)
+    with ExitStack() as servers:
+        started = {}
+        for fault in FAULTS:
+            started[fault] = subprocess.Popen(
+                [sys.executable, "-c", MISBEHAVING, str(tmp_path_factory.mktemp("run")), str(Path(__file__).parent)],
+                env=without_wandb() | servers.enter_context(bad_wandb(fault)),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        for fault, process in started.items():
+            said, errors = process.communicate(timeout=PATIENCE)
+            answers[fault] = (process.returncode, said.splitlines(), errors)
     return answers
 
 
-@pytest.mark.parametrize("fault", ["refuses", "answers 500", "hangs"])
+def without_wandb() -> dict[str, str]:
+    """This process's environment, but for what W&B looks at."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_server_that_misbehaves_costs_one_warning_and_no_time(misbehaving: Any, fault: str) -> None:
     status, said, errors = misbehaving[fault]
     assert status == 0, errors
@@ -284,6 +274,26 @@ def test_server_that_misbehaves_costs_one_warning_and_no_time(misbehaving: Any, 
     assert float(longest.split()[-1]) < 1  # of 1,200 calls; to wait for the server takes 5 seconds, on a quiet machine
     assert float(close.split()[-1]) < 20  # one run is waited for, and not 400
     assert not errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_sweep_comes_to_the_same_whatever_its_wandb_does(
+    fault: str, tiny: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    wandb = {"wandb": {"project": "test", "mode": "online"}}
+    spec = sequential(tiny, "recorded", tmp_path, tracking=wandb)
+    with bad_wandb(fault) as environment:
+        answer = subprocess.run(
+            command(spec), env=without_wandb() | environment, capture_output=True, text=True, timeout=PATIENCE
+        )
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stderr.count("W&B") == answer.stderr.count("W&B failed and is left out from here on: CommError") == 1
+    run = RunDirectory(tmp_path / "recorded")
+    require_whole(run, TRIALS)
+    assert compared(run_rows(run)) == without_faults(tiny, tmp_path_factory)
+    written = [file.read_bytes() for file in run.path.rglob("*") if file.is_file()]
+    assert not [text for text in (answer.stdout.encode(), answer.stderr.encode(), *written) if KEY.encode() in text]
 
 
 @pytest.mark.parametrize(
