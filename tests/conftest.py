@@ -145,6 +145,10 @@ def processes(*titles: str) -> list[int]:
     return found
 
 
+SOON = {"health_check_period_ms": 500, "health_check_timeout_ms": 2000, "health_check_failure_threshold": 4}
+"""A Ray's configuration by which it learns within seconds that a node is gone."""
+
+
 @contextmanager
 def two_nodes(**head: Any) -> Iterator[Cluster]:
     """A Ray whose head has no GPU, and two nodes with one each, by Ray's own count.

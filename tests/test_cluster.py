@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import secrets
 import shutil
 import signal
@@ -21,9 +22,11 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 import small_hub
-from conftest import PATIENCE, WORDS, make_spec, two_nodes
-from test_faults import require_whole
+from conftest import PATIENCE, SOON, WORDS, make_spec, processes, two_nodes
+from test_faults import SEARCH, TRIALS, Strikes, compared, require_whole
 
+from lora_search.cli.results import sweep_status
+from lora_search.doctor import Check, _hosts
 from lora_search.errors import InputError
 from lora_search.results import run_rows
 from lora_search.rundir import RunDirectory, create_run
@@ -42,15 +45,20 @@ def nodes() -> Iterator[Cluster]:
 
 
 class Weather(Observer):
-    """Kills a node, raylet and all, at the third report, and adds one."""
+    """Asks how the sweep stands at its second report; at the third kills a node, raylet and all, and adds one."""
 
-    def __init__(self, nodes: Cluster) -> None:
-        self._nodes = nodes
+    def __init__(self, nodes: Cluster, run: RunDirectory) -> None:
+        self._nodes, self._run = nodes, run
         self._reports = 0
         self.resumed: list[int] = []
+        self.status: dict[str, Any] = {}
+        self.hosts: list[Check] = []
 
     def trial_reported(self, trial: int, report: Mapping[str, Any]) -> None:
         self._reports += 1
+        if self._reports == 2:
+            self.status = sweep_status(self._run)
+            self.hosts = list(_hosts())
         if self._reports == 3:
             victim = next(node for node in self._nodes.worker_nodes)
             self._nodes.remove_node(victim, allow_graceful=False)
@@ -75,16 +83,54 @@ def test_nodes_that_leave_lose_no_trial_and_nodes_that_join_get_a_host(
         output="runs",
     )
     said: list[str] = []
-    weather = Weather(nodes)
-    outcome = run_sweep(
-        spec, create_run("runs", spec.name, exact=True), [weather], address=nodes.address, say=said.append
-    )
+    run = create_run("runs", spec.name, exact=True)
+    weather = Weather(nodes, run)
+    outcome = run_sweep(spec, run, [weather], address=nodes.address, say=said.append)
     assert (tmp_path / "runs" / "weather" / "best" / "merged" / "config.json").is_file()
     require_whole(outcome.run, 12)
     assert {row["state"] for row in outcome.rows} == {"completed"}
     assert [line for line in said if "was lost: its node is gone" in line]
     assert weather.resumed
     assert {row["host"] for row in outcome.rows} - {"host-0", "host-1"}, said
+
+    status = weather.status
+    assert (status["phase"], status["planned"], status["trials"]["completed"]) == ("running", 12, 0)
+    assert status["hosts"].keys() <= {"host-0", "host-1"}
+    assert sum(len(pack["trials"]) for pack in status["hosts"].values()) == 2  # those that have reported
+    assert all(pack["tokens_per_second"] > 0 for pack in status["hosts"].values())
+    assert {check.state for check in weather.hosts} == {"ok"}
+    for name, host in zip(("host-0", "host-1"), sorted(weather.hosts, key=lambda check: check.what), strict=True):
+        assert host.what.endswith(name)
+        assert re.match(rf"{name} trains trials \d, \d of at most 2, \d of them in the pass$", host.found)
+
+
+@pytest.mark.slow
+def test_node_that_is_killed_changes_no_bit_of_a_sequential_sweep(tiny: Path, tmp_path: Path) -> None:
+    """Its raylet, the host and whatever seats are on it, twice: a new node takes its place each time."""
+    host = {"count": 1, "trials_per_host": 1, "cpus_per_host": 1, "wait_s": 60}
+    killed: list[str] = []
+
+    def kill_node() -> None:
+        (host,) = processes("ray::Host")
+        raylet = next(parent for parent in psutil.Process(host).parents() if "raylet" in parent.name())
+        victims = [raylet, *raylet.children(recursive=True)]
+        killed.extend(" ".join(victim.cmdline()) for victim in victims)
+        for victim in victims:
+            with suppress(psutil.NoSuchProcess):
+                victim.kill()
+        nodes.add_node(num_cpus=1, num_gpus=1)
+
+    rows, resumed = [], []
+    with two_nodes(memory=1, _system_config=SOON) as nodes:
+        for name, strikes in (("alone", Strikes({})), ("struck", Strikes({(0, 4): kill_node, (2, 2): kill_node}))):
+            spec = make_spec(tiny, name=name, hosts=host, search=SEARCH, output=str(tmp_path))
+            run = create_run(tmp_path, name, exact=True)
+            rows.append(compared(run_sweep(spec, run, [strikes], address=nodes.address).rows))
+            require_whole(run, TRIALS)
+            resumed.append(strikes.resumed)
+    assert sum(title.startswith("ray::Host") for title in killed) == 2
+    assert resumed == [[], [(0, 4, 0), (2, 2, 0)]]
+    assert rows[0] == rows[1]
 
 
 COLLECTED = """

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-from conftest import PATIENCE, make_spec, preloaded, two_nodes
+from conftest import PATIENCE, SOON, make_spec, preloaded, two_nodes
 from test_faults import require_whole
 
 from lora_search.checkpoint import ADAPTER_WEIGHTS, TRIAL
@@ -50,12 +50,11 @@ def nodes(torn: Path, taken: int, mark: Path) -> Iterator[Cluster]:
         "TORN_BYTES": str(taken),
         "TORN_MARK": str(mark),
     }
-    soon = {"health_check_period_ms": 500, "health_check_timeout_ms": 2000, "health_check_failure_threshold": 4}
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in environment.items():
                 patch.setenv(name, value)
-            nodes = stack.enter_context(two_nodes(memory=1, _system_config=soon))
+            nodes = stack.enter_context(two_nodes(memory=1, _system_config=SOON))
         yield nodes
 
 
