@@ -262,26 +262,24 @@ class Hosts:
                 self._lose(host, lost, "its trials go on elsewhere from their last checkpoints" * host.loaded)
             except SweepError as error:
                 self._lose(host, HostLost(str(error)))
-        staying = self._leave(there)
+        going = warned()
+        self._leave(going)
+        staying = [node for node in there if node.id not in going]
         self._fill(staying)
-        self._soundness.look(staying, self._hosted)
+        self._soundness.look(staying, self._hosted, going)
         late = [host for host in self._begun if now - host.since > START_S and not is_done(host.started)]
         for host in late:
             host.late = True
         if late:
             self._say((WITHOUT if self._begun else NONE_RUNS) + what_is_held(late))
 
-    def _leave(self, there: Sequence[Node]) -> list[Node]:
-        """Have the hosts of nodes that are to go keep their trials as they stand, and let them go; the other nodes."""
-        going = warned()
-        for host in list(self._running.values()):
-            if host.place.node not in going:
-                continue
+    def _leave(self, going: Collection[str]) -> None:
+        """Have the hosts of nodes that are to go keep their trials as they stand, and then let them go."""
+        for host in [host for host in self._running.values() if host.place.node in going]:
             if host.saving is None:
                 host.saving = host.actor.save_all.remote(self._run)
             elif is_done(host.saving):
                 self._lose(host, HostLost("its node is to go"), "its trials go on elsewhere from where they stood")
-        return [node for node in there if node.id not in going]
 
     def _look_at(self, host: RunningHost, there: Sequence[Node]) -> None:
         """See how far a host is that has not loaded the base, and have it go on.

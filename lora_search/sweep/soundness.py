@@ -65,8 +65,12 @@ class Soundness:
                     ) from None
         return heard
 
-    def look(self, there: Sequence[Node], hosted: Collection[str]) -> None:
-        """See which nodes have come, gone, or answered. Never waits."""
+    def look(self, there: Sequence[Node], hosted: Collection[str], going: Collection[str] = ()) -> None:
+        """See which nodes have come, gone, or answered. Never waits.
+
+        Args:
+            going: nodes that will be gone soon.
+        """
         self._ask(there, hosted)
         alive = {node.id for node in there}
         self._asked = {node: answer for node, answer in self._asked.items() if node in alive}
@@ -79,7 +83,7 @@ class Soundness:
                     self._say(f"WARNING: node {node[:8]} is of no use: {error}")
                 else:
                     self.add(node)
-        self.barred = frozenset(alive - self._sound)
+        self.barred = frozenset(alive - self._sound).union(going)
 
     def _ask(self, there: Sequence[Node], hosted: Collection[str]) -> None:
         for node in there:
