@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,21 +54,41 @@ def read_checkpoint(folder: Folder) -> Checkpoint:
         StoreError: the object store fails, which says nothing of the checkpoint.
     """
     try:
-        names = [*json.loads(folder.read(TRIAL))["sha256"], TRIAL]
+        names = [*_sealed(folder.read(TRIAL), folder.place)["sha256"], TRIAL]
         checkpoint = {name: folder.read(name.rpartition("/")[2]) for name in names}
     except StoreError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise SweepError(f"{folder.place}: the checkpoint is incomplete: {error}") from None
     verify(checkpoint, folder.place)
     return checkpoint
 
 
-def verify(checkpoint: Checkpoint, source: str = "checkpoint") -> None:
-    """Raise SweepError unless every file is, to the bit, the one that was sealed."""
-    for name, digest in json.loads(checkpoint[TRIAL])["sha256"].items():
-        if hashlib.sha256(checkpoint[name]).hexdigest() != digest:
+def verify(checkpoint: Checkpoint, source: str = "checkpoint", needed: Collection[str] = ()) -> None:
+    """Raise SweepError unless every file is, to the bit, the one that was sealed, and the needed are among them."""
+    digests = _sealed(checkpoint[TRIAL], source)["sha256"]
+    for name in [*digests, *needed]:
+        if name not in digests or name not in checkpoint:
+            raise SweepError(f"{source}: the checkpoint is incomplete: it has no {name}")
+        if hashlib.sha256(checkpoint[name]).hexdigest() != digests[name]:
             raise SweepError(f"{source}: {name} is damaged: it is not what was written")
+
+
+def _sealed(content: bytes, source: str) -> dict[str, Any]:
+    """What a TRIAL file says.
+
+    Raises:
+        SweepError: it is none: it has no step, or no digests.
+    """
+    try:
+        state: dict[str, Any] = json.loads(content)
+        step, digests = state["step"], state["sha256"]
+        is_whole = type(step) is int and step >= 0 and isinstance(digests, dict) and digests != {}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise SweepError(f"{source}: the checkpoint is incomplete: {TRIAL}: {error}") from None
+    if not is_whole:
+        raise SweepError(f"{source}: {TRIAL} is damaged: it has no step, or no digests of other files")
+    return state
 
 
 def require_lora(folder: Path) -> None:
@@ -84,7 +104,7 @@ def require_lora(folder: Path) -> None:
 
 def step_of(checkpoint: Checkpoint) -> int:
     """The optimiser steps that the checkpointed trial had done."""
-    return int(json.loads(checkpoint[TRIAL])["step"])
+    return int(_sealed(checkpoint[TRIAL], "checkpoint")["step"])
 
 
 @dataclass(frozen=True)
@@ -162,7 +182,7 @@ class Shelf:
                 told = _told(folder) if REPORTS in folder.names() else next(self._told(), None)
             except StoreError:
                 raise
-            except (SweepError, OSError, ValueError, KeyError, TypeError) as error:
+            except (SweepError, OSError, ValueError) as error:
                 damaged.append(str(error))
             else:
                 parameters, reports = (told["parameters"], told["reports"]) if told else (None, ())
@@ -207,7 +227,7 @@ class Shelf:
                     yield _told(folder)
             except StoreError:
                 raise
-            except (OSError, ValueError, KeyError, TypeError):  # damaged
+            except (SweepError, OSError, ValueError):  # damaged
                 continue
 
     def _names(self) -> list[str]:
@@ -221,8 +241,21 @@ def _place(name: str) -> tuple[int, str]:
 
 
 def _told(folder: Folder) -> dict[str, Any]:
-    told = json.loads(folder.read(REPORTS))
-    return {"parameters": told["parameters"], "reports": told["reports"]}
+    """What a REPORTS file says.
+
+    Raises:
+        SweepError: it is none.
+    """
+    try:
+        told = json.loads(folder.read(REPORTS))
+        parameters, reports = told["parameters"], told["reports"]
+        is_whole = isinstance(parameters, dict | None) and isinstance(reports, list)
+        is_whole = is_whole and all(isinstance(report, dict) and type(report["step"]) is int for report in reports)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise SweepError(f"{folder.place}: {REPORTS} is damaged: {error}") from None
+    if not is_whole:
+        raise SweepError(f"{folder.place}: {REPORTS} is damaged: it has no parameters, or no steps of reports")
+    return {"parameters": parameters, "reports": reports}
 
 
 def _checkpoint_folder(checkpoint: Checkpoint) -> str:

@@ -22,14 +22,16 @@ import pytest
 from conftest import make_spec
 from searched_run import write_searched
 
-from lora_search.checkpoint import require_lora
+from lora_search.best import export_adapter
+from lora_search.checkpoint import ADAPTER_WEIGHTS, REPORTS, TRIAL, Shelf, require_lora, seal
 from lora_search.cli import main
 from lora_search.data.rows import read_splits
 from lora_search.errors import InputError, SweepError
 from lora_search.model import load_base, load_tokenizer
-from lora_search.rundir import write_whole
+from lora_search.rundir import RunDirectory, write_whole
 from lora_search.search import create_study
 from lora_search.spec import dump_spec, parse_spec
+from lora_search.storage import Folder
 
 PLANTED = {
     "WANDB_API_KEY": "f00dfeed" * 5,
@@ -419,6 +421,45 @@ def test_adapter_of_pickled_weights_is_refused(watched: Watched, tmp_path: Path)
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(SweepError, match=r"adapter_model\.safetensors"):
         require_lora(adapter)
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (TRIAL, '{"step": 4, "sha256": {}}'),
+        (TRIAL, '{"step": 4, "sha256": []}'),
+        (TRIAL, '{"sha256": {"adapter_model.safetensors": "0"}}'),
+        (TRIAL, '{"step": "4", "sha256": {"adapter_model.safetensors": "0"}}'),
+        (TRIAL, "[1]"),
+        (TRIAL, DEEP),
+        (REPORTS, "[1]"),
+        (REPORTS, '{"parameters": {}, "reports": [4]}'),
+        (REPORTS, '{"parameters": {}, "reports": [{"step": null}]}'),
+        (REPORTS, DEEP),
+    ],
+    ids=lambda value: value[:60],
+)
+def test_malformed_checkpoint_is_damaged_and_the_one_before_is_used(tmp_path: Path, name: str, content: str) -> None:
+    shelf = Shelf(Folder(tmp_path), 0)
+    for step in (2, 4):
+        shelf.put(seal({ADAPTER_WEIGHTS: b"weights"}, {"step": step}), {"rank": 8}, [{"step": step}])
+    (tmp_path / "tune" / "trial-0000" / "checkpoint_000004" / name).write_text(content)
+    saved = shelf.newest()
+    assert saved is not None
+    assert (saved.reports, len(saved.damaged)) == ([{"step": 2}], 1)
+    assert name in saved.damaged[0]
+    with pytest.raises(SweepError, match=f"{name}"):
+        export_adapter(RunDirectory(tmp_path), 0, tmp_path / "adapter")
+
+
+def test_checkpoint_without_an_adapter_is_not_exported(tmp_path: Path) -> None:
+    Shelf(Folder(tmp_path), 0).put(seal({ADAPTER_WEIGHTS: b"weights"}, {"step": 2}), {"rank": 8}, [{"step": 2}])
+    with pytest.raises(SweepError, match=r"trial 0: the checkpoint is incomplete: it has no adapter_config\.json"):
+        export_adapter(RunDirectory(tmp_path), 0, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 @pytest.mark.parametrize("link", ["report.html", ".report.html.part"])

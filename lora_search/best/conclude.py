@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from lora_search.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, Shelf
+from lora_search.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, Shelf, verify
 from lora_search.errors import InputError, SweepError, TrialFailed
 from lora_search.results import PLANNED, sampled
 from lora_search.rundir import RunDirectory
@@ -70,6 +70,7 @@ def export_adapter(run: RunDirectory, trial: int, out: Path) -> Checkpoint:
         raise InputError(f"--trial {trial}: {run.place} has no checkpoint of such a trial")
     if saved.checkpoint is None or saved.damaged:
         raise SweepError(saved.damaged[0])
+    verify(saved.checkpoint, f"{run.place}: trial {trial}", needed=(ADAPTER_CONFIG, ADAPTER_WEIGHTS))
     shutil.rmtree(out, ignore_errors=True)
     _write_adapter(saved.checkpoint, out)
     return saved.checkpoint

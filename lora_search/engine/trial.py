@@ -175,7 +175,7 @@ class ResidentTrial:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Become the trial that `snapshot` was taken of; going on from here is, to the bit, what it would have done."""
-        verify(checkpoint)
+        verify(checkpoint, needed=(ADAPTER_WEIGHTS, OPTIMIZER))
         state = json.loads(checkpoint[TRIAL])
         device = self.adapter.vectors[0].device
         set_peft_model_state_dict(

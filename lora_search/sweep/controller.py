@@ -64,10 +64,11 @@ class _Controller(TuneController):  # type: ignore[misc]  # Ray's base class is 
         self._capacity = capacity
         seats = _Seats(self._actor_manager._resource_manager)
         seats.barred, seats.given = barred, given
-        self._actor_manager: RayActorManager = seats
+        self._actor_manager: _Seats = seats
 
     def step(self) -> None:
         self.update_max_pending_trials(self._capacity())  # hosts come and go
+        self._actor_manager.look_elsewhere()
         super().step()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -104,11 +105,27 @@ class _Seats(RayActorManager):  # type: ignore[misc]  # Ray's base class is unty
     def add_actor(
         self, cls: ActorClass, kwargs: Mapping[str, Any], resource_request: ResourceRequest, **told: Any
     ) -> TrackedActor:
-        if barred := self.barred():
-            elsewhere = [{NODE_LABEL: f"!in({','.join(sorted(barred))})"}]
-            resource_request = ResourceRequest(resource_request.bundles, bundle_label_selector=elsewhere)
-        config = _proposal(kwargs["config"])
-        return super().add_actor(_SEAT, {**self.given, "config": config}, resource_request, **told)
+        seat = {**self.given, "config": _proposal(kwargs["config"])}
+        return super().add_actor(_SEAT, seat, self._elsewhere(resource_request), **told)
+
+    def _elsewhere(self, request: ResourceRequest) -> ResourceRequest:
+        """As much, on no node that is barred now."""
+        barred = ",".join(sorted(self.barred()))
+        where = {"bundle_label_selector": [{NODE_LABEL: f"!in({barred})"}]} if barred else {}
+        return ResourceRequest(request.bundles, **where)
+
+    def look_elsewhere(self) -> None:
+        """Ask anew for seats that have no place yet, where other nodes are barred by now.
+
+        What was asked for before might wait for ever: for nodes that have gone, while the new ones were not known yet.
+        """
+        for seat, (cls, kwargs, before) in list(self._pending_actors_to_attrs.items()):
+            if (now := self._elsewhere(before)) != before:
+                self._resource_request_to_pending_actors[before].remove(seat)
+                self._resource_manager.cancel_resource_request(before)
+                self._pending_actors_to_attrs[seat] = cls, kwargs, now
+                self._resource_request_to_pending_actors[now].append(seat)
+                self._resource_manager.request_resources(now)
 
     def _actor_task_failed(self, tracked_actor_task: TrackedActorTask, exception: Exception) -> None:
         """A seat that was ended where memory was short is lost as any other: to Ray that is of another class (2.60)."""

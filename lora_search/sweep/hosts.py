@@ -99,10 +99,6 @@ class Hosts:
         return self._soundness.barred
 
     @property
-    def _hosted(self) -> set[str]:
-        return {host.place.node for host in self._running.values()}
-
-    @property
     def _begun(self) -> list[RunningHost]:
         return [host for host in self._running.values() if not host.late]
 
@@ -117,13 +113,12 @@ class Hosts:
                 says which.
         """
         greeted = [(host.place.node, said) for host, said in self._each(lambda host: unwrap(host.greeting))]
-        greeted += self._soundness.answers(nodes(), self._hosted)
+        greeted += self._soundness.answers(nodes(), self.places)
         require_same(greeted, self._spec.output)
         for host in self._begun:
             host.greeting = None
-        for node, _ in greeted:
-            self._soundness.add(node)
-        self._soundness.look(nodes(), self._hosted)
+        self._soundness.add(*(node for node, _ in greeted))
+        self._soundness.look(nodes(), self.places)
 
     def prepare(self, work: Callable[[HostPlace], tuple[T, Any]], warm: Callable[[], None]) -> T:
         """Have one host prepare the data for all; what it says of it.
@@ -254,40 +249,36 @@ class Hosts:
         if now - self._looked < LOOK_EVERY_S:
             return
         self._looked = now
-        there = nodes()
+        there, going = nodes(), warned()
         for host in list(self._running.values()):
             try:
-                self._look_at(host, there)
+                self._look_at(host, there, going)
             except HostLost as lost:
                 self._lose(host, lost, "its trials go on elsewhere from their last checkpoints" * host.loaded)
             except SweepError as error:
                 self._lose(host, HostLost(str(error)))
-        going = warned()
-        self._leave(going)
         staying = [node for node in there if node.id not in going]
         self._fill(staying)
-        self._soundness.look(staying, self._hosted, going)
+        self._soundness.look(staying, self.places, going)
         late = [host for host in self._begun if now - host.since > START_S and not is_done(host.started)]
         for host in late:
             host.late = True
         if late:
             self._say((WITHOUT if self._begun else NONE_RUNS) + what_is_held(late))
 
-    def _leave(self, going: Collection[str]) -> None:
-        """Have the hosts of nodes that are to go keep their trials as they stand, and then let them go."""
-        for host in [host for host in self._running.values() if host.place.node in going]:
-            if host.saving is None:
-                host.saving = host.actor.save_all.remote(self._run)
-            elif is_done(host.saving):
-                self._lose(host, HostLost("its node is to go"), "its trials go on elsewhere from where they stood")
-
-    def _look_at(self, host: RunningHost, there: Sequence[Node]) -> None:
+    def _look_at(self, host: RunningHost, there: Sequence[Node], going: Collection[str]) -> None:
         """See how far a host is that has not loaded the base, and have it go on.
+
+        Args:
+            going: nodes that will be gone soon.
 
         Raises:
             SweepError: it is lost, or of no use; the message says why.
         """
         host.require_alive(there)
+        if host.place.node in going:
+            host.leave(self._run)
+            return
         if host.loaded:
             return
         if host.loading is None:

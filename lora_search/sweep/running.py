@@ -87,6 +87,17 @@ class RunningHost:
         greeted, self.greeting = unwrap(self.greeting), None
         require_fit(greeted)
 
+    def leave(self, run: Folder | None) -> None:
+        """Have it keep its trials as they stand, since its node is to go.
+
+        Raises:
+            HostLost: it has.
+        """
+        if self.saving is None:
+            self.saving = self.actor.save_all.remote(run)
+        elif is_done(self.saving):
+            raise HostLost("its node is to go")
+
     def require_alive(self, there: Sequence[Node]) -> None:
         """
         Args:

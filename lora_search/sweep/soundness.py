@@ -9,7 +9,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lora_search.errors import InputError, SweepError
-from lora_search.placement import Node
+from lora_search.placement import HostPlace, Node
 from lora_search.storage import Folder
 from lora_search.sweep.answers import HostLost, is_done, unwrap
 from lora_search.sweep.build import greet
@@ -35,20 +35,20 @@ class Soundness:
         """By node, its answer; None where that has been heard."""
         self.barred: frozenset[str] = frozenset()
 
-    def add(self, node: str) -> None:
-        """A node is as all others."""
-        self._sound.add(node)
+    def add(self, *nodes: str) -> None:
+        """Nodes are as all others."""
+        self._sound.update(nodes)
 
-    def answers(self, there: Sequence[Node], hosted: Collection[str]) -> list[tuple[str, Any]]:
+    def answers(self, there: Sequence[Node], places: Sequence[HostPlace]) -> list[tuple[str, Any]]:
         """What each node without a host says (`greet`), by its id; who is silent for ANSWER_S is left out.
 
         Args:
-            hosted: the nodes that have one.
+            places: of all hosts.
 
         Raises:
             InputError: a node cannot even say it.
         """
-        self._ask(there, hosted)
+        self._ask(there, places)
         if self._asked:
             ray.wait(list(self._asked.values()), num_returns=len(self._asked), timeout=ANSWER_S)
         heard = []
@@ -65,13 +65,13 @@ class Soundness:
                     ) from None
         return heard
 
-    def look(self, there: Sequence[Node], hosted: Collection[str], going: Collection[str] = ()) -> None:
+    def look(self, there: Sequence[Node], places: Sequence[HostPlace], going: Collection[str] = ()) -> None:
         """See which nodes have come, gone, or answered. Never waits.
 
         Args:
             going: nodes that will be gone soon.
         """
-        self._ask(there, hosted)
+        self._ask(there, places)
         alive = {node.id for node in there}
         self._asked = {node: answer for node, answer in self._asked.items() if node in alive}
         for node, answer in self._asked.items():
@@ -85,9 +85,10 @@ class Soundness:
                     self.add(node)
         self.barred = frozenset(alive - self._sound).union(going)
 
-    def _ask(self, there: Sequence[Node], hosted: Collection[str]) -> None:
+    def _ask(self, there: Sequence[Node], places: Sequence[HostPlace]) -> None:
+        known = self._sound.union(self._asked, (place.node for place in places))
         for node in there:
-            if node.id not in self._sound and node.id not in hosted and node.id not in self._asked:
+            if node.id not in known:
                 there_only = NodeAffinitySchedulingStrategy(node_id=node.id, soft=False)
                 ask = ray.remote(num_cpus=0, max_retries=0)(greet).options(scheduling_strategy=there_only)
                 self._asked[node.id] = ask.remote(self._run)
