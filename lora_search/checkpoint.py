@@ -67,7 +67,7 @@ def read_checkpoint(folder: Folder) -> Checkpoint:
 def verify(checkpoint: Checkpoint, source: str = "checkpoint", needed: Collection[str] = ()) -> None:
     """Raise SweepError unless every file is, to the bit, the one that was sealed, and the needed are among them."""
     digests = _sealed(checkpoint[TRIAL], source)["sha256"]
-    for name in [*digests, *needed]:
+    for name in dict.fromkeys([*digests, *needed]):
         if name not in digests or name not in checkpoint:
             raise SweepError(f"{source}: the checkpoint is incomplete: it has no {name}")
         if hashlib.sha256(checkpoint[name]).hexdigest() != digests[name]:
@@ -96,7 +96,7 @@ def require_lora(folder: Path) -> None:
     try:
         config = json.loads((folder / ADAPTER_CONFIG).read_bytes())
         ordinary = config["peft_type"] == "LORA" and not config.get("megatron_config")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SweepError(f"{folder / ADAPTER_CONFIG}: is no adapter's: {error}") from None
     if not ordinary or not (folder / ADAPTER_WEIGHTS).is_file():  # PEFT would take adapter_model.bin
         raise SweepError(f"{folder}: is no LoRA adapter in {ADAPTER_WEIGHTS}")

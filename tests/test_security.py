@@ -455,6 +455,12 @@ def test_malformed_checkpoint_is_damaged_and_the_one_before_is_used(tmp_path: Pa
         export_adapter(RunDirectory(tmp_path), 0, tmp_path / "adapter")
 
 
+def test_adapter_config_that_is_nested_without_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(DEEP)
+    with pytest.raises(SweepError, match=r"adapter_config\.json: is no adapter's"):
+        require_lora(tmp_path)
+
+
 def test_checkpoint_without_an_adapter_is_not_exported(tmp_path: Path) -> None:
     Shelf(Folder(tmp_path), 0).put(seal({ADAPTER_WEIGHTS: b"weights"}, {"step": 2}), {"rank": 8}, [{"step": 2}])
     with pytest.raises(SweepError, match=r"trial 0: the checkpoint is incomplete: it has no adapter_config\.json"):
