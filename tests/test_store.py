@@ -191,6 +191,7 @@ class Second(Observer):
 
     def trial_reported(self, trial: int, report: Mapping[str, Any]) -> None:
         if not self.refused:
+            wait_until(lambda: newest_run(self._spec.output, self._spec.name) is not None)  # has been uploaded
             left = newest_run(self._spec.output, self._spec.name)
             assert left is not None
             try:
