@@ -31,9 +31,16 @@ KEPT = 2
 
 
 def seal(files: Mapping[str, bytes], state: Mapping[str, object]) -> Checkpoint:
-    """`files` with their TRIAL file: `state`, and the digests by which damage is noticed."""
+    """`files` with their TRIAL file: `state`, and the digests by which damage is noticed, its own among them."""
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    return {**files, TRIAL: json.dumps({**state, "sha256": digests}, indent=1).encode()}
+    whole = {**state, "sha256": digests}
+    digests[TRIAL] = _digest(whole)
+    return {**files, TRIAL: json.dumps(whole, indent=1).encode()}
+
+
+def _digest(value: Mapping[str, object]) -> str:
+    """Of what stands in a JSON file, before its digest is put there."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
 def write_checkpoint(checkpoint: Checkpoint, folder: Folder) -> None:
@@ -78,16 +85,17 @@ def _sealed(content: bytes, source: str) -> dict[str, Any]:
     """What a TRIAL file says.
 
     Raises:
-        SweepError: it is none: it has no step, or no digests.
+        SweepError: it is none, or not what was written: it has no step, or no digests.
     """
     try:
         state: dict[str, Any] = json.loads(content)
         step, digests = state["step"], state["sha256"]
-        is_whole = type(step) is int and step >= 0 and isinstance(digests, dict) and digests != {}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        own = digests.pop(TRIAL, None)  # checkpoints of before had none
+        is_whole = type(step) is int and step >= 0 and digests != {} and own in (None, _digest(state))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SweepError(f"{source}: the checkpoint is incomplete: {TRIAL}: {error}") from None
     if not is_whole:
-        raise SweepError(f"{source}: {TRIAL} is damaged: it has no step, or no digests of other files")
+        raise SweepError(f"{source}: {TRIAL} is damaged: it has no step, or no digests, or others than were written")
     return state
 
 
@@ -210,8 +218,9 @@ class Shelf:
         reports: Sequence[Mapping[str, Any]],
     ) -> str:
         name = _checkpoint_folder(checkpoint)
-        told = json.dumps({"parameters": parameters, "reports": list(reports)}).encode()
-        write_checkpoint({REPORTS: told, **checkpoint}, self._folder.below(name))
+        told = {"parameters": parameters, "reports": list(reports)}
+        content = json.dumps({**told, "sha256": _digest(told)}).encode()
+        write_checkpoint({REPORTS: content, **checkpoint}, self._folder.below(name))
         return f"{self._path}/{name}"
 
     def _let_old_go(self) -> None:
@@ -251,11 +260,13 @@ def _told(folder: Folder) -> dict[str, Any]:
         parameters, reports = told["parameters"], told["reports"]
         is_whole = isinstance(parameters, dict | None) and isinstance(reports, list)
         is_whole = is_whole and all(isinstance(report, dict) and type(report["step"]) is int for report in reports)
+        read = {"parameters": parameters, "reports": reports}
+        is_whole = is_whole and told.get("sha256") in (None, _digest(read))  # those of before had none
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SweepError(f"{folder.place}: {REPORTS} is damaged: {error}") from None
     if not is_whole:
-        raise SweepError(f"{folder.place}: {REPORTS} is damaged: it has no parameters, or no steps of reports")
-    return {"parameters": parameters, "reports": reports}
+        raise SweepError(f"{folder.place}: {REPORTS} is damaged: it is not what was written")
+    return read
 
 
 def _checkpoint_folder(checkpoint: Checkpoint) -> str:

@@ -32,7 +32,7 @@ STEPS, STOPPED = 24, 8
 
 SWEEP = f"""
 name: short
-base: {{model: "builtin:demo"}}
+base: {{model: "builtin:demo", compute_dtype: float32}}
 data: {{path: "builtin:demo", limit: 300, validation: 0.1, test: 0.1}}
 search:
   space:

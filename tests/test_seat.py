@@ -14,7 +14,7 @@ import pytest
 from conftest import PATIENCE, make_spec, wait_until
 from test_host import CONFIG, CountingEngine
 
-from lora_search.checkpoint import Checkpoint, Shelf, seal, step_of
+from lora_search.checkpoint import REPORTS, TRIAL, Checkpoint, Shelf, seal, step_of
 from lora_search.doctor import _hosts
 from lora_search.errors import HostFailed, InputError, SweepError
 from lora_search.host import Host
@@ -494,6 +494,28 @@ def test_new_checkpoint_is_not_let_go_for_damaged_ones_of_later_steps(tmp_path: 
         assert saved is not None
         assert saved.checkpoint is not None
         assert (step_of(saved.checkpoint), saved.damaged) == (step, ())
+
+
+@pytest.mark.parametrize(
+    ("name", "was", "now"),
+    [(TRIAL, b'"step": 4', b'"step": 5'), (TRIAL, b'"tokens": 12', b'"tokens": 13'), (REPORTS, b"0.25", b"0.75")],
+)
+def test_what_a_checkpoint_tells_is_sealed_as_its_weights_are(
+    tmp_path: Path, name: str, was: bytes, now: bytes
+) -> None:
+    shelf = Shelf(Folder(tmp_path), 0)
+    for step in (2, 4):
+        reports = [{"step": step, "eval_loss": 0.25}]
+        shelf.put(seal({"weights.bin": b""}, {"step": step, "tokens": 12}), {"rank": 4}, reports)
+    file = tmp_path / "tune" / "trial-0000" / "checkpoint_000004" / name
+    assert was in file.read_bytes()
+    file.write_bytes(file.read_bytes().replace(was, now))
+    saved = shelf.newest()
+    assert saved is not None
+    assert saved.checkpoint is not None
+    assert step_of(saved.checkpoint) == 2
+    (damaged,) = saved.damaged
+    assert f"{name} is damaged" in damaged
 
 
 class ResumingEngine(IdleEngine):
