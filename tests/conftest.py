@@ -223,7 +223,7 @@ sys.exit(status)
 """The command, which then says what signals its process catches, and what it has imported."""
 
 SMALL = {"search.trials": 12, "search.scheduler": "{first_rung: 2, reduction_factor: 2}", "data.limit": 300}
-SMALL |= {"training.steps": 8, "training.eval_every": 2}
+SMALL |= {"training.steps": 8, "training.eval_every": 2, "base.compute_dtype": "float32"}
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ from lora_search.space import TrialConfig
 from lora_search.spec import SweepSpec
 from lora_search.storage import Folder
 from lora_search.sweep.answers import DataLost, HostLost, NodeUnfit, is_done, unwrap
+from lora_search.tracking import Observer
 
 HOSTS = 2 * ASKED_AT_ONCE
 PREFIX = "lora-search-of-a-test-"
@@ -538,14 +539,14 @@ def build_counting(data: Any) -> IdleEngine:
     return IdleEngine()
 
 
-@pytest.mark.parametrize("alone_s", [0.0, 3.0], ids=["from the start", "hosts join later"])
+@pytest.mark.parametrize("alone", [0, 20], ids=["from the start", "hosts join later"])
 def test_seats_are_started_once_each_though_trials_end_while_others_start(
-    started: Hosts, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone_s: float
+    started: Hosts, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: int
 ) -> None:
     """A trial takes a hundredth of what a seat's process takes to start.
 
     Args:
-        alone_s: as long there is room for one trial.
+        alone: trials that end while there is room for one.
     """
     from ray._private.state import actors
 
@@ -555,6 +556,11 @@ def test_seats_are_started_once_each_though_trials_end_while_others_start(
     def seats() -> int:
         return sum(actor["ActorClassName"] == "Seat" for actor in actors().values())
 
+    class Ends(Observer):
+        def trial_ended(self, trial: int, state: str, reason: str | None) -> None:
+            ended.append(trial)
+
+    ended: list[int] = []
     capacity, before = 3, seats()
     spec = make_spec(
         tiny,
@@ -566,9 +572,8 @@ def test_seats_are_started_once_each_though_trials_end_while_others_start(
     hosts = SweepHosts(spec, build_idle)
     try:
         hosts.load()
-        grows = time.monotonic() + alone_s
-        monkeypatch.setattr(SweepHosts, "capacity", property(lambda self: capacity if time.monotonic() > grows else 1))
-        rows = search(spec, create_run(tmp_path, spec.name, exact=True), hosts)
+        monkeypatch.setattr(SweepHosts, "capacity", property(lambda self: capacity if len(ended) >= alone else 1))
+        rows = search(spec, create_run(tmp_path, spec.name, exact=True), hosts, [Ends()])
     finally:
         hosts.end()
     assert [row["state"] for row in rows] == ["completed"] * 60
