@@ -16,8 +16,9 @@ from lora_search.sweep.build import greet
 from lora_search.sweep.cluster import Say
 from lora_search.sweep.running import require_fit
 
-ANSWER_S = 60.0
-"""A node without a host that takes longer to say what it is like is not waited for."""
+ANSWER_S = 90.0
+"""A node without a host that takes longer to say what it is like is not waited for. More than SEEN_S, which it may take
+to find that it does not see the run directory."""
 
 
 class Soundness:
