@@ -329,6 +329,15 @@ print(peak_memory_bytes([torch.device("cpu")]))
 """
 
 
+def test_resident_size_is_not_that_of_the_process_that_started_this_one() -> None:
+    code = "import torch; from lora_search.engine.metrics import peak_memory_bytes as peak\n"
+    code += "print(peak([torch.device('cpu')]))"
+    held = bytearray(1 << 30)
+    held[:: 1 << 12] = bytes([1]) * (1 << 18)
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < int(answer.stdout) < len(held)
+
+
 def test_resident_size_of_a_process_is_predicted(tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 

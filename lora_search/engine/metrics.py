@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,7 +64,14 @@ class Report:
 
 
 def peak_memory_bytes(devices: Sequence[torch.device]) -> int:
-    """The most this process has held: allocated on the fullest of its GPUs, or resident (Linux counts in KiB)."""
+    """The most this process has held: allocated on the fullest of its GPUs, or resident.
+
+    On Linux getrusage(2) would tell of the process that started this one, if that had held more: it counts beyond exec.
+    """
     if devices[0].type == "cuda":
         return max(int(torch.cuda.max_memory_allocated(device)) for device in devices)
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
