@@ -199,6 +199,13 @@ def main() -> None:
             counts, [s.seconds + s.searcher_seconds["tpe"] - s.searcher_seconds["random"] for s in sizes]
         ),
         "resume": exponent(counts, [size.resume_seconds for size in sizes]),
+        "driver's CPU": exponent(counts, [size.driver_cpu_seconds for size in sizes]),
+        "driver's memory": exponent(counts, [size.driver_mib for size in sizes]),
+        "driver's memory beyond the first size's": exponent(
+            [size.trials - sizes[0].trials for size in sizes[1:]],
+            [size.driver_mib - sizes[0].driver_mib for size in sizes[1:]],
+        ),
+        "run directory": exponent(counts, [size.run_mib for size in sizes]),
     }
     Console().print(table)
     for name, found in fitted.items():
