@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import re
@@ -143,29 +144,36 @@ def test_machine_that_is_warned_has_its_trials_saved_where_they_stand(tiny: Path
     start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=1", "--num-gpus=1", "--block"]
     said: list[str] = []
     host = {"trials_per_host": 1, "wait_s": 60}
-    training, search = {"steps": 1200, "eval_every": 400}, {"trials": 2, "scheduler": {"name": "none"}}
+    training, search = {"steps": 3000, "eval_every": 1500}, {"trials": 1, "scheduler": {"name": "none"}}
     spec = make_spec(tiny, name="warned", hosts=host, training=training, search=search, output=str(tmp_path))
     run = create_run(tmp_path, spec.name, exact=True)
     nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0, "memory": 1})
     machine = subprocess.Popen([*start, f"--address={nodes.address}"], stdout=subprocess.DEVNULL)
 
-    def warn() -> None:
-        machine.send_signal(signal.SIGTERM)
-        nodes.add_node(num_cpus=1, num_gpus=1)
+    class Warns(Strikes):
+        at = math.inf
+
+        def tick(self) -> None:
+            if time.monotonic() > self.at:
+                self.at = math.inf
+                machine.send_signal(signal.SIGTERM)
+                nodes.add_node(num_cpus=1, num_gpus=1)
+
+    def soon() -> None:
+        strikes.at = time.monotonic() + 0.5  # by then it trains for the next report
 
     try:
-        strikes = Strikes({(0, 400): warn})
+        strikes = Warns({(0, 1500): soon})
         run_sweep(spec, run, [strikes], address=nodes.address, say=said.append)
         machine.wait(PATIENCE)
     finally:
         nodes.shutdown()
         machine.kill()
-    require_whole(run, 2)
+    require_whole(run, 1)
     assert "host-0 was lost: its node is to go; its trials go on elsewhere from their last checkpoints" in said
     ((trial, step, damaged),) = strikes.resumed
     assert (trial, damaged) == (0, 0)
-    assert 400 < step < 1200
-    assert step % 400
+    assert 1500 < step < 3000
 
 
 COLLECTED = """
