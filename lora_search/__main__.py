@@ -1,6 +1,6 @@
 """`python -m lora_search` is `lora-search`."""
 
-from lora_search.cli import main
+from lora_search.cli import command
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command()

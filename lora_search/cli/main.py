@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
+from typing import NoReturn
 
 import lora_search
 from lora_search.cli.merge import add_arguments as add_merge_arguments
@@ -36,6 +39,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         sys.stderr.close()
         return DONE
+
+
+def command() -> NoReturn:
+    """`lora-search`, as a process.
+
+    One that was interrupted leaves the destructors of Ray's C++ out: where that was as Ray started, its threads may be
+    at work still, and the status would be SIGSEGV's (Ray 2.60).
+    """
+    status = main()
+    if status == INTERRUPTED:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 class _Once(logging.Filter):
