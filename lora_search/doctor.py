@@ -127,7 +127,7 @@ def _hub() -> Check:
 def _cluster(address: str, output: str) -> Iterator[Check]:
     import ray
 
-    from lora_search.sweep.cluster import cluster, nodes
+    from lora_search.sweep.cluster import cluster, nodes, on_node
 
     with cluster(address):
         there = nodes()
@@ -136,7 +136,7 @@ def _cluster(address: str, output: str) -> Iterator[Check]:
         with _marked(output) as mark:
             look = ray.remote(num_cpus=0, max_retries=0)(look_at_node)
             began = time.time()
-            asked = {node.id: look.options(**_on(node.id)).remote(output, mark) for node in there}
+            asked = {node.id: look.options(scheduling_strategy=on_node(node.id)).remote(output, mark) for node in there}
             for node in there:
                 try:
                     yield _node(node, ray.get(asked[node.id], timeout=NODE_ANSWERS_S), began)
@@ -159,12 +159,6 @@ def _marked(output: str) -> Iterator[str | None]:
     finally:
         with suppress(OSError):
             folder.remove(mark)
-
-
-def _on(node: str) -> dict[str, Any]:
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node_id=node, soft=False)}
 
 
 def look_at_node(output: str, mark: str | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ray._private import ray_constants
 from ray._private import worker as ray_worker
 from ray._private.state import state
 from ray.autoscaler.sdk import request_resources
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lora_search.errors import InputError, SweepError
 from lora_search.placement import HostPlace, Node, most_trials, place_hosts
@@ -149,6 +150,11 @@ def nodes() -> tuple[Node, ...]:
         for node in ray.nodes()
         if node["Alive"]
     )
+
+
+def on_node(node: str) -> NodeAffinitySchedulingStrategy:
+    """Of what is to run on that node, and on no other."""
+    return NodeAffinitySchedulingStrategy(node_id=node, soft=False)
 
 
 def warned() -> frozenset[str]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lora_search.errors import InputError, SweepError
 from lora_search.host import Host, TrainsTrials
@@ -17,6 +16,7 @@ from lora_search.placement import HostPlace, Node
 from lora_search.storage import Folder
 from lora_search.sweep.answers import HostLost, NodeUnfit, is_done, unwrap
 from lora_search.sweep.build import greet
+from lora_search.sweep.cluster import on_node
 from lora_search.versions import differences, versions
 
 HOST_CONCURRENCY = 1000
@@ -171,7 +171,7 @@ def start_host(
             num_cpus=place.cpus,
             num_gpus=place.gpus,
             max_concurrency=HOST_CONCURRENCY,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=place.node, soft=False),
+            scheduling_strategy=on_node(place.node),
         )
         .remote(place.name, capacity, build)
     )

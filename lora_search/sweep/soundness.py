@@ -6,14 +6,13 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lora_search.errors import InputError, SweepError
 from lora_search.placement import HostPlace, Node
 from lora_search.storage import Folder
 from lora_search.sweep.answers import HostLost, is_done, unwrap
 from lora_search.sweep.build import greet
-from lora_search.sweep.cluster import Say
+from lora_search.sweep.cluster import Say, on_node
 from lora_search.sweep.running import require_fit
 
 ANSWER_S = 90.0
@@ -90,6 +89,5 @@ class Soundness:
         known = self._sound.union(self._asked, (place.node for place in places))
         for node in there:
             if node.id not in known:
-                there_only = NodeAffinitySchedulingStrategy(node_id=node.id, soft=False)
-                ask = ray.remote(num_cpus=0, max_retries=0)(greet).options(scheduling_strategy=there_only)
+                ask = ray.remote(num_cpus=0, max_retries=0)(greet).options(scheduling_strategy=on_node(node.id))
                 self._asked[node.id] = ask.remote(self._run)
