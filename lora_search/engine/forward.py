@@ -19,7 +19,7 @@ from lora_search.data import FlatRows
 from lora_search.engine.adapter import Places
 from lora_search.engine.attention import PackedAttention
 from lora_search.engine.pack import Pack, Share, build_pack, build_padded, run
-from lora_search.engine.products import product, working_dtype
+from lora_search.engine.products import ROWS, product, working_dtype
 from lora_search.engine.trouble import device_fails_host
 from lora_search.errors import InputError
 from lora_search.logits import Bend, find_bend
@@ -114,6 +114,7 @@ class PackedBase:
     def turns(self, pack: Pack) -> Iterator[slice]:
         """Targets that go through the output head together; on a CPU, as in the layers, of one trial alone."""
         size = max(1, LOGIT_BYTES[self.base.device.type] // (4 * self._head.weight.shape[0]))
+        size = size // ROWS * ROWS or size  # as many as a product needs no more rows for
         stretches = [part.targets for part in pack.parts]
         if self.base.device.type != "cpu":
             stretches = [slice(0, stretches[-1].stop)]
@@ -246,8 +247,9 @@ class _HeadLoss(torch.autograd.Function):
             shares_mV.scatter_add_(1, targets_m1, torch.full_like(norms_m1, -1.0)).mul_(weights_m1 * bend.scale)
             if bend.cap is not None:
                 shares_mV.mul_(bend.damping_(logits_mV))
+            del logits_mV  # what the product copies takes their place
             grad_ME[rows] = product(shares_mV.to(base.working), weight_VE.t()).to(grad_ME.dtype)
-            del logits_mV, shares_mV  # the next turn's logits take their place
+            del shares_mV  # the next turn's logits take their place
         ctx.save_for_backward(grad_ME)
         ctx.mark_non_differentiable(losses_M)
         return losses_M.sum(), losses_M

@@ -5,12 +5,16 @@ Legend: N rows; I and O in- and out-features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
 
 from lora_search.model import FrozenBase
+
+ROWS = 32
+"""To which numbers of rows are rounded up for oneDNN (_product_by_onednn)."""
 
 
 def working_dtype(base: FrozenBase) -> torch.dtype:
@@ -22,19 +26,37 @@ def working_dtype(base: FrozenBase) -> torch.dtype:
     return torch.float32 if base.device.type == "cpu" else base.compute_dtype
 
 
-def product(x: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+def product(x_NI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     """x W^T, multiplied in the weight's dtype, in the dtype of x.
 
     In float32 on a CPU with AVX-512 through oneDNN, which uses it; MKL, torch's first choice, stops at AVX2 on CPUs of
-    another maker (100 against 230 GFLOP/s a core). Elsewhere MKL is a little faster, and keeps no kernel for every
-    number of tokens it has seen.
+    another maker (100 against 230 GFLOP/s a core). Elsewhere MKL is a little faster.
     """
-    if weight_OI.dtype != x.dtype:
-        return F.linear(x.to(weight_OI.dtype), weight_OI).to(x.dtype)
-    if x.dtype == torch.float32 and x.device.type == "cpu" and _ONEDNN:
-        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_OI, None, "none", [], "")
-        return y
-    return F.linear(x, weight_OI)
+    if x_NI.device.type == "cpu" and (_ONEDNN or weight_OI.dtype != x_NI.dtype):
+        return _product_by_onednn(x_NI, weight_OI)
+    if weight_OI.dtype != x_NI.dtype:
+        return F.linear(x_NI.to(weight_OI.dtype), weight_OI).to(x_NI.dtype)
+    return F.linear(x_NI, weight_OI)
+
+
+def _product_by_onednn(x_NI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    """x W^T, with empty rows up to the next multiple of ROWS.
+
+    oneDNN makes a kernel for every number of rows and keeps the last 1,024, which is 450 MB in a host of the demo.
+    """
+    count = len(x_NI)
+    rows = math.ceil(count / ROWS) * ROWS
+    if rows > count or weight_OI.dtype != x_NI.dtype:
+        whole_NI = x_NI.new_empty((rows, x_NI.shape[1]), dtype=weight_OI.dtype)
+        whole_NI[:count] = x_NI
+        whole_NI[count:] = 0
+    else:
+        whole_NI = x_NI
+    if _ONEDNN and whole_NI.dtype == torch.float32:
+        y_NO: torch.Tensor = torch.ops.mkldnn._linear_pointwise(whole_NI, weight_OI, None, "none", [], "")
+    else:
+        y_NO = F.linear(whole_NI, weight_OI)
+    return y_NO[:count].to(x_NI.dtype)
 
 
 def product_of_rows(x_NI: torch.Tensor, weight_OI: torch.Tensor, rows: Sequence[slice]) -> torch.Tensor:
