@@ -137,7 +137,6 @@ class Shelf:
         Args:
             run: the run directory.
         """
-        self._run = run
         self._path = f"tune/{trial_folder(trial)}"
         self._folder = run.below(self._path)
 
@@ -154,16 +153,18 @@ class Shelf:
             OSError: there is no room, or no right to write.
         """
         path = self._write(checkpoint, parameters, reports)
+        new = _place(_checkpoint_folder(checkpoint))
         for later in self._names():
-            if _place(later) > _place(_checkpoint_folder(checkpoint)):
+            if _place(later) > new:
                 self._folder.remove(later)
-        self._let_old_go()
+        self._let_old_go(new)
         return path
 
     def put_unreported(self, checkpoint: Checkpoint, parameters: Mapping[str, Any] | None) -> str:
         """Keep a checkpoint as the trial stands, between two reports or at one; its path in the run directory.
 
-        One that is there already stays.
+        One that is there already stays. So do those of later steps, of which the trial had reported more than now: the
+        host that keeps this one may not know that it has gone on elsewhere.
 
         Raises:
             OSError: there is no room, or no right to write.
@@ -171,9 +172,9 @@ class Shelf:
         folder = _checkpoint_folder(checkpoint)
         if TRIAL in self._folder.below(folder).names():
             return f"{self._path}/{folder}"
-        told = next(self._told(), None)
-        path = self._write(checkpoint, parameters, told["reports"] if told else ())
-        self._let_old_go()
+        _, reports = self._told_by(step_of(checkpoint))
+        path = self._write(checkpoint, parameters, reports)
+        self._let_old_go(_place(folder))
         return path
 
     def newest(self) -> Saved | None:
@@ -187,13 +188,16 @@ class Shelf:
             folder = self._folder.below(name)
             try:
                 checkpoint = read_checkpoint(folder)
-                told = _told(folder) if REPORTS in folder.names() else next(self._told(), None)
+                if REPORTS in folder.names():
+                    told = _told(folder)
+                    parameters, reports = told["parameters"], told["reports"]
+                else:
+                    parameters, reports = self._told_by(step_of(checkpoint))
             except StoreError:
                 raise
             except (SweepError, OSError, ValueError) as error:
                 damaged.append(str(error))
             else:
-                parameters, reports = (told["parameters"], told["reports"]) if told else (None, ())
                 return Saved(checkpoint, parameters, reports, tuple(damaged))
         return Saved(None, None, (), tuple(damaged)) if damaged else None
 
@@ -223,9 +227,21 @@ class Shelf:
         write_checkpoint({REPORTS: content, **checkpoint}, self._folder.below(name))
         return f"{self._path}/{name}"
 
-    def _let_old_go(self) -> None:
-        for old in self._names()[:-KEPT]:
+    def _let_old_go(self, new: tuple[int, str]) -> None:
+        """All but the new checkpoint, those before it that KEPT allows, and those of later steps."""
+        older = [name for name in self._names() if _place(name) < new]
+        for old in older[: 1 - KEPT]:
             self._folder.remove(old)
+
+    def _told_by(self, step: int) -> tuple[Mapping[str, Any] | None, Sequence[dict[str, Any]]]:
+        """What the newest checkpoint that tells anything does of the trial as it stood at a step.
+
+        That checkpoint may be of a later step, and damaged: what it reports of later steps is to come again.
+        """
+        told = next(self._told(), None)
+        if told is None:
+            return None, ()
+        return told["parameters"], [report for report in told["reports"] if report["step"] <= step]
 
     def _told(self) -> Iterator[dict[str, Any]]:
         """What the checkpoints tell of the trial, the newest first."""

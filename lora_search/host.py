@@ -181,15 +181,28 @@ class Host:
                 size = await self._ask(lambda: self._engine.size(config))
             if not self._waiting.may_enter(trial, size, fits=fits, judged=judged, now=time.monotonic()):
                 return False
-            try:
-                await self._ask(lambda: self._engine.admit(trial, config, checkpoint))
-            except TrialFailed:
-                if self._residents:  # beside fewer it may fit
-                    return False
-                raise
+            beside = await self._ask(lambda: self._let_in(trial, config, checkpoint))
+            if beside is not None:
+                self._capacity = min(self._capacity, beside)
+                return False
             self._residents[trial] = parameters
             self._bytes_left = left
         return True
+
+    def _let_in(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None) -> int | None:
+        """Give the engine a trial; beside how many it found no room, though it should have, and may beside fewer.
+
+        Raises:
+            TrialFailed: beside none.
+        """
+        beside = len(self._residents)  # here, where those leave that have come before
+        try:
+            self._engine.admit(trial, config, checkpoint)
+        except TrialFailed:
+            if not beside:
+                raise
+            return beside
+        return None
 
     async def advance(self, trial: str, until: int) -> dict[str, Any]:
         """Train a resident trial up to a step, evaluate it, and return its report.

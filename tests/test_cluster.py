@@ -290,6 +290,30 @@ def hub(namespaces: tuple[str, str], tiny: Path, tmp_path: Path) -> Iterator[Pat
         process.kill()
 
 
+STORE = "endpoint_override=10.77.0.1:9000&scheme=http"
+
+
+@pytest.fixture
+def bucket(namespaces: tuple[str, str]) -> Iterator[str]:
+    """A bucket of an S3 server on the first machine."""
+    pytest.importorskip("moto.server", reason="needs moto and flask, of the extra `dev`, for an S3 server")
+    code = (
+        "import time; from moto.server import ThreadedMotoServer as Server; from pyarrow.fs import S3FileSystem as S3\n"
+    )
+    code += "Server('10.77.0.1', 9000, verbose=False).start()\n"
+    code += "S3(endpoint_override='10.77.0.1:9000', scheme='http', allow_bucket_creation=True).create_dir('runs')\n"
+    code += "print('is there', flush=True); time.sleep(3600)"
+    command = ["ip", "netns", "exec", namespaces[0], sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | KEYS) as process:
+        assert process.stdout
+        assert any(line == b"is there\n" for line in process.stdout)
+        yield f"s3://runs?{STORE}"
+        process.kill()
+
+
+KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
+
+
 def crossed(namespace: str) -> int:
     """Bytes that have gone over a namespace's wire, either way."""
     read = ["ip", "netns", "exec", namespace, "cat", "/proc/net/dev"]
@@ -300,14 +324,15 @@ def crossed(namespace: str) -> int:
 
 @pytest.mark.slow
 def test_sweep_over_machines_of_their_own_network(
-    short_folder: str, namespaces: tuple[str, str], hub: Path, tiny: Path, tmp_path: Path
+    short_folder: str, namespaces: tuple[str, str], hub: Path, bucket: str, tiny: Path, tmp_path: Path
 ) -> None:
     """`ray start` on each, two hosts a machine, the sweep from the command line on the first.
 
-    The base comes to each machine once, and the data: not once a host, not once a trial.
+    The base comes to each machine once, and the data: not once a host, not once a trial. A second sweep has its run
+    directory in a bucket, to which both machines write.
     """
     first, second = namespaces
-    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
+    environment = os.environ | KEYS | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     environment |= {"HF_ENDPOINT": "http://10.77.0.1:8765", "HF_HUB_DISABLE_TELEMETRY": "1"}
     caches = [environment | {"HF_HOME": str(tmp_path / name)} for name in ("first", "second")]
     start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=2", "--num-gpus=2"]
@@ -356,6 +381,22 @@ def test_sweep_over_machines_of_their_own_network(
     files = [line.split()[1:] for line in sent if line.startswith("10.77.0.2")]
     from_hub = sum((tmp_path / "hub" / repository / file).stat().st_size for repository, file in files)
     assert data < moved - from_hub < 1.5 * data
+
+    stored = [*run, "--name", "stored", "--set", f"output={bucket}"]
+    fetch = (
+        "from pyarrow.fs import FileSystem, copy_files; import sys; store, path = FileSystem.from_uri(sys.argv[1])\n"
+    )
+    fetch += "copy_files(path, sys.argv[2], source_filesystem=store)"
+    copy = [sys.executable, "-c", fetch, f"s3://runs/stored?{STORE}", str(tmp_path / "stored")]
+    for command in (stored, copy):
+        answer = subprocess.run(
+            ["ip", "netns", "exec", first, *command], capture_output=True, text=True, env=caches[0], timeout=PATIENCE
+        )
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+    directory = RunDirectory(tmp_path / "stored")
+    require_whole(directory, spec.search.trials)
+    assert {row["host"] for row in run_rows(directory)} == {f"host-{number}" for number in range(4)}
+    assert (directory.best / "merged" / "model.safetensors").is_file()
 
     unmarked = {name: value for name, value in environment.items() if name != "RAY_AUTH_MODE"}
     stranger = subprocess.run(
@@ -413,7 +454,7 @@ def test_cluster_that_grows_is_asked_for_hosts_and_let_go(
     autoscaled: tuple[str, dict[str, str]], tiny: Path, tmp_path: Path
 ) -> None:
     address, environment = autoscaled
-    hosts = {"trials_per_host": 2, "wait_s": 60}
+    hosts = {"count": 2, "trials_per_host": 2, "wait_s": 60}  # more than the head has cores for
     spec = make_spec(tiny, name="grown", hosts=hosts, training={"steps": 60, "eval_every": 10}, output=str(tmp_path))
     (tmp_path / "sweep.yaml").write_text(dump_spec(spec))
     run = [sys.executable, "-m", "lora_search", "run", str(tmp_path / "sweep.yaml"), "--address", address]

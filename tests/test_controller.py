@@ -55,10 +55,16 @@ def test_seat_that_ray_ends_where_memory_is_short_is_lost_as_any_other(ray: Any)
         on_error=lambda actor, error: errors.append(error),
     )
     wait_until(lambda: bool(seats.next(timeout=1) or True) and seats.is_actor_started(actor))
-    seats._actor_task_failed(TrackedActorTask(actor), OutOfMemoryError("the node was low on memory"))
+    for barred in ({"another"}, {node["NodeID"] for node in ray.nodes()}):
+        seats.barred = lambda barred=barred: barred
+        assert seats.is_barred(actor) == ("another" not in barred)
+    seats._actor_task_failed(
+        TrackedActorTask(actor), OutOfMemoryError("the node was low on memory.\nTo solve this, ...")
+    )
     (error,) = errors
     assert isinstance(error, RayActorError)
-    assert str(error) == "the node was low on memory"
+    assert str(error) == "OutOfMemoryError: the node was low on memory."
+    assert not seats.is_barred(actor)
     assert not seats.is_actor_started(actor)
 
 

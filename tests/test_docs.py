@@ -42,7 +42,15 @@ def test_links_lead_to_files_of_the_repository(page: Path) -> None:
     assert not missing
 
 
-PLATFORMS = ("Slurm", "Kubernetes", "AWS and Google Cloud", "Machines of your own", "SkyPilot")
+PLATFORMS = (
+    "A cluster that is there: `ray job submit`",
+    "Slurm",
+    "Kubernetes",
+    "AWS and Google Cloud",
+    "Machines of your own",
+    "SkyPilot",
+    "The image",
+)
 PARTS = ["Edit", "Run", "Secrets", "Cost", "Stop"]
 
 

@@ -13,7 +13,7 @@ import torch
 from conftest import flip_bit, make_spec, write_tiny_data
 from safetensors.torch import load as load_tensors
 
-from lora_search.checkpoint import ADAPTER_WEIGHTS, OPTIMIZER, TRIAL, read_checkpoint, write_checkpoint
+from lora_search.checkpoint import ADAPTER_WEIGHTS, OPTIMIZER, TRIAL, read_checkpoint, seal, write_checkpoint
 from lora_search.data import TokenizedData, TokenSplit
 from lora_search.engine import Engine, Report, StepMetrics
 from lora_search.errors import InputError, SweepError, TrialFailed
@@ -199,6 +199,19 @@ def test_damaged_checkpoint_is_noticed(engine: Engine, tiny_spec: SweepSpec, tmp
     (tmp_path / name).unlink()
     with pytest.raises(SweepError, match="incomplete"):
         read_checkpoint(Folder(tmp_path))
+
+
+def test_checkpoint_of_another_version_is_refused_in_one_line(engine: Engine, tiny_spec: SweepSpec) -> None:
+    engine.admit("a", config(tiny_spec))
+    whole = dict(engine.snapshot("a"))
+    state = json.loads(whole.pop(TRIAL))
+    del state["sha256"]
+    engine.release("a")
+    with pytest.raises(SweepError, match="checkpoint: found format 2; allowed: 3"):
+        engine.admit("a", config(tiny_spec), seal(whole, state | {"format": 2}))
+    assert engine.residents == []
+    engine.admit("a", config(tiny_spec), seal(whole, state))
+    engine.release("a")
 
 
 def test_position_in_the_data_is_in_the_checkpoint(engine: Engine, tiny_spec: SweepSpec) -> None:

@@ -580,6 +580,18 @@ def test_another_sweep_is_not_resumed_and_what_changed_is_said(tiny: Path, tmp_p
     assert "search.space.rank.choice: found [2, 16], was [2, 4, 8]" in str(refused.value)
 
 
+@pytest.mark.parametrize("name", ["trials.jsonl", "study.journal"])
+def test_run_whose_files_are_links_is_not_written_to(tiny: Path, tmp_path: Path, name: str) -> None:
+    spec, victim = sequential(tiny, "linked", tmp_path), tmp_path / "victim"
+    run = create_run(tmp_path, spec.name, exact=True)
+    run.spec.write_text(dump_spec(spec))
+    victim.write_text("mine")
+    (run.path / name).symlink_to(victim)
+    with pytest.raises(InputError, match=rf"--resume: \S+{name} is a link to {victim}; allowed: the file itself"):
+        run_sweep(spec, run, resume=True)
+    assert victim.read_text() == "mine"
+
+
 OTHER = {"fingerprint": "0" * 64}
 
 

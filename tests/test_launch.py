@@ -577,6 +577,7 @@ def test_skypilot_task_has_the_fields_of_its_schema(sweep: str, capsys: pytest.C
     task = yaml.safe_load(filled)
     assert task["resources"]["accelerators"] == "A100-80GB:8"
     assert task["num_nodes"] == 3
+    assert task["envs"]["LIMIT"] == str(8 * 3600)
     assert shlex.split(task["envs"]["RUN_OPTIONS"]) == ["--set", "output=gs://b/runs", "--set", override]
     assert "sky launch -y -d -c tiny-sweep" in command
     assert "RAY_AUTH_MODE=token" in task["run"]
@@ -1035,6 +1036,7 @@ def test_slurm_runs_a_sweep_over_two_nodes(slurm: Slurm, tmp_path: Path) -> None
     job = slurm.ended(number, 60)
     said = log(tmp_path, number)
     assert job["JobState"] == "COMPLETED", said
+    assert job["TimeLimit"] == "00:10:00"
     assert "2 of 2 nodes of the cluster are here" in said
     assert (tmp_path / "runs/small/best/merged/model.safetensors").exists()
 

@@ -539,6 +539,7 @@ def test_gauge_admits_by_bytes_and_learns_from_what_it_sees(tiny_spec: SweepSpec
     capacity = memory.host([largest] * 3).total
     gauge = Gauge(tiny_spec, memory, capacity, longest=32, most=8)
     assert gauge.room([large] * 3) >= 0 > gauge.room([large] * 6)
+    assert 3 <= gauge.together() < 6
     assert gauge.room([small] * 4) > gauge.room([large] * 4)
     assert gauge.size(large) > gauge.size(small) > 0
     assert gauge.trial_bytes(large) == memory.trial(largest).total > gauge.trial_bytes(small)
@@ -546,5 +547,6 @@ def test_gauge_admits_by_bytes_and_learns_from_what_it_sees(tiny_spec: SweepSpec
     gauge.saw([large] * 2, int(1.5 * memory.host([largest] * 2).total))
     assert gauge.correction == pytest.approx(1.5, rel=0.05)
     assert gauge.room([large] * 3) < 0
+    assert 1 <= gauge.together() < 3
     gauge.saw([large], int(1.5 * memory.host([largest] * 2).total))  # a peak never falls, nor does what explains it
     assert gauge.correction == pytest.approx(1.5, rel=0.05)

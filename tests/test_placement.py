@@ -92,16 +92,22 @@ def test_autoscaler_is_asked_for_what_the_trials_fill_and_let_go_at_the_end(
 ) -> None:
     asked: list[list[dict[str, int]]] = []
     monkeypatch.setattr("lora_search.sweep.cluster.request_resources", lambda bundles: asked.append(bundles))
-    with suppress(SweepError), asked_of_autoscaler(Hosts(**hosts), trials):
+    with suppress(SweepError), asked_of_autoscaler(Hosts(**hosts), trials) as ask_again:
         assert asked == [bundles]
+        ask_again(1)  # no more fit on a host, as it turns out
+        assert asked[1] == (bundles if "count" in hosts else bundles[:1] * trials)
         if ends != "well":
             raise SweepError("all hosts were lost")
-    assert asked == [bundles, []]
+    assert asked[2:] == [[]]
 
 
 @pytest.mark.slow
-def test_one_host_for_each_of_rays_gpus(tiny: Path) -> None:
-    """A sweep on a cluster of two nodes with three logical GPUs: three hosts, and each of them trains."""
+@pytest.mark.parametrize(("gpus_per_host", "names"), [(1, ["host-0", "host-1", "host-2"]), (2, ["host-0"])])
+def test_one_host_for_each_of_rays_gpus(tiny: Path, gpus_per_host: int, names: list[str]) -> None:
+    """A sweep on a cluster of two nodes with two logical GPUs and one: three hosts, of which each trains.
+
+    Of two GPUs each there is room for one host.
+    """
     import ray
     from ray.cluster_utils import Cluster
 
@@ -112,12 +118,12 @@ def test_one_host_for_each_of_rays_gpus(tiny: Path) -> None:
         cluster.add_node(num_cpus=1, num_gpus=1)
         search = {"trials": 6, "scheduler": {"name": "none"}}
         training = {"steps": 300, "eval_every": 100}  # long enough that no host does it all before the last has begun
-        spec = make_spec(tiny, name="logical-gpus", hosts={"trials_per_host": 1}, search=search, training=training)
+        hosts = {"trials_per_host": 1, "gpus_per_host": gpus_per_host}
+        spec = make_spec(tiny, name="logical-gpus", hosts=hosts, search=search, training=training)
         run = create_run(Path(spec.output), spec.name, exact=False)
         outcome = run_sweep(spec, run, address=cluster.address)
-        hosts = json.loads(run.provenance.read_text())["hosts"]
-        assert [host["name"] for host in hosts] == ["host-0", "host-1", "host-2"]
-        assert {row["host"] for row in outcome.rows} == {"host-0", "host-1", "host-2"}
+        assert [host["name"] for host in json.loads(run.provenance.read_text())["hosts"]] == names
+        assert {row["host"] for row in outcome.rows} == set(names)
     finally:
         ray.shutdown()
         cluster.shutdown()

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 from conftest import PATIENCE, make_spec, wait_until
-from test_faults import SEQUENTIAL, TRIALS, require_whole
+from test_faults import SEQUENTIAL, TRIALS, compared, require_whole
 
 from lora_search.cli.main import main
 from lora_search.journal import open_study
+from lora_search.results import run_rows
 from lora_search.rundir import RunDirectory
 
 if TYPE_CHECKING:
@@ -124,3 +125,8 @@ def test_output_that_becomes_read_only_ends_the_sweep_and_it_goes_on_later(
     )
     assert second.returncode == 0, second.stderr
     require_whole(run, TRIALS)
+    undisturbed = subprocess.run(
+        [sys.executable, "-m", "lora_search", *command, "--name", "whole"], capture_output=True, timeout=PATIENCE
+    )
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    assert compared(run_rows(run)) == compared(run_rows(RunDirectory(output.path / "whole")))

@@ -497,6 +497,25 @@ def test_new_checkpoint_is_not_let_go_for_damaged_ones_of_later_steps(tmp_path: 
         assert (step_of(saved.checkpoint), saved.damaged) == (step, ())
 
 
+def test_checkpoint_between_two_reports_tells_none_that_is_yet_to_come_and_is_kept(tmp_path: Path) -> None:
+    """Of the two after it one is damaged, and one was never written to its end: the trial went on from 20."""
+    shelf = Shelf(Folder(tmp_path), 0)
+    reports = [{"step": step} for step in (10, 20, 30, 40)]
+    for count in (1, 2, 3, 4):
+        shelf.put(seal({"weights.bin": b"good"}, {"step": 10 * count}), {"rank": 4}, reports[:count])
+    folder = tmp_path / "tune" / "trial-0000"
+    (folder / "checkpoint_000030" / "weights.bin").write_bytes(b"gone")
+    (folder / "checkpoint_000040" / TRIAL).unlink()
+    for step in (25, 27):
+        shelf.put_unreported(seal({"weights.bin": b"anew"}, {"step": step}), {"rank": 4})
+        saved = shelf.newest()
+        assert saved is not None
+        assert saved.checkpoint is not None
+        assert (step_of(saved.checkpoint), len(saved.damaged)) == (step, 2)
+        assert (saved.parameters, saved.reports) == ({"rank": 4}, reports[:2])
+    assert sorted(path.name for path in folder.iterdir()) == [f"checkpoint_0000{step}" for step in (25, 27, 30, 40)]
+
+
 @pytest.mark.parametrize(
     ("name", "was", "now"),
     [(TRIAL, b'"step": 4', b'"step": 5'), (TRIAL, b'"tokens": 12', b'"tokens": 13'), (REPORTS, b"0.25", b"0.75")],

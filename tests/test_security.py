@@ -19,14 +19,17 @@ from typing import Any
 
 import psutil
 import pytest
+from bad_wandb import bad_wandb
 from conftest import make_spec
 from searched_run import write_searched
+from test_store import BUCKET, server  # noqa: F401  # a fixture
 
 from lora_search.best import export_adapter
 from lora_search.checkpoint import ADAPTER_WEIGHTS, REPORTS, TRIAL, Shelf, require_lora, seal
 from lora_search.cli import main
 from lora_search.data.rows import read_splits
 from lora_search.errors import InputError, SweepError
+from lora_search.export import FORMATS
 from lora_search.model import load_base, load_tokenizer
 from lora_search.rundir import RunDirectory, write_whole
 from lora_search.search import create_study
@@ -61,7 +64,8 @@ class Watched:
     run: Path
     logs: Path
     """Ray's."""
-    token: Path
+    home: Path
+    """What its user's home was."""
     said: str
     status: int
     arguments: set[str] = field(default_factory=set)
@@ -70,12 +74,24 @@ class Watched:
     stranger: str = ""
     """What a client without the token was told."""
 
+    @property
+    def token(self) -> Path:
+        """Ray's."""
+        return self.home / ".ray" / "auth_token"
+
+    def require_secret(self, secret: str) -> None:
+        """That it is nowhere but in the environment."""
+        assert secret not in self.said
+        assert not [line for line in self.arguments if secret in line]
+        files = [file for folder in (self.run, self.logs, self.home) for file in folder.rglob("*") if file.is_file()]
+        assert len([file for file in files if self.logs in file.parents]) > 5
+        assert (self.run / "trials.jsonl") in files
+        assert not [str(file) for file in files if file != self.token and secret.encode() in file.read_bytes()]
+
 
 @pytest.fixture(scope="module")
 def watched(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     folder = tmp_path_factory.mktemp("watched")
-    home = folder / "home"
-    home.mkdir()
     spec = make_spec(
         tiny,
         name="watched",
@@ -87,22 +103,54 @@ def watched(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wa
     (folder / "sweep.yaml").write_text(dump_spec(spec))
     plant_pickles(folder / "watched", folder / "ran")
     (folder / "watched" / "sweep.yaml").write_text(dump_spec(spec))
+    seen = watch(folder / "sweep.yaml", folder / "watched", {"WANDB_MODE": "offline"}, "--resume")
+    yield seen
+    shutil.rmtree(seen.logs)
+
+
+@pytest.fixture(scope="module")
+def using(server: tuple[str, int], tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:  # noqa: F811
+    """A sweep that shows what is in its environment: to the store that its run directory is in, and to W&B."""
+    folder = tmp_path_factory.mktemp("using")
+    endpoint = "{}:{}".format(*server)
+    spec = make_spec(
+        tiny,
+        name="using",
+        search={"trials": 2},
+        hosts={"count": 1, "trials_per_host": 1},
+        tracking={"wandb": {"mode": "online"}},
+        output=f"s3://{BUCKET}/secrets?endpoint_override={endpoint}&scheme=http",
+    )
+    (folder / "sweep.yaml").write_text(dump_spec(spec))
+    with bad_wandb("answers 500") as wandb:
+        seen = watch(folder / "sweep.yaml", folder / "using", {"WANDB_BASE_URL": wandb["WANDB_BASE_URL"]})
+    from pyarrow.fs import S3FileSystem, copy_files
+
+    store = S3FileSystem(endpoint_override=endpoint, scheme="http")
+    copy_files(f"{BUCKET}/secrets/using", str(seen.run), source_filesystem=store)
+    yield seen
+    shutil.rmtree(seen.logs)
+
+
+def watch(sweep: Path, run: Path, environment: dict[str, str], *more: str) -> Watched:
+    """Run a sweep with secrets in its environment, and look at its processes meanwhile."""
+    home = sweep.parent / "home"
+    home.mkdir()
     logs = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # a socket's path has no more than 107 characters
-    environment = os.environ | PLANTED | {"HOME": str(home), "RAY_TMPDIR": str(logs), "WANDB_MODE": "offline"}
+    environment = os.environ | PLANTED | {"HOME": str(home), "RAY_TMPDIR": str(logs)} | environment
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         environment.pop(name, None)
-    command = [sys.executable, "-m", "lora_search", "run", str(folder / "sweep.yaml"), "--resume"]
-    seen = Watched(folder / "watched", logs, home / ".ray" / "auth_token", "", 0)
-    with (folder / "said").open("w") as said:
+    command = [sys.executable, "-m", "lora_search", "run", str(sweep), *more]
+    seen = Watched(run, logs, home, "", 0)
+    with (sweep.parent / "said").open("w") as said:
         process = subprocess.Popen(command, env=environment, stdout=said, stderr=subprocess.STDOUT)
         while process.poll() is None:
             look(process.pid, seen)
             if not seen.stranger and (gcs := gcs_address(seen.arguments)):
                 seen.stranger = knock(gcs, environment)
             time.sleep(0.5)
-    seen.said, seen.status = (folder / "said").read_text(), process.returncode
-    yield seen
-    shutil.rmtree(logs)
+    seen.said, seen.status = (sweep.parent / "said").read_text(), process.returncode
+    return seen
 
 
 class Bomb:
@@ -175,11 +223,14 @@ def test_sweep_with_secrets_in_its_environment_comes_to_its_end(watched: Watched
 def test_secret_is_in_no_file_no_log_and_no_process_arguments(watched: Watched, name: str) -> None:
     secret = PLANTED.get(name) or watched.token.read_text().strip()
     assert len(secret) >= 20
-    assert secret not in watched.said
-    assert not [line for line in watched.arguments if secret in line]
-    files = [file for folder in (watched.run, watched.logs) for file in folder.rglob("*") if file.is_file()]
-    assert len([file for file in files if watched.logs in file.parents]) > 5
-    assert not [str(file) for file in files if secret.encode() in file.read_bytes()]
+    watched.require_secret(secret)
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_secret_that_is_used_is_in_no_file_no_log_and_no_process_arguments(using: Watched, name: str) -> None:
+    assert using.status == 0, using.said
+    assert "W&B failed and is left out from here on" in using.said  # it was asked
+    using.require_secret(PLANTED[name])
 
 
 def test_no_process_of_a_sweep_listens_beyond_this_machine(watched: Watched) -> None:
@@ -348,6 +399,10 @@ def test_foreign_run_is_opened_without_running_it_or_steering_the_terminal(
     assert (row["trial"], row["eval_loss"], row["reason"]) == (7, None, "a\u2028b\x1b[31m")
     assert row["target_modules"] == "\x1b]0;owned\x07[bold]q"
     assert main(["results", str(foreign), "--format", "csv"]) == 0
+    assert main(["report", str(foreign), "--out", str(tmp_path / "report.html")]) == 0
+    for form in FORMATS:
+        assert main(["export", str(foreign), "--to", form, "--out", str(tmp_path / form)]) == 0
+        assert any((tmp_path / form).iterdir())
     assert not (tmp_path / "ran").exists()
 
 

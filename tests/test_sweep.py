@@ -180,6 +180,7 @@ def test_failed_trial_says_why_and_harms_no_other(ray: Any, tiny: Path, tmp_path
     failed = [row for row in outcome.rows if row["state"] == "failed"]
     assert sorted((row["rank"], row["learning_rate"]) for row in failed) == [(2, 1e30), (4, 1e30)]
     assert all("at step" in row["reason"] and "Error" not in row["reason"] for row in failed)
+    assert not any("given up" in row["reason"] for row in failed)  # they were tried once
     study = open_study(outcome.run.path)
     assert [trial.number for trial in study.trials if trial.state == TrialState.FAIL] == [r["trial"] for r in failed]
     assert not [trial for trial in study.trials if not trial.state.is_finished()]

@@ -37,6 +37,7 @@ EVALUATION_BATCH = 32
 def load_4bit(spec: SweepSpec) -> PreTrainedModel:
     """The base in NF4 with double quantisation, what is not quantised in float32."""
     import torch
+    from bitsandbytes.nn import Linear4bit
     from peft import prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -53,6 +54,9 @@ def load_4bit(spec: SweepSpec) -> PreTrainedModel:
         device_map={"": "cpu"},
     )
     model.config.use_cache = False
+    for module in model.modules():
+        if isinstance(module, Linear4bit):  # or evaluation fails for some shapes on a CPU with AVX512-BF16
+            module.support_avx512bf16_for_cpu = False
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 

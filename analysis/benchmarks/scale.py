@@ -66,6 +66,8 @@ class Size:
     resume_seconds: float
     searcher_seconds: dict[str, float]
     """Of the queue, all its proposals and what is told of them, by sampler."""
+    asha_seconds: float
+    """Of ASHA's decisions, two reports a trial."""
 
 
 def build(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> IdleEngine:
@@ -97,6 +99,7 @@ def measure(trials: int, folder: Path) -> Size:
         run_mib=sum(file.stat().st_size for file in run.path.rglob("*") if file.is_file()) / 2**20,
         resume_seconds=resume(spec, run),
         searcher_seconds={name: searcher_alone(trials, name) for name in SAMPLERS},
+        asha_seconds=asha_alone(trials),
     )
 
 
@@ -135,6 +138,21 @@ def searcher_alone(trials: int, sampler: str) -> float:
         return time.perf_counter() - start
 
 
+def asha_alone(trials: int) -> float:
+    """Seconds that ASHA takes to decide on two reports of every trial, none of which it has stopped before."""
+    scheduler = StepAsha(sweep_of(trials, "random", "asha"))
+    loss = {"steps_total": 90, "eval_loss": 0.0}
+    events: list[dict[str, Any]] = []
+    for number in range(trials):
+        events.append({"event": "start", "trial": number})
+        better = loss | {"eval_loss": 1 / (1 + number)}  # than all before, so that nothing ends early
+        events += [{"event": "report", "trial": number, "step": step} | better for step in (30, 60)]
+        events.append({"event": "end", "trial": number})
+    start = time.perf_counter()
+    scheduler.replay(events)
+    return time.perf_counter() - start
+
+
 def exponent(sizes: Sequence[int], totals: Sequence[float]) -> float:
     if len(sizes) < 2:
         return math.nan
@@ -170,6 +188,7 @@ def main() -> None:
         "of it random",
         "TPE",
         "grid",
+        "ASHA",
         "driver MiB",
         "run MiB",
         "resume s",
@@ -185,6 +204,7 @@ def main() -> None:
             f"{alone['random']:.1f}",
             f"{alone['tpe']:.1f}",
             f"{alone['grid']:.1f}",
+            f"{1000 * size.asha_seconds / size.trials:.1f}",
             f"{size.driver_mib:,}",
             f"{size.run_mib:.1f}",
             f"{size.resume_seconds:.2f}",
@@ -195,6 +215,7 @@ def main() -> None:
         "random alone": exponent(counts, [size.searcher_seconds["random"] for size in sizes]),
         "TPE alone": exponent(counts, [size.searcher_seconds["tpe"] for size in sizes]),
         "grid alone": exponent(counts, [size.searcher_seconds["grid"] for size in sizes]),
+        "ASHA alone": exponent(counts, [size.asha_seconds for size in sizes]),
         "orchestration with TPE": exponent(
             counts, [s.seconds + s.searcher_seconds["tpe"] - s.searcher_seconds["random"] for s in sizes]
         ),

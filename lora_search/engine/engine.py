@@ -85,6 +85,16 @@ class Engine:
         """Bytes that a trial takes by itself, as far as is known."""
         return 0 if self._gauge is None else self._gauge.size(config)
 
+    def together(self) -> int:
+        """How many of the largest trials of the space fit at once.
+
+        Raises:
+            ValueError: there is no gauge to tell.
+        """
+        if self._gauge is None:
+            raise ValueError("nobody has reckoned what fits together")
+        return self._gauge.together()
+
     @device_fails_host()
     def admit(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None = None) -> None:
         """Make a trial resident, at its start or where a checkpoint left it.

@@ -62,6 +62,10 @@ class Gauge:
         """Bytes that so many of the largest trials of the space leave."""
         return self.capacity - int(self.correction * self._memory.host([self._largest] * count).total)
 
+    def together(self) -> int:
+        """How many of the largest trials of the space fit at once, at most as many as will ever be together."""
+        return max((count for count in range(2, self._most + 1) if self.room_for_largest(count) >= 0), default=1)
+
     def size(self, config: TrialConfig) -> int:
         """Bytes that a trial adds to its host; 0 where as many of the largest fit as will ever be together."""
         if self.room_for_largest(self._most) >= 0:

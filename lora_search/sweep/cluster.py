@@ -163,17 +163,23 @@ def warned() -> frozenset[str]:
 
 
 @contextmanager
-def asked_of_autoscaler(hosts: HostSpec, trials: int) -> Iterator[None]:
+def asked_of_autoscaler(hosts: HostSpec, trials: int) -> Iterator[Callable[[int], None]]:
     """Have a cluster that grows make room for as many hosts as the sweep's trials fill, and let it shrink at the end.
 
     A cluster without an autoscaler takes no notice.
+
+    Yields:
+        What asks again, once it is known how many trials fit on a host.
     """
     bundle = {"GPU": hosts.gpus_per_host} if hosts.gpus_per_host else {"CPU": 1}
-    place = HostPlace("", "", 1, hosts.gpus_per_host)
-    wanted = math.ceil(trials / most_trials(place, hosts)) if hosts.count == "auto" else hosts.count
-    request_resources(bundles=[bundle] * wanted)
+
+    def ask(trials_per_host: int) -> None:
+        wanted = math.ceil(trials / trials_per_host) if hosts.count == "auto" else hosts.count
+        request_resources(bundles=[bundle] * wanted)
+
+    ask(most_trials(HostPlace("", "", 1, hosts.gpus_per_host), hosts))
     try:
-        yield
+        yield ask
     finally:
         request_resources(bundles=[])
 

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import ray
+from ray._private.state import state
 from ray.actor import ActorClass
 from ray.air.execution import ResourceRequest
 from ray.air.execution._internal import RayActorManager, TrackedActor
@@ -82,6 +83,14 @@ class _Controller(TuneController):  # type: ignore[misc]  # Ray's base class is 
             raise raised
         super()._process_trial_failure(trial, exception)
 
+    def _maybe_cache_trial_actor(self, trial: Trial) -> bool:
+        """A seat is not for another trial where none may begin."""
+        seat = self._trial_to_actor.get(trial)
+        if seat is not None and self._actor_manager.is_barred(seat):
+            return False
+        kept: bool = super()._maybe_cache_trial_actor(trial)
+        return kept
+
     def _maybe_reuse_cached_actor(self, trial: Trial) -> bool:
         own = self._trial_to_actor.get(trial)
         starts = own is not None and self._actor_manager.is_actor_started(own)  # has its resources, and a process
@@ -114,6 +123,14 @@ class _Seats(RayActorManager):  # type: ignore[misc]  # Ray's base class is unty
         where = {"bundle_label_selector": [{NODE_LABEL: f"!in({barred})"}]} if barred else {}
         return ResourceRequest(request.bundles, **where)
 
+    def is_barred(self, seat: TrackedActor) -> bool:
+        """Whether a seat that has begun is on a node on which none may be by now."""
+        barred = self.barred()
+        if not barred or seat not in self._live_actors_to_ray_actors_resources:
+            return False
+        actor, _ = self._live_actors_to_ray_actors_resources[seat]
+        return state.actor_table(actor._actor_id.hex()).get("Address", {}).get("NodeID") in barred
+
     def look_elsewhere(self) -> None:
         """Ask anew for seats that have no place yet, where other nodes are barred by now.
 
@@ -130,7 +147,8 @@ class _Seats(RayActorManager):  # type: ignore[misc]  # Ray's base class is unty
     def _actor_task_failed(self, tracked_actor_task: TrackedActorTask, exception: Exception) -> None:
         """A seat that was ended where memory was short is lost as any other: to Ray that is of another class (2.60)."""
         if isinstance(exception, RayError) and not isinstance(exception, RayActorError | RayTaskError):
-            exception = RayActorError(error_msg=str(exception))
+            first = str(exception).strip().partition("\n")[0]  # then comes what Ray advises
+            exception = RayActorError(error_msg=f"{type(exception).__name__}: {first}")
         super()._actor_task_failed(tracked_actor_task, exception)
 
     def schedule_actor_task(

@@ -58,6 +58,8 @@ class Hosts(Roster):
         self._soundness = Soundness(say, run)
         self._looked = time.monotonic()
         self._data = SharedData()
+        self._kept: set[int] = set()
+        """Trials whose hosts kept them as they stood and were lost then; nobody has asked since."""
         self.check: Callable[[], None] | None = None
         """What every host has to pass that loads the base from now on; raises NodeUnfit."""
 
@@ -210,7 +212,7 @@ class Hosts(Roster):
                 self._lose(host, HostLost(str(error)))
         staying = [node for node in there if node.id not in going]
         self._fill(staying)
-        self._soundness.look(staying, self.places, going)
+        self._soundness.look(staying, self.places, going, self._losses.unfit)
         late = [host for host in self._begun if now - host.since > START_S and not is_done(host.started)]
         for host in late:
             host.late = True
@@ -228,7 +230,9 @@ class Hosts(Roster):
         """
         host.require_alive(there)
         if host.place.node in going:
-            host.leave(self._run)
+            if (kept := host.leave(self._run)) is not None:
+                self._kept.update(kept)
+                raise HostLost("its node is to go")
             return
         if host.loaded:
             return
@@ -308,6 +312,12 @@ class Hosts(Roster):
             except ray.exceptions.RayError as error:
                 logger.warning("a host kept no checkpoints: %s", error)
         return saved
+
+    def was_kept(self, trial: int) -> bool:
+        """Whether a trial that is lost was kept as it stood, since its host's node was to go. It is so but once."""
+        kept = trial in self._kept
+        self._kept.discard(trial)
+        return kept
 
     def release(self, trial: int, host: str | None = None) -> None:
         """Let a trial go, from the host of that name, or wherever it is resident."""

@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from lora_search.checkpoint import Shelf
 from lora_search.errors import InputError
 from lora_search.job import lasting
+from lora_search.journal import JOURNAL
 from lora_search.results import Row, ended_count, read_events, trial_rows
 from lora_search.rundir import RunDirectory, write_whole
 from lora_search.search.searcher import MEMORY
@@ -63,6 +64,16 @@ def refuse_other_sweep(spec: SweepSpec, run: RunDirectory) -> None:
             f"--resume: {run.place} is of another sweep: {'; '.join(changed)}; "
             f"allowed to change: {', '.join(MAY_CHANGE)}"
         )
+
+
+def refuse_links(run: RunDirectory) -> None:
+    """
+    Raises:
+        InputError: a file that lines are put to is a link, and they would go to wherever it leads.
+    """
+    for file in (run.trials, run.path / JOURNAL):
+        if file.is_symlink():
+            raise InputError(f"--resume: {file} is a link to {file.readlink()}; allowed: the file itself")
 
 
 def shorter_trials(spec: SweepSpec, rows: Sequence[Row]) -> str | None:

@@ -6,9 +6,10 @@ import errno
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from operator import methodcaller
 from typing import Any
 
 import optuna
@@ -31,6 +32,7 @@ from lora_search.seat import SEAT_BYTES
 from lora_search.space import planned_trials
 from lora_search.spec import SweepSpec, dump_spec
 from lora_search.storage import StoreError
+from lora_search.sweep.answers import HostLost
 from lora_search.sweep.build import build_engine
 from lora_search.sweep.cluster import Say, asked_of_autoscaler, cluster
 from lora_search.sweep.conclude import conclude
@@ -45,7 +47,14 @@ from lora_search.sweep.prepare import (
     require_base,
 )
 from lora_search.sweep.provenance import provenance, read_provenance, write_provenance
-from lora_search.sweep.resume import Past, mend_last_line, reconcile, refuse_other_sweep, shorter_trials
+from lora_search.sweep.resume import (
+    Past,
+    mend_last_line,
+    reconcile,
+    refuse_links,
+    refuse_other_sweep,
+    shorter_trials,
+)
 from lora_search.sweep.signals import signals_end_tune, sigterm_interrupts
 from lora_search.sweep.upload import Held, kept_uploaded
 from lora_search.tracking import Observer, RunRecord
@@ -144,6 +153,7 @@ def _run(
 ) -> Outcome:
     before: dict[str, Any] = {}
     if resume:
+        refuse_links(run)
         refuse_other_sweep(spec, run)
         before = read_provenance(run.provenance)
         if (outcome := _concluded(spec, run, before)) is not None:
@@ -160,8 +170,8 @@ def _run(
         write_whole(run.spec, dump_spec(spec))
         write_provenance(run.provenance, facts)
     left = planned_trials(spec) - ended_count(run_rows(run)) if resume else planned_trials(spec)
-    grown = asked_of_autoscaler(spec.hosts, max(1, left)) if address else nullcontext()
-    with cluster(address, say), grown:
+    grown = asked_of_autoscaler(spec.hosts, max(1, left)) if address else nullcontext(None)
+    with cluster(address, say), grown as ask_again:
         say("preparing the data and the hosts")
         hosts = Hosts(spec, build_engine, say, run.folder)
         try:
@@ -176,6 +186,9 @@ def _run(
             if summary.advice is not None:
                 say(f"WARNING: {summary.advice}")
             ready = hosts.load()
+            if ask_again is not None and spec.hosts.trials_per_host == "auto":
+                with suppress(HostLost):  # then it stays as it was
+                    ask_again(hosts.ask_one(methodcaller("together")))
             base = one_base(hosts.ask_all(partial(fingerprint_of_base, spec)))
             refuse_other_material(before, "base", base)
             base = base or before.get("base", {}).get("fingerprint")
@@ -280,7 +293,8 @@ def _tune(
     past: Past,
 ) -> bool:
     """Have Ray Tune run the trials that are left; whether a signal came meanwhile."""
-    searcher = StudySearcher(spec, study, lambda: hosts.capacity)
+    searcher = StudySearcher(spec, study, lambda: hosts.capacity, hosts.was_kept)
+    cause: BaseException | None = None
     try:
         with (
             signals_end_tune() as came,
@@ -302,10 +316,11 @@ def _tune(
                 verbose=0,
             )
     except tune.TuneError as error:  # made of the traceback's text
-        cause: BaseException = error
+        cause = error
         while isinstance(cause, tune.TuneError) and cause.__context__ is not None:
             cause = cause.__context__
-        raise cause from None
+    if cause is not None:
+        raise cause  # here, where Python does not make Tune's error its context, in place of what it has for one
     return came.is_set()
 
 

@@ -87,16 +87,20 @@ class RunningHost:
         greeted, self.greeting = unwrap(self.greeting), None
         require_fit(greeted)
 
-    def leave(self, run: Folder | None) -> None:
-        """Have it keep its trials as they stand, since its node is to go.
+    def leave(self, run: Folder | None) -> list[int] | None:
+        """Have it keep its trials as they stand, since its node is to go; which it has kept, as soon as it has.
 
         Raises:
-            HostLost: it has.
+            HostLost: it was not able to.
         """
         if self.saving is None:
             self.saving = self.actor.save_all.remote(run)
-        elif is_done(self.saving):
-            raise HostLost("its node is to go")
+        if not is_done(self.saving):
+            return None
+        try:
+            return [trial for trial, _, _ in unwrap(self.saving)]
+        except SweepError as error:
+            raise HostLost(f"its node is to go, and it kept no trials: {error}") from error
 
     def require_alive(self, there: Sequence[Node]) -> None:
         """

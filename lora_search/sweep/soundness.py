@@ -21,7 +21,8 @@ to find that it does not see the run directory."""
 
 
 class Soundness:
-    """Asks the nodes that have no host what hosts say of theirs. Until it has answered, no seat is on a node."""
+    """Asks the nodes that have no host what hosts say of theirs. Until it has answered, no seat begins on a node that
+    has been seen."""
 
     def __init__(self, say: Say, run: Folder | None) -> None:
         """
@@ -65,13 +66,20 @@ class Soundness:
                     ) from None
         return heard
 
-    def look(self, there: Sequence[Node], places: Sequence[HostPlace], going: Collection[str] = ()) -> None:
+    def look(
+        self,
+        there: Sequence[Node],
+        places: Sequence[HostPlace],
+        going: Collection[str] = (),
+        unfit: Collection[str] = (),
+    ) -> None:
         """See which nodes have come, gone, or answered. Never waits.
 
         Args:
             going: nodes that will be gone soon.
+            unfit: nodes that are of no use, as has been said.
         """
-        self._ask(there, places)
+        self._ask([node for node in there if node.id not in unfit], places)
         alive = {node.id for node in there}
         self._asked = {node: answer for node, answer in self._asked.items() if node in alive}
         for node, answer in self._asked.items():
