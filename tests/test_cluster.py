@@ -147,7 +147,7 @@ def test_machine_that_is_warned_has_its_trials_saved_where_they_stand(tiny: Path
 
     start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=1", "--num-gpus=1", "--block"]
     said: list[str] = []
-    host = {"trials_per_host": 1, "wait_s": 60}
+    host = {"trials_per_host": 1, "wait_s": 60, "max_retries": 0}  # a trial that was kept has not failed
     training, search = {"steps": 3000, "eval_every": 1500}, {"trials": 1, "scheduler": {"name": "none"}}
     spec = make_spec(tiny, name="warned", hosts=host, training=training, search=search, output=str(tmp_path))
     run = create_run(tmp_path, spec.name, exact=True)

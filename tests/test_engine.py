@@ -209,7 +209,7 @@ def test_checkpoint_of_another_version_is_refused_in_one_line(engine: Engine, ti
     engine.release("a")
     with pytest.raises(SweepError, match="checkpoint: found format 2; allowed: 3"):
         engine.admit("a", config(tiny_spec), seal(whole, state | {"format": 2}))
-    assert engine.residents == []
+    assert not engine.residents
     engine.admit("a", config(tiny_spec), seal(whole, state))
     engine.release("a")
 

@@ -151,6 +151,16 @@ def test_trial_whose_machine_is_lost_is_proposed_again_but_not_for_ever(tiny: Pa
     assert search.suggest("e") == "FINISHED"
 
 
+def test_trial_that_was_kept_as_its_machine_went_is_proposed_again(tiny: Path, tmp_path: Path) -> None:
+    spec = make_spec(tiny, hosts={"max_retries": 0}, search={"trials": 1})
+    kept = [True, True, False]
+    search = StudySearcher(spec, create_study(spec, tmp_path), lambda: 1, lambda trial: kept.pop(0))
+    for name in ("a", "b", "c"):
+        assert search.suggest(name)
+        search.on_trial_complete(name, error=True)
+        assert search.retries(0) == (name != "c")
+
+
 def test_trial_too_large_for_its_device_is_told_infeasible(tiny_spec: SweepSpec, tmp_path: Path) -> None:
     search = searcher(tiny_spec, tmp_path)
     search.suggest("a")
