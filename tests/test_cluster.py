@@ -414,15 +414,19 @@ def test_sweep_over_machines_of_their_own_network(
 @pytest.fixture
 def autoscaled(short_folder: str) -> Iterator[tuple[str, dict[str, str]]]:
     """A head without GPUs, and Ray's own autoscaler, which starts up to two nodes with a GPU each on this machine."""
+    from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_TYPE
+
     kinds = {
-        "head": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+        FAKE_HEAD_NODE_TYPE: {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
         "gpu": {"resources": {"CPU": 1, "GPU": 1}, "node_config": {}, "min_workers": 0, "max_workers": 2},
     }
-    config = {"cluster_name": "fake", "max_workers": 2, "provider": {"type": "fake_multinode"}, "auth": {}}
-    config |= {"available_node_types": kinds, "head_node_type": "head", "idle_timeout_minutes": 0.05}
+    config = {"cluster_name": "fake", "max_workers": 2, "provider": {}, "auth": {}}
+    config["provider"] = {"type": "fake_multinode", "gcs_address": "127.0.0.1:6391", "use_node_id_as_ip": True}
+    config["provider"] |= {"disable_node_updaters": True, "disable_launch_config_check": True}
+    config |= {"available_node_types": kinds, "head_node_type": FAKE_HEAD_NODE_TYPE, "idle_timeout_minutes": 0.05}
     lists = ("file_mounts_sync_files", "initialization_commands", "setup_commands", "head_setup_commands")
     lists += ("worker_setup_commands", "head_start_ray_commands", "worker_start_ray_commands")
-    config |= {name: [] for name in lists}
+    config |= {name: [] for name in lists} | {"file_mounts": {}, "cluster_synced_files": []}
     file = Path(short_folder) / "autoscaling.yaml"
     file.write_text(json.dumps(config))
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
@@ -434,6 +438,7 @@ def autoscaled(short_folder: str) -> Iterator[tuple[str, dict[str, str]]]:
         "start",
         "--head",
         "--port=6391",
+        "--node-ip-address=127.0.0.1",
         "--num-cpus=1",
         "--num-gpus=0",
     ]
