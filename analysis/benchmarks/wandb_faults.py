@@ -2,9 +2,10 @@
 
     python analysis/benchmarks/wandb_faults.py [--trials 8] [--steps 80] [--rounds 3] [--json FILE]
 
-Each round runs sweeps/demo.yaml, shortened, once without W&B and once with each fault of a server on this machine,
-alternating: one that nobody answers, one that answers 500, one that takes five seconds for every answer, and one that
-never answers. Told are the seconds from the first trial's start to the last one's end, and the trials' own tokens/s.
+Each round runs sweeps/demo.yaml, shortened, once without W&B, once with one that is well (offline: all of it but the
+network), and once with each fault of a server on this machine: one that nobody answers, one that answers 500, one that
+takes five seconds for every answer, and one that never answers. They take turns, each round from another one on. Told
+are the seconds from the first trial's start to the last one's end, and the trials' own tokens/s.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from rich.table import Table
 
 from lora_search.results import open_run, read_events
 
-WAYS = ("without W&B", "refuses", "answers 500", "answers 500 after 5 s", "never answers")
+WITHOUT, WELL = "without W&B", "offline"
+
+WAYS = (WITHOUT, WELL, "refuses", "answers 500", "answers 500 after 5 s", "never answers")
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,8 @@ def run_round(way: str, trials: int, steps: int, folder: Path) -> Round:
     """A sweep in a process of its own: what W&B knows of a server lasts as long as the process."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     with server(way) as url:
-        faults = {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0123abcd" * 5}
-        environment |= {"WANDB_MODE": "disabled"} if way == "without W&B" else faults
+        modes = {WITHOUT: {"WANDB_MODE": "disabled"}, WELL: {"WANDB_MODE": "offline"}}
+        environment |= modes.get(way, {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0123abcd" * 5})
         name = f"{way.replace(' ', '-').replace('&', '')}-{time.time_ns()}"
         sets = {
             "search.trials": trials,
@@ -97,7 +100,7 @@ def run_round(way: str, trials: int, steps: int, folder: Path) -> Round:
         answer = subprocess.run(command, env=environment, capture_output=True, text=True)
     if answer.returncode:
         raise RuntimeError(answer.stderr)
-    if way != "without W&B" and "W&B failed and is left out" not in answer.stderr:
+    if way not in modes and "W&B failed and is left out" not in answer.stderr:
         raise RuntimeError(f"{way}: W&B was not told to fail: {answer.stderr}")
     times = [
         event["time"] for event in read_events(folder / name / "trials.jsonl") if event["event"] in ("start", "end")
@@ -112,7 +115,7 @@ def run_round(way: str, trials: int, steps: int, folder: Path) -> Round:
 
 
 def main() -> None:
-    """Run all rounds and print the medians, and the ratios to the sweep without W&B of the same round."""
+    """Run all rounds and print the medians, and the ratios to the sweep without W&B, and with one that is well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--steps", type=int, default=80)
@@ -121,23 +124,21 @@ def main() -> None:
     arguments = parser.parse_args()
     rounds: list[Round] = []
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(arguments.rounds):
-            rounds += [run_round(way, arguments.trials, arguments.steps, Path(folder)) for way in WAYS]
+        for number in range(arguments.rounds):
+            ways = [WAYS[(number + place) % len(WAYS)] for place in range(len(WAYS))]
+            rounds += [run_round(way, arguments.trials, arguments.steps, Path(folder)) for way in ways]
     table = Table(title=f"{arguments.trials} trials, {os.cpu_count()} cores", title_justify="left")
-    for column in ("W&B", "seconds", "of without", "tokens/s", "of without"):
+    for column in ("W&B", "seconds", "of without", "of offline", "tokens/s", "of without", "of offline"):
         table.add_column(column, justify="left" if column == "W&B" else "right")
-    alone = [round_ for round_ in rounds if round_.way == WAYS[0]]
-    for way in WAYS:
-        these = [round_ for round_ in rounds if round_.way == way]
-        times = [one.seconds / other.seconds for one, other in zip(these, alone, strict=True)]
-        speeds = [one.tokens_per_second / other.tokens_per_second for one, other in zip(these, alone, strict=True)]
-        table.add_row(
-            way,
-            f"{statistics.median(one.seconds for one in these):.1f}",
-            f"{statistics.median(times):.2f}",
-            f"{statistics.median(one.tokens_per_second for one in these):,.0f}",
-            f"{statistics.median(speeds):.2f}",
-        )
+    by_way = {way: [round_ for round_ in rounds if round_.way == way] for way in WAYS}
+    for way, these in by_way.items():
+        cells = [way]
+        for measured, shown in ((lambda one: one.seconds, ".1f"), (lambda one: one.tokens_per_second, ",.0f")):
+            cells.append(format(statistics.median(map(measured, these)), shown))
+            for other in (WITHOUT, WELL):
+                pairs = zip(map(measured, these), map(measured, by_way[other]), strict=True)
+                cells.append(f"{statistics.median(one / two for one, two in pairs):.2f}")
+        table.add_row(*cells)
     Console().print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(round_) for round_ in rounds], indent=1) + "\n")
