@@ -5,6 +5,7 @@ The sweeps here are sequential, so that an undisturbed one has, to the bit, the 
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -31,7 +32,7 @@ from optuna.trial import TrialState
 
 from lora_search.checkpoint import KEPT
 from lora_search.errors import InputError, SweepError
-from lora_search.journal import open_study
+from lora_search.journal import JOURNAL_LOCK, open_study
 from lora_search.results import Row, read_events, run_rows
 from lora_search.rundir import RunDirectory, create_run
 from lora_search.search.asha import StepAsha
@@ -379,6 +380,29 @@ def test_full_disk_ends_the_sweep_and_with_room_it_goes_on(
     outcome = run_sweep(spec, run, resume=True)
     require_whole(run, TRIALS)
     assert compared(outcome.rows) == undisturbed
+
+
+@pytest.mark.usefixtures("unverified_merge")
+def test_lock_of_the_study_that_cannot_be_given_back_is_one_message(
+    ray: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Optuna's own error says nothing of the file server that has gone, and Tune's holds no more than a text of it."""
+    spec = sequential(tiny, "stale", tmp_path)
+    run = create_run(tmp_path, spec.name, exact=True)
+    struck: list[int] = []
+    rename = os.rename
+
+    def gone(file: str, to: str) -> None:
+        if struck and file.endswith(JOURNAL_LOCK):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        rename(file, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", gone)
+        with pytest.raises(SweepError, match=r"cannot be written to: .*Stale file handle; mend it, then --resume"):
+            run_sweep(spec, run, [Strikes({(0, 4): lambda: struck.append(4)})])
+    run_sweep(spec, run, resume=True)
+    require_whole(run, TRIALS)
 
 
 NOTING = (noted_steps.__file__,)
