@@ -587,6 +587,17 @@ def test_skypilot_task_has_the_fields_of_its_schema(sweep: str, capsys: pytest.C
     assert re.search(r"ray start --address[^#]*done\n(\s*#.*\n)*\s*sleep \d+\n\s*exit\n", task["run"])
 
 
+def test_skypilot_takes_the_task(sweep: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sky = pytest.importorskip("sky", reason="needs SkyPilot: pip install skypilot==0.14.1")
+    options = ["--gpu", "a100-80gb", "--gpus-per-node", "8", "--set", "output=gs://b/runs"]
+    filled, _ = launched(capsys, "skypilot", sweep, *options)
+    (tmp_path / "task.yaml").write_text(filled, encoding="utf-8")
+    task = sky.Task.from_yaml(str(tmp_path / "task.yaml"))
+    (resources,) = task.resources
+    assert (task.num_nodes, resources.accelerators) == (3, {"A100-80GB": 8})
+    assert task.envs["LIMIT"] == str(8 * 3600)
+
+
 @pytest.fixture
 def ports() -> Iterator[list[socket.socket]]:
     """Two ports of this machine, on which nobody listens yet."""
