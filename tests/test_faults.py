@@ -341,7 +341,11 @@ def test_host_that_is_lost_before_the_first_trial_or_after_the_last_is_replaced(
         said.append(line)
         after = {"preparing": 3.0, "data:": 0.5, "trial": 1.0}.get(line.split()[0])
         if after is not None:
-            threading.Timer(after, kill, ["ray::Host"]).start()
+            threading.Timer(after, kill_host).start()
+
+    def kill_host() -> None:
+        wait_until(lambda: bool(processes("ray::Host")))  # as it was, or on a slow machine as soon as it is there
+        kill("ray::Host")
 
     outcome = run_sweep(spec, run, [strikes], say=say)
     assert strikes.resumed == [(0, 0, 1)]

@@ -32,15 +32,43 @@ def product(x_NI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     In float32 on a CPU with AVX-512 through oneDNN, which uses it; MKL, torch's first choice, stops at AVX2 on CPUs of
     another maker (100 against 230 GFLOP/s a core). Elsewhere MKL is a little faster.
     """
-    if x_NI.device.type == "cpu" and (_ONEDNN or weight_OI.dtype != x_NI.dtype):
-        return _product_by_onednn(x_NI, weight_OI)
+    if _is_onednns(x_NI, weight_OI):
+        return _product_by_onednn(x_NI, weight_OI).to(x_NI.dtype)
     if weight_OI.dtype != x_NI.dtype:
         return F.linear(x_NI.to(weight_OI.dtype), weight_OI).to(x_NI.dtype)
     return F.linear(x_NI, weight_OI)
 
 
+def product_of_rows(x_NI: torch.Tensor, weight_OI: torch.Tensor, rows: Sequence[slice]) -> torch.Tensor:
+    """x W^T, a product for each stretch of rows."""
+    if len(rows) == 1:
+        return product(x_NI, weight_OI)
+    y_NO = x_NI.new_empty(len(x_NI), len(weight_OI))
+    for some in rows:
+        if _is_onednns(x_NI, weight_OI):
+            y_NO[some] = _product_by_onednn(x_NI[some], weight_OI)  # from its dtype into that of x
+        else:
+            torch.mm(x_NI[some], weight_OI.t(), out=y_NO[some])
+    return y_NO
+
+
+def add_product_of_rows(
+    total_NO: torch.Tensor, x_NI: torch.Tensor, weight_OI: torch.Tensor, rows: Sequence[slice]
+) -> None:
+    """total += x W^T, a product for each stretch of rows."""
+    for some in rows:
+        if _is_onednns(x_NI, weight_OI):
+            total_NO[some] += _product_by_onednn(x_NI[some], weight_OI)
+        else:
+            total_NO[some].addmm_(x_NI[some], weight_OI.t())
+
+
+def _is_onednns(x_NI: torch.Tensor, weight_OI: torch.Tensor) -> bool:
+    return x_NI.device.type == "cpu" and (_ONEDNN or weight_OI.dtype != x_NI.dtype)
+
+
 def _product_by_onednn(x_NI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
-    """x W^T, with empty rows up to the next multiple of ROWS.
+    """x W^T in the dtype of the weight, of x with empty rows up to the next multiple of ROWS.
 
     oneDNN makes a kernel for every number of rows and keeps the last 1,024, which is 450 MB in a host of the demo.
     """
@@ -56,30 +84,7 @@ def _product_by_onednn(x_NI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Ten
         y_NO: torch.Tensor = torch.ops.mkldnn._linear_pointwise(whole_NI, weight_OI, None, "none", [], "")
     else:
         y_NO = F.linear(whole_NI, weight_OI)
-    return y_NO[:count].to(x_NI.dtype)
-
-
-def product_of_rows(x_NI: torch.Tensor, weight_OI: torch.Tensor, rows: Sequence[slice]) -> torch.Tensor:
-    """x W^T, a product for each stretch of rows."""
-    if len(rows) == 1:
-        return product(x_NI, weight_OI)
-    if _ONEDNN or weight_OI.dtype != x_NI.dtype:
-        return torch.cat([product(x_NI[some], weight_OI) for some in rows])
-    y_NO = x_NI.new_empty(len(x_NI), len(weight_OI))
-    for some in rows:
-        torch.mm(x_NI[some], weight_OI.t(), out=y_NO[some])
-    return y_NO
-
-
-def add_product_of_rows(
-    total_NO: torch.Tensor, x_NI: torch.Tensor, weight_OI: torch.Tensor, rows: Sequence[slice]
-) -> None:
-    """total += x W^T, a product for each stretch of rows."""
-    for some in rows:
-        if _ONEDNN or weight_OI.dtype != x_NI.dtype:
-            total_NO[some] += product(x_NI[some], weight_OI)
-        else:
-            total_NO[some].addmm_(x_NI[some], weight_OI.t())
+    return y_NO[:count]
 
 
 _ONEDNN = bool(
