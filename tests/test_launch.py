@@ -941,7 +941,8 @@ SelectTypeParameters=CR_CPU
 MpiDefault=none
 SlurmdParameters=config_overrides
 ReturnToService=2
-NodeName=node[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[17001-17002] CPUs=1
+GresTypes=gpu
+NodeName=node[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[17001-17002] CPUs=1 Gres=gpu:1
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -960,6 +961,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     for name in ("state", "spool-node1", "spool-node2", "home"):
         (folder / name).mkdir()
     (folder / "slurm.conf").write_text(CONFIGURATION.format(host=host, folder=folder), encoding="utf-8")
+    (folder / "gres.conf").write_text("Name=gpu File=/dev/null\n", encoding="utf-8")  # for Slurm, a GPU
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o600)
     environment = os.environ | {
@@ -1014,7 +1016,7 @@ def submitted(slurm: Slurm, folder: Path, text: str) -> str:
     (folder / "sweep.yaml").write_text(text, encoding="utf-8")
     template = (CLUSTER / "slurm.sbatch").read_text(encoding="utf-8")
     (folder / "mine.sbatch").write_text(template.replace("--cpus-per-task=8", "--cpus-per-task=1"), encoding="utf-8")
-    options = ["--nodes", "2", "--gpus-per-node", "0", "--time-limit", "10m", "--template", "mine.sbatch"]
+    options = ["--nodes", "2", "--gpus-per-node", "1", "--time-limit", "10m", "--template", "mine.sbatch"]
     command = [sys.executable, "-m", "lora_search", "launch", "--on", "slurm", "sweep.yaml", *options]
     printed = slurm.run(*command, "--set", "training.eval_every=2", "--submit", cwd=folder)
     number = re.search(r"Submitted batch job (\d+)", printed)
@@ -1054,6 +1056,7 @@ def test_slurm_runs_a_sweep_over_two_nodes(slurm: Slurm, tmp_path: Path) -> None
     nodes = {environment["SLURMD_NODENAME"] for _, environment in raylets.values()}
     tokens = {environment["RAY_AUTH_TOKEN"] for _, environment in raylets.values()}
     assert nodes == {"node1", "node2"}
+    assert all(re.search(r"static_resource_list=\S*\bGPU,1\b", command) for command, _ in raylets.values())
     assert len(tokens) == 1
     token = tokens.pop()
     assert len(token) == 64
