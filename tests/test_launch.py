@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -891,6 +892,39 @@ def test_secrets_of_the_environment_reach_neither_file_nor_command(
     for where in ("slurm", "kuberay", "ray", "skypilot"):
         text, command = launched(capsys, where, sweep, "--set", "output=s3://b/runs")
         assert planted not in text + command
+
+
+def in_range(first: int, end: int) -> socket.socket:
+    """Listens on this machine, on some port from the first on."""
+    for port in range(first, end):
+        with suppress(OSError):
+            return socket.create_server(("127.0.0.1", port))
+    raise OSError(f"no port is free from {first} to {end}")
+
+
+@pytest.mark.parametrize(("restarts", "more"), [("", ""), ("0", ""), ("1", "--resume ")])
+def test_slurm_job_that_was_preempted_goes_on_with_its_sweep(restarts: str, more: str, tmp_path: Path) -> None:
+    """Slurm starts it again, by the count that it says; the tools around the script only note their arguments."""
+    for name, does in {"scontrol": "echo localhost", "srun": "/bin/sleep 60", "python3": "", "lora-search": ""}.items():
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >> "$CALLED"\n{does}\n', encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    with in_range(20_000, 32_000) as head:
+        port = head.getsockname()[1]
+        environment = {
+            "PATH": f"{tmp_path}:/usr/bin:/bin",
+            "CALLED": str(tmp_path / "called"),
+            "RAY_HEAD_IP": "127.0.0.1",
+            "SLURM_JOB_ID": str(port - 20_000),
+            "SLURM_JOB_NAME": "sweep",
+            "SLURM_JOB_NODELIST": "localhost",
+            "SLURM_JOB_NUM_NODES": "1",
+            "SLURM_CPUS_PER_TASK": "1",
+            "SLURM_RESTART_COUNT": restarts,
+        }
+        done = subprocess.run(["bash", str(CLUSTER / "slurm.sbatch")], env=environment, timeout=60)
+    assert done.returncode == 0
+    called = (tmp_path / "called").read_text(encoding="utf-8").splitlines()
+    assert f"lora-search run sweeps/demo.yaml {more}--address 127.0.0.1:{port}" in called
 
 
 # Slurm, for real
