@@ -4,6 +4,7 @@
 
 Ways, alternating in one run, each in a process of its own that is set up once (on a GPU, all packs in one):
     pack N         N trials in the engine, one forward and one backward pass
+    hosts N        on a CPU: N trials over a process a core, as a sweep has them where there is no GPU
     apart N        on a GPU: the same with products for each trial's adapters, and not kernels for all
     PEFT 1x2       the plain loop a user would write: one process, all threads, padded batches, one trial after another
     PEFT 2x1       the same in one process a core, side by side
@@ -199,6 +200,7 @@ def worker(pipe: Connection, setting: Setting, ways: Sequence[str], threads: int
     on_gpu = setting.device == "cuda"
     make: dict[str, Callable[[], Callable[[str], Callable[[], int]]]] = {
         "pack": lambda: partial(_pack_step, Packs(setting, most)),
+        "hosts": lambda: partial(_pack_step, Packs(setting, most)),
         "PEFT": lambda: _always(peft_step(setting)),
         "floor": lambda: _always(floor_step(setting, most)),
     }
@@ -224,6 +226,8 @@ def worker(pipe: Connection, setting: Setting, ways: Sequence[str], threads: int
 
 def _pack_step(packs: Packs, way: str) -> Callable[[], int]:
     kind, count = way.split()
+    if kind == "hosts":
+        return packs.step("pack", int(count) // (os.cpu_count() or 1))
     return packs.step(kind, int(count))
 
 
@@ -269,7 +273,8 @@ def measure(setting: Setting, packs: list[int], rounds: int) -> list[Round]:
     floor = f"floor {max(packs)}"
     if setting.device == "cpu":
         given = [(["PEFT 1x2"], 1, cores), (["PEFT 2x1"], cores, 1)]
-        given += [([f"pack {n}"], 1, cores) for n in packs] + [([floor], 1, cores)]
+        given += [([f"pack {n}"], 1, cores) for n in packs]
+        given += [([f"hosts {n}"], cores, 1) for n in packs if n >= cores] + [([floor], 1, cores)]
     else:
         apart = [f"apart {max(packs)}"]
         given = [(["PEFT 1x2"], 1, cores), ([*(f"pack {n}" for n in packs), *apart], 1, cores), ([floor], 1, cores)]
