@@ -139,7 +139,7 @@ def main() -> None:
                 pairs = zip(map(measured, these), map(measured, by_way[other]), strict=True)
                 cells.append(f"{statistics.median(one / two for one, two in pairs):.2f}")
         table.add_row(*cells)
-    Console().print(table)
+    Console(width=110).print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(round_) for round_ in rounds], indent=1) + "\n")
     if any(abs(a / b - 1) > 1e-3 for round_ in rounds for a, b in zip(round_.losses, rounds[0].losses, strict=True)):
