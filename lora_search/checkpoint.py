@@ -152,8 +152,9 @@ class Shelf:
         Raises:
             OSError: there is no room, or no right to write.
         """
-        path = self._write(checkpoint, parameters, reports)
-        new = _place(_checkpoint_folder(checkpoint))
+        name = _checkpoint_folder(step_of(checkpoint))
+        path = self._write(name, checkpoint, parameters, reports)
+        new = _place(name)
         for later in self._names():
             if _place(later) > new:
                 self._folder.remove(later)
@@ -169,12 +170,13 @@ class Shelf:
         Raises:
             OSError: there is no room, or no right to write.
         """
-        folder = _checkpoint_folder(checkpoint)
-        if TRIAL in self._folder.below(folder).names():
-            return f"{self._path}/{folder}"
-        _, reports = self._told_by(step_of(checkpoint))
-        path = self._write(checkpoint, parameters, reports)
-        self._let_old_go(_place(folder))
+        step = step_of(checkpoint)
+        name = _checkpoint_folder(step)
+        if TRIAL in self._folder.below(name).names():
+            return f"{self._path}/{name}"
+        _, reports = self._told_by(step)
+        path = self._write(name, checkpoint, parameters, reports)
+        self._let_old_go(_place(name))
         return path
 
     def newest(self) -> Saved | None:
@@ -207,7 +209,7 @@ class Shelf:
         Raises:
             OSError: there is no room, or no right to write.
         """
-        self._folder.remove(_checkpoint_folder(checkpoint))
+        self._folder.remove(_checkpoint_folder(step_of(checkpoint)))
         self.put_unreported(checkpoint, None)
 
     def clear(self) -> None:
@@ -217,11 +219,11 @@ class Shelf:
 
     def _write(
         self,
+        name: str,
         checkpoint: Checkpoint,
         parameters: Mapping[str, Any] | None,
         reports: Sequence[Mapping[str, Any]],
     ) -> str:
-        name = _checkpoint_folder(checkpoint)
         told = {"parameters": parameters, "reports": list(reports)}
         content = json.dumps({**told, "sha256": _digest(told)}).encode()
         write_checkpoint({REPORTS: content, **checkpoint}, self._folder.below(name))
@@ -285,8 +287,8 @@ def _told(folder: Folder) -> dict[str, Any]:
     return read
 
 
-def _checkpoint_folder(checkpoint: Checkpoint) -> str:
-    return f"checkpoint_{step_of(checkpoint):06d}"
+def _checkpoint_folder(step: int) -> str:
+    return f"checkpoint_{step:06d}"
 
 
 def trial_folder(trial: int) -> str:

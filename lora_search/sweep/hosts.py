@@ -44,16 +44,7 @@ class Hosts(Roster):
     """
 
     def __init__(self, spec: SweepSpec, build: Build, say: Say = lambda line: None, run: Folder | None = None) -> None:
-        """Start them over all nodes.
-
-        Args:
-            build: makes the engine on the host.
-            say: prints one line to the user.
-            run: the run directory, which each host must see.
-
-        Raises:
-            InputError: the cluster has no room for the hosts that the sweep file asks for.
-        """
+        """Start them over all nodes; arguments and errors are the roster's."""
         super().__init__(spec, build, say, run)
         self._soundness = Soundness(say, run)
         self._looked = time.monotonic()
