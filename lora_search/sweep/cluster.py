@@ -8,13 +8,16 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray._private import ray_constants
 from ray._private import worker as ray_worker
+from ray._private.node import Node as RayNode
 from ray._private.state import state
 from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -22,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from lora_search.errors import InputError, SweepError
 from lora_search.placement import HostPlace, Node, most_trials, place_hosts
 from lora_search.spec import Hosts as HostSpec
-from lora_search.sweep.signals import sigterm_kept_from_ray
+from lora_search.sweep.signals import sigterm_for_this_process_alone, sigterm_kept_from_ray
 
 Say = Callable[[str], None]
 
@@ -43,41 +46,66 @@ def cluster(address: str | None, say: Say = lambda line: None) -> Iterator[None]
         SweepError: there is no cluster at the address, or it cannot be used.
     """
     ours = not ray.is_initialized()
-    if ours:
-        if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
-            say(
-                f"WARNING: RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']}: whoever reaches Ray's ports can run code as "
-                "you; unset it, and Ray asks for its token"
-            )
-        # No runtime_env: workers that Ray has started ahead would not have it, and be thrown away.
-        options: dict[str, Any] = {} if address else {"include_dashboard": False}
-        try:
-            with (
-                nullcontext() if address else _on_loopback(),
-                _private_token(),
-                sigterm_kept_from_ray(),
-                _no_handler_of_crashes(),
-            ):
-                ray.init(
-                    address=address or "local",
-                    logging_level=logging.ERROR,
-                    log_to_driver=False,
-                    **options,
-                )
-                ray_worker._worker_logs_enabled = False  # else what raylets say is printed in spite of log_to_driver
-        except ConnectionError as error:
-            raise SweepError(_no_answer(address, error)) from None
-        except Exception as error:  # of many kinds: ports, memory, a machine too busy to start it in time
-            if address:  # as one of another version of Ray or Python
-                raise SweepError(f"the cluster at {address} cannot be used: {' '.join(str(error).split())}") from error
-            raise SweepError(f"Ray did not start: {str(error).strip().splitlines()[0]}") from error
     try:
+        if ours:
+            _begin(address, say)
         yield
     finally:
         if ours:
-            with _nothing_collected():
-                ray.shutdown()
-            ray_worker._worker_logs_enabled = True
+            _end()
+
+
+def _begin(address: str | None, say: Say) -> None:
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        say(
+            f"WARNING: RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']}: whoever reaches Ray's ports can run code as "
+            "you; unset it, and Ray asks for its token"
+        )
+    # No runtime_env: workers that Ray has started ahead would not have it, and be thrown away.
+    options: dict[str, Any] = {} if address else {"include_dashboard": False}
+    try:
+        with (
+            nullcontext() if address else _on_loopback(),
+            nullcontext() if address else sigterm_for_this_process_alone(),
+            _private_token(),
+            sigterm_kept_from_ray(),
+            _no_handler_of_crashes(),
+        ):
+            ray.init(
+                address=address or "local",
+                logging_level=logging.ERROR,
+                log_to_driver=False,
+                **options,
+            )
+            ray_worker._worker_logs_enabled = False  # else what raylets say is printed in spite of log_to_driver
+    except ConnectionError as error:
+        raise SweepError(_no_answer(address, error)) from None
+    except Exception as error:  # of many kinds: ports, memory, a machine too busy to start it in time
+        if address:  # as one of another version of Ray or Python
+            raise SweepError(f"the cluster at {address} cannot be used: {' '.join(str(error).split())}") from error
+        raise SweepError(f"Ray did not start: {str(error).strip().splitlines()[0]}") from error
+
+
+def _end() -> None:
+    """Leave the cluster, and end what was started here of it."""
+    if (node := ray_worker._global_node) is not None:
+        node.kill_all_processes = partial(_kill_all, node)  # ray.shutdown calls it, when it has let go of them itself
+    with _nothing_collected():
+        ray.shutdown()
+    ray_worker._worker_logs_enabled = True
+
+
+def _kill_all(node: RayNode, **told: Any) -> None:
+    """End Ray's processes at once. `ray.shutdown` sends SIGTERM and waits a second for each: none listens to that."""
+    started = [process.process.pid for processes in node.all_processes.values() for process in processes]
+    below = []
+    for pid in started:
+        with suppress(psutil.Error):
+            below += psutil.Process(pid).children(recursive=True)  # they would notice within seconds
+    RayNode.kill_all_processes(node, check_alive=False)
+    for process in below:
+        with suppress(psutil.Error):
+            process.kill()
 
 
 @contextmanager

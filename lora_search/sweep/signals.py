@@ -51,6 +51,20 @@ def sigterm_kept_from_ray() -> Iterator[None]:
 
 
 @contextmanager
+def sigterm_for_this_process_alone() -> Iterator[None]:
+    """Have no process that is started meanwhile hear SIGTERM, ever; in this thread it waits until then.
+
+    A machine that goes down, systemd, Slurm and `timeout` send it to all processes at once, and with Ray's ended by it
+    no trial could be saved.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def signals_end_tune() -> Iterator[threading.Event]:
     """Let SIGINT and SIGTERM end Ray Tune's loop after its current event; yields what is set as soon as either came.
 
