@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_search.errors import SweepError
-from lora_search.storage import Folder, StoreError
+from lora_search.storage import Folder
 
 Checkpoint = Mapping[str, bytes]
 
@@ -25,6 +26,10 @@ TRIAL = "trial.json"
 
 REPORTS = "reports.json"
 """The trial's parameters, and all that it had reported by then."""
+
+MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""What reading a file raises that is not there. Whatever else it raises says nothing of what the file holds: of a file
+server that is out of reach for a moment, or a store that fails, everything would be damaged."""
 
 KEPT = 2
 """Checkpoints of a trial: the newest, and the one before should the newest be damaged."""
@@ -58,14 +63,12 @@ def read_checkpoint(folder: Folder) -> Checkpoint:
 
     Raises:
         SweepError: a file is missing, or is not what was written.
-        StoreError: the object store fails, which says nothing of the checkpoint.
+        OSError: it cannot be read now, which says nothing of the checkpoint.
     """
     try:
         names = [*_sealed(folder.read(TRIAL), folder.place)["sha256"], TRIAL]
         checkpoint = {name: folder.read(name.rpartition("/")[2]) for name in names}
-    except StoreError:
-        raise
-    except (OSError, ValueError) as error:
+    except (*MISSING, ValueError) as error:
         raise SweepError(f"{folder.place}: the checkpoint is incomplete: {error}") from None
     verify(checkpoint, folder.place)
     return checkpoint
@@ -183,7 +186,7 @@ class Shelf:
         """The newest checkpoint that is whole; None where there never was one.
 
         Raises:
-            StoreError: the object store fails, which says nothing of the checkpoints.
+            OSError: they cannot be read now, which says nothing of them.
         """
         damaged: list[str] = []
         for name in reversed(self._names()):
@@ -195,9 +198,7 @@ class Shelf:
                     parameters, reports = told["parameters"], told["reports"]
                 else:
                     parameters, reports = self._told_by(step_of(checkpoint))
-            except StoreError:
-                raise
-            except (SweepError, OSError, ValueError) as error:
+            except (SweepError, *MISSING, ValueError) as error:
                 damaged.append(str(error))
             else:
                 return Saved(checkpoint, parameters, reports, tuple(damaged))
@@ -230,10 +231,14 @@ class Shelf:
         return f"{self._path}/{name}"
 
     def _let_old_go(self, new: tuple[int, str]) -> None:
-        """All but the new checkpoint, those before it that KEPT allows, and those of later steps."""
+        """All but the new checkpoint, those before it that KEPT allows, and those of later steps.
+
+        One that cannot go stays until the next time: somebody may read it, and NFS keeps open files in their folder.
+        """
         older = [name for name in self._names() if _place(name) < new]
         for old in older[: 1 - KEPT]:
-            self._folder.remove(old)
+            with suppress(OSError):
+                self._folder.remove(old)
 
     def _told_by(self, step: int) -> tuple[Mapping[str, Any] | None, Sequence[dict[str, Any]]]:
         """What the newest checkpoint that tells anything does of the trial as it stood at a step.
@@ -252,9 +257,7 @@ class Shelf:
             try:
                 if REPORTS in folder.names():
                     yield _told(folder)
-            except StoreError:
-                raise
-            except (SweepError, OSError, ValueError):  # damaged
+            except (SweepError, *MISSING, ValueError):  # damaged
                 continue
 
     def _names(self) -> list[str]:

@@ -41,6 +41,10 @@ class TrainsTrials(Protocol):
     pack_limit: int | None
     """Most trials that it can train together, once it has found that out the hard way."""
 
+    def ever(self) -> int | None:
+        """How many trials might fit at once, however small; None where nobody has reckoned."""
+        ...
+
     def room(self, config: TrialConfig | None = None) -> int:
         """Bytes that are left, with a trial more where one is given; negative where it does not fit."""
         ...
@@ -107,6 +111,7 @@ class Host:
             self._engine = self._build(data)
             if check is not None:
                 check()
+            self._capacity = min(self._capacity, self._engine.ever() or self._capacity)
             return self._engine.room()
 
         self._bytes_left = await self._ask(load)

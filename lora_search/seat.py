@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import time
 from collections import deque
@@ -13,9 +14,10 @@ from ray.actor import ActorHandle
 
 from lora_search.checkpoint import Checkpoint, Shelf, step_of
 from lora_search.errors import TrialFailed
+from lora_search.rundir import SWEEP_FILE
 from lora_search.space import TrialConfig, report_steps, trial_config
 from lora_search.spec import SweepSpec
-from lora_search.storage import Folder
+from lora_search.storage import Folder, is_uri
 
 SEAT_BYTES = 128 << 20
 """Memory of a seat, which is all that Ray is asked for: a Python process with Ray in it."""
@@ -32,6 +34,9 @@ Two Choices in Randomized Load Balancing, 2001), and costs the same whatever the
 
 ANSWER_S = 5.0
 """A host that takes longer to say whether it has room is passed over, this time."""
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Where one node finds no room, no other will."""
 
 GONE = (
     ray.exceptions.RayActorError,
@@ -57,6 +62,7 @@ class Seat:
     - failure: in place of a report, why the trial cannot go on. It is not raised, since Ray Tune tries again whatever
       raises: that is for what happens to machines.
     - unsaved: in place of a report, why the run directory cannot be read or written to.
+    - node: where that is so, this seat's, which no other may share; None where it is so for all.
     """
 
     def __init__(self, config: dict[str, Any], spec: SweepSpec, run: Folder, hosts: str) -> None:
@@ -81,6 +87,7 @@ class Seat:
         self._shelf = Shelf(self._run, config["trial"])
         self._host: ActorHandle | None = None
         self._begun = False
+        self._unsaved: str | None = None
         self._reported = -1
         return True
 
@@ -92,7 +99,13 @@ class Seat:
         return {}
 
     def train(self) -> dict[str, Any]:
-        """Train up to the next report step, or say once more what was reported before the trial goes on."""
+        """Train up to the next report step, or say once more what was reported before the trial goes on.
+
+        Raises:
+            OSError: the run directory could not be used, as has been said; on another node the trial may go on.
+        """
+        if self._unsaved is not None:
+            raise OSError(self._unsaved)
         news: dict[str, Any] = {}
         try:
             if not self._begun:
@@ -104,13 +117,17 @@ class Seat:
         except OSError as error:
             if isinstance(error, ray.exceptions.RayError):  # of the cluster, or raised on a host
                 raise
-            return news | {"step": max(0, self._reported), "unsaved": str(error)}
+            self._unsaved = str(error)
+            node = None if error.errno in FULL else ray.get_runtime_context().get_node_id()
+            return {"step": max(0, self._reported), "unsaved": self._unsaved, "node": node}
         last = self._steps[-1]
         return news | report | {"done": report["step"] >= last}
 
     def _recall(self) -> dict[str, Any]:
         """Go on from the newest checkpoint, if there is one; what is new about that."""
         saved = self._shelf.newest()
+        if saved is None and not is_uri(self._run.place) and SWEEP_FILE not in self._run.names():
+            raise FileNotFoundError(errno.ENOENT, "there is no run directory", self._run.place)  # nor what lies in it
         if saved and saved.parameters not in (None, self._parameters):
             self._shelf.clear()  # of a trial that the study has lost, and whose number it has given to another
             saved = None

@@ -47,6 +47,9 @@ class CountingEngine:
         self.ranks[trial] = config.lora.rank
         self.steps[trial] = 0 if checkpoint is None else int(checkpoint["step"])
 
+    def ever(self) -> int | None:
+        return None
+
     def room(self, config: TrialConfig | None = None) -> int:
         """Each trial takes its rank, and there are 100 of them."""
         return 100 - sum(self.ranks.values()) - (config.lora.rank if config else 0)

@@ -529,7 +529,7 @@ def test_peak_on_a_gpu_is_predicted(tmp_path: Path) -> None:
 
 
 def test_gauge_admits_by_bytes_and_learns_from_what_it_sees(tiny_spec: SweepSpec) -> None:
-    from lora_search.memory.gauge import Gauge
+    from lora_search.memory.gauge import HOPE, Gauge
     from lora_search.space import trial_config
 
     memory = BaseMemory(skeleton(tiny_spec.base.model), CPU)
@@ -540,6 +540,11 @@ def test_gauge_admits_by_bytes_and_learns_from_what_it_sees(tiny_spec: SweepSpec
     gauge = Gauge(tiny_spec, memory, capacity, longest=32, most=8)
     assert gauge.room([large] * 3) >= 0 > gauge.room([large] * 6)
     assert 3 <= gauge.together() < 6
+    found = corners(tiny_spec, memory.tree, 32)
+    for shape, count in ((found[0].shape, 5), (found[0].shape, 6), (largest, 8)):
+        tight = int(HOPE * memory.host([shape] * count).total) + 1  # as little as so many might take
+        assert Gauge(tiny_spec, memory, tight, longest=32, most=8).ever() == count
+    assert Gauge(tiny_spec, memory, 1, longest=32, most=8).ever() == 1
     assert gauge.room([small] * 4) > gauge.room([large] * 4)
     assert gauge.size(large) > gauge.size(small) > 0
     assert gauge.trial_bytes(large) == memory.trial(largest).total > gauge.trial_bytes(small)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from lora_search.doctor import _hosts
 from lora_search.errors import HostFailed, InputError, SweepError
 from lora_search.host import Host
 from lora_search.placement import HostPlace
-from lora_search.rundir import create_run
+from lora_search.rundir import RunDirectory, create_run
 from lora_search.seat import ASKED_AT_ONCE, Lobby, Seat
 from lora_search.space import TrialConfig
 from lora_search.spec import SweepSpec
@@ -29,6 +30,7 @@ from lora_search.tracking import Observer
 
 HOSTS = 2 * ASKED_AT_ONCE
 PREFIX = "lora-search-of-a-test-"
+PARAMS = {"rank": 4, "alpha_ratio": 2, "dropout": 0.0, "target_modules": "all-linear", "learning_rate": 1e-3}
 
 
 class Asked(Host):
@@ -164,6 +166,13 @@ class IdleEngine(CountingEngine):
         return {trial: IdleReport(self.steps[trial]) for trial in trials}
 
 
+def fresh_run(output: Path, name: str) -> RunDirectory:
+    """A run directory as hosts and seats find it."""
+    run = create_run(output, name, exact=True)
+    run.spec.touch()
+    return run
+
+
 def build_idle(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> IdleEngine:
     return IdleEngine()
 
@@ -180,8 +189,7 @@ def test_host_whose_cores_are_held_is_not_waited_for_and_joins_when_they_are_fre
     ray.get(holder.room.remote())
     spec = make_spec(tiny, name="held", hosts={"cpus_per_host": cores // 2}, output=str(tmp_path))
     said: list[str] = []
-    run = create_run(tmp_path, spec.name, exact=True)
-    run.spec.touch()
+    run = fresh_run(tmp_path, spec.name)
     hosts = SweepHosts(spec, build_idle, said.append, run.folder)
     try:
         hosts.require_same_nodes()
@@ -225,6 +233,32 @@ def test_host_whose_cores_are_held_is_not_waited_for_and_joins_when_they_are_fre
     finally:
         hosts.end()
     assert not list(run.path.glob(".probe-*"))
+
+
+def test_no_more_trials_are_proposed_than_memory_allows_the_hosts(started: Hosts, tiny: Path, tmp_path: Path) -> None:
+    from lora_search.sweep.hosts import Hosts as SweepHosts
+
+    spec = make_spec(tiny, name="small", hosts={"count": 1, "cpus_per_host": 1}, output=str(tmp_path))
+    hosts = SweepHosts(spec, build_small)
+    try:
+        assert hosts.capacity > 1
+        (ready,) = hosts.load()
+        assert (ready["capacity"], hosts.capacity) == (1, 1)
+        (host,) = hosts.actors
+        assert started.ray.get(host.room.remote())[0] == 1
+    finally:
+        hosts.end()
+
+
+class SmallEngine(CountingEngine):
+    """Has memory for one trial."""
+
+    def ever(self) -> int | None:
+        return 1
+
+
+def build_small(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> SmallEngine:
+    return SmallEngine()
 
 
 def test_hosts_lost_all_at_once_are_replaced_and_one_lost_at_the_end_leaves_the_others(
@@ -428,16 +462,15 @@ def test_seat_clears_away_the_checkpoints_of_a_trial_that_had_its_number(
     saved = shelf.newest()
     assert saved is not None
     assert (saved.parameters, saved.reports) == ({"rank": 8}, [{"step": 4}])
-    params = {"rank": 4, "alpha_ratio": 2, "dropout": 0.0, "target_modules": "all-linear", "learning_rate": 1e-3}
     spec = make_spec(tiny, name="number", training={"steps": 4, "eval_every": 2}, output=str(tmp_path))
     host = started.ray.remote(Host).options(num_cpus=0, name="lora-search-number-0").remote("h", 1, build_counting)
     started.ray.get(host.load.remote(None))
-    seat = Seat({"trial": 7, "params": params, "again": False}, spec, Folder(tmp_path), "lora-search-number-")
+    seat = Seat({"trial": 7, "params": PARAMS, "again": False}, spec, Folder(tmp_path), "lora-search-number-")
     assert "resumed" not in seat.train()
     assert [path.name for path in (tmp_path / "tune" / "trial-0007").iterdir()] == ["checkpoint_000002"]
     saved = shelf.newest()
     assert saved is not None
-    assert saved.parameters == params
+    assert saved.parameters == PARAMS
     started.ray.kill(host)
 
 
@@ -445,18 +478,17 @@ def test_trial_that_is_interrupted_twice_between_reports_tells_all_again_and_goe
     started: Hosts, tiny: Path, tmp_path: Path
 ) -> None:
     """Its study and its record may have lost what it had told: an object store has what was uploaded last."""
-    params = {"rank": 4, "alpha_ratio": 2, "dropout": 0.0, "target_modules": "all-linear", "learning_rate": 1e-3}
     training, search = {"steps": 40, "eval_every": 10}, {"scheduler": {"name": "none"}}
     spec = make_spec(tiny, name="told", training=training, search=search, output=str(tmp_path))
-    run = Folder(tmp_path)
+    run = fresh_run(tmp_path, "told").folder
     host = started.ray.remote(Host).options(num_cpus=0, name="lora-search-told-0").remote("h", 1, build_resuming)
     try:
         started.ray.get(host.load.remote(None))
-        seat = Seat({"trial": 3, "params": params, "again": False}, spec, run, "lora-search-told-")
+        seat = Seat({"trial": 3, "params": PARAMS, "again": False}, spec, run, "lora-search-told-")
         assert seat.train()["step"] == 10
         for step in (14, 17, 18):
-            Shelf(run, 3).put_unreported(seal({"weights.bin": b""}, {"step": step}), params)
-        seat.reset({"trial": 3, "params": params, "again": True})
+            Shelf(run, 3).put_unreported(seal({"weights.bin": b""}, {"step": step}), PARAMS)
+        seat.reset({"trial": 3, "params": PARAMS, "again": True})
         first, second = seat.train(), seat.train()
         assert (first["step"], first["resumed"]) == (10, {"step": 18, "damaged": []})
         assert second["step"] == 20
@@ -465,7 +497,7 @@ def test_trial_that_is_interrupted_twice_between_reports_tells_all_again_and_goe
     finally:
         started.ray.kill(host)
     assert saved is not None
-    assert saved.parameters == params
+    assert saved.parameters == PARAMS
     assert [report["step"] for report in saved.reports] == [10, 20]
 
 
@@ -483,6 +515,139 @@ def test_checkpoints_that_a_host_keeps_of_a_trial_without_a_report_tell_its_para
     saved = Shelf(Folder(tmp_path), 3).newest()
     assert saved is not None
     assert saved.parameters == {"rank": 8}
+
+
+def test_checkpoints_that_cannot_be_read_for_a_moment_are_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a file server is out of reach: else the trial would begin over again, and its checkpoints would go."""
+    shelf = Shelf(Folder(tmp_path), 0)
+    for step in (10, 20):
+        shelf.put(seal({"weights.bin": b"good"}, {"step": step}), {"rank": 8}, [{"step": step}])
+    for number in (errno.ESTALE, errno.EACCES, errno.ETIMEDOUT, errno.EIO):
+        with monkeypatch.context() as patch:
+            patch.setattr(Folder, "read", raises(OSError(number, os.strerror(number))))
+            with pytest.raises(OSError, match=os.strerror(number)) as raised:
+                shelf.newest()
+            assert raised.value.errno == number
+            with pytest.raises(OSError, match=os.strerror(number)):
+                shelf.put_unreported(seal({"weights.bin": b"anew"}, {"step": 15}), None)
+    saved = shelf.newest()
+    assert saved is not None
+    assert (saved.reports, saved.damaged) == ([{"step": 20}], ())
+
+
+def test_old_checkpoint_that_cannot_go_stays_until_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = Shelf(Folder(tmp_path), 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "remove", raises(OSError(errno.ENOTEMPTY, "Directory not empty")))  # NFS, a file is open
+        for step in (10, 20, 30):
+            shelf.put(seal({"weights.bin": b""}, {"step": step}), {}, [{"step": step}])
+    assert len(shelf._names()) == 3
+    shelf.put(seal({"weights.bin": b""}, {"step": 40}), {}, [{"step": 40}])
+    assert shelf._names() == ["checkpoint_000030", "checkpoint_000040"]
+
+
+def raises(error: Exception) -> Callable[..., Any]:
+    def fail(*given: Any) -> Any:
+        raise error
+
+    return fail
+
+
+class Unwritable(Folder):
+    """A folder in which nothing can be written."""
+
+    number = errno.EROFS
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.place,)
+
+    def below(self, name: str) -> Folder:
+        return type(self)(super().below(name).place)
+
+    def write(self, name: str, content: bytes) -> None:
+        raise OSError(self.number, os.strerror(self.number))
+
+
+class OutOfReach(Folder):
+    """A folder that a node does not see any more."""
+
+    def __reduce__(self) -> Any:
+        return OutOfReach, (self.place,)
+
+    def names(self) -> list[str]:
+        raise OSError("far")
+
+
+class FullFolder(Unwritable):
+    number = errno.ENOSPC
+
+
+@pytest.mark.parametrize(
+    ("kind", "why", "here_alone"),
+    [
+        (Folder, "there is no run directory", True),
+        (Unwritable, "Read-only file system", True),
+        (FullFolder, "No space left on device", False),
+    ],
+)
+def test_seat_that_cannot_use_the_run_directory_says_so_and_on_which_node(
+    started: Hosts, tiny: Path, tmp_path: Path, kind: type[Folder], why: str, here_alone: bool
+) -> None:
+    """A trial whose checkpoints are out of sight would begin over again, and nobody would find what it leaves."""
+    if kind is not Folder:
+        (tmp_path / "sweep.yaml").touch()
+    spec = make_spec(tiny, name="blind", training={"steps": 4, "eval_every": 2}, output=str(tmp_path))
+    host = started.ray.remote(Host).options(num_cpus=0, name="lora-search-blind-0").remote("h", 1, build_counting)
+    try:
+        started.ray.get(host.load.remote(None))
+        seat = Seat({"trial": 3, "params": PARAMS, "again": False}, spec, kind(tmp_path), "lora-search-blind-")
+        said = seat.train()
+        assert why in said.pop("unsaved")
+        assert said == {"step": 0, "node": started.ray.nodes()[0]["NodeID"] if here_alone else None}
+        with pytest.raises(OSError, match=why):  # which is how Ray Tune learns that it is to go on elsewhere
+            seat.train()
+        assert not (tmp_path / "tune").exists()
+    finally:
+        started.ray.kill(host)
+
+
+def test_node_that_cannot_use_the_run_directory_gets_no_seat_until_it_can(
+    started: Hosts, tiny: Path, tmp_path: Path
+) -> None:
+    """Where no node is left that can, nor the sweep itself, the sweep ends."""
+    from lora_search.sweep.hosts import Hosts as SweepHosts
+
+    spec = make_spec(tiny, name="doubted", hosts={"count": 1}, output=str(tmp_path))
+    run = fresh_run(tmp_path, spec.name)
+    said: list[str] = []
+    hosts = SweepHosts(spec, build_idle, said.append, run.folder)
+    try:
+        hosts.require_same_nodes()
+        node = started.ray.nodes()[0]["NodeID"]
+        assert not hosts.barred
+        hosts.unsaved("Stale file handle", node)
+        warning = (
+            f"WARNING: node {node[:8]} cannot use the run directory: Stale file handle; its trials go on elsewhere"
+        )
+        assert said == [warning]
+        assert hosts.barred == {node}
+        wait_until(lambda: hosts.look() or not hosts.barred)
+        with pytest.raises(SweepError, match=r"cannot be written to: No space left on device; mend it, then --resume"):
+            hosts.unsaved("No space left on device", None)
+        hosts._soundness._run = OutOfReach(run.path)  # as the nodes see it
+        hosts.unsaved("Stale file handle", node)
+        with pytest.raises(SweepError, match=r"no node is left that can use the run directory; mend it"):
+            wait_until(lambda: hosts.look() is not None)
+        assert said[-1] == f"WARNING: node {node[:8]} is of no use: it cannot use the run directory: far"
+        hosts._run = Folder(run.spec)  # a file
+        with pytest.raises(SweepError, match=r"cannot be written to: Stale file handle; mend it, then --resume"):
+            hosts.unsaved("Stale file handle", node)
+    finally:
+        hosts.end()
 
 
 def test_new_checkpoint_is_not_let_go_for_damaged_ones_of_later_steps(tmp_path: Path) -> None:
@@ -593,7 +758,7 @@ def test_seats_are_started_once_each_though_trials_end_while_others_start(
     try:
         hosts.load()
         monkeypatch.setattr(SweepHosts, "capacity", property(lambda self: capacity if len(ended) >= alone else 1))
-        rows = search(spec, create_run(tmp_path, spec.name, exact=True), hosts, [Ends()])
+        rows = search(spec, fresh_run(tmp_path, spec.name), hosts, [Ends()])
     finally:
         hosts.end()
     assert [row["state"] for row in rows] == ["completed"] * 60

@@ -59,6 +59,9 @@ class IdleEngine:
     def size(self, config: TrialConfig) -> int:
         return 0
 
+    def ever(self) -> int | None:
+        return None
+
     def room(self, config: TrialConfig | None = None) -> int:
         return 0
 

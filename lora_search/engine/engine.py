@@ -95,6 +95,10 @@ class Engine:
             raise ValueError("nobody has reckoned what fits together")
         return self._gauge.together()
 
+    def ever(self) -> int | None:
+        """How many trials might fit at once, were all as small as the space allows; None where nobody has reckoned."""
+        return None if self._gauge is None else self._gauge.ever()
+
     @device_fails_host()
     def admit(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None = None) -> None:
         """Make a trial resident, at its start or where a checkpoint left it.

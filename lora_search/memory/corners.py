@@ -52,6 +52,11 @@ def corners(spec: SweepSpec, tree: ModuleTree, length: int) -> tuple[Corner, ...
     return tuple(found)
 
 
+def smallest(found: Sequence[Corner]) -> Corner:
+    """The corner on the smallest target set, with the smallest rank and batch."""
+    return found[0]
+
+
 def largest(found: Sequence[Corner]) -> Corner:
     """The corner on the largest target set, with the largest rank and batch."""
     return found[-1]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lora_search.machine import memory_bytes
-from lora_search.memory.corners import corners, largest
+from lora_search.memory.corners import corners, largest, smallest
 from lora_search.memory.estimate import BaseMemory
 from lora_search.memory.values import TrialShape
 from lora_search.space import TrialConfig
@@ -23,6 +23,9 @@ BESIDE_BYTES, SEATS_BYTES = 700 << 20, 160 << 20
 """Of a machine without GPUs: the sweep's own process with Ray's, and the seats of a host's two trials. In a run of the
 demo the first took at most 505 MB (proportional set size; alone at its most 950 MB while Ray starts, when no host has
 loaded anything); eight seats took 555 MiB (analysis/benchmarks/memory.py)."""
+
+HOPE = 0.85
+"""The least that trials are expected to take, of what is predicted."""
 
 BOUNDS = (0.5, 2.0)
 """Of the correction: beyond, something else than these trials has been measured."""
@@ -44,7 +47,8 @@ class Gauge:
         self._memory = memory
         self._longest = longest
         self._most = most
-        self._largest = largest(corners(spec, memory.tree, longest)).shape
+        found = corners(spec, memory.tree, longest)
+        self._smallest, self._largest = smallest(found).shape, largest(found).shape
         self._most_predicted = 0
         self._trial_bytes: dict[TrialShape, int] = {}
 
@@ -65,6 +69,14 @@ class Gauge:
     def together(self) -> int:
         """How many of the largest trials of the space fit at once, at most as many as will ever be together."""
         return max((count for count in range(2, self._most + 1) if self.room_for_largest(count) >= 0), default=1)
+
+    def ever(self) -> int:
+        """How many trials might fit at once, were all of them the space's smallest: at least one."""
+        if self.room_for_largest(self._most) >= 0:
+            return self._most
+        counts = range(2, self._most + 1)
+        fit = (n for n in counts if HOPE * self._memory.host([self._smallest] * n).total <= self.capacity)
+        return max(fit, default=1)
 
     def size(self, config: TrialConfig) -> int:
         """Bytes that a trial adds to its host; 0 where as many of the largest fit as will ever be together."""

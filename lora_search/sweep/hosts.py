@@ -15,7 +15,7 @@ from lora_search.placement import HostPlace, Node
 from lora_search.spec import SweepSpec
 from lora_search.storage import Folder
 from lora_search.sweep.answers import DataLost, HostLost, is_done, unwrap
-from lora_search.sweep.build import Build
+from lora_search.sweep.build import STORE_S, Build
 from lora_search.sweep.cluster import Say, nodes, warned
 from lora_search.sweep.roster import LOOK_EVERY_S, Roster
 from lora_search.sweep.running import RunningHost, require_same, what_is_held
@@ -303,6 +303,25 @@ class Hosts(Roster):
             except ray.exceptions.RayError as error:
                 logger.warning("a host kept no checkpoints: %s", error)
         return saved
+
+    def unsaved(self, why: str, node: str | None) -> None:
+        """A seat cannot use the run directory: no other gets a place on that node until it says that it can.
+
+        Args:
+            node: None where no other would be able to either.
+
+        Raises:
+            SweepError: nor is this process able to.
+        """
+        ended = f"the run directory cannot be written to: {why}; mend it, then --resume"
+        if node is None or self._run is None:
+            raise SweepError(ended)
+        try:
+            Folder(self._run.place, STORE_S).check()
+        except OSError as error:
+            raise SweepError(ended) from error
+        self._say(f"WARNING: node {node[:8]} cannot use the run directory: {why}; its trials go on elsewhere")
+        self._soundness.doubt(node)
 
     def was_kept(self, trial: int) -> bool:
         """Whether a trial that is lost was kept as it stood, since its host's node was to go. It is so but once."""

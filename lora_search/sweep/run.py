@@ -309,7 +309,7 @@ def _tune(
                 reuse_actors=True,
                 name=run.tune.name,
                 storage_path=str(run.path.resolve()),
-                callbacks=[Relay(spec, told, past.rows, searcher.retries)],
+                callbacks=[Relay(spec, told, past.rows, searcher.retries, hosts.unsaved)],
                 trial_name_creator=_trial_name,
                 trial_dirname_creator=_trial_name,
                 raise_on_failed_trial=False,

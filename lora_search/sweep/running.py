@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,8 +72,13 @@ class RunningHost:
     saving: Any = None
     """A call that is answered when it has kept its trials, since its node is to go."""
 
-    def is_loaded(self) -> None:
+    def is_loaded(self, ready: Mapping[str, Any]) -> None:
+        """
+        Args:
+            ready: what it is, as it says; of its capacity memory has had a say by now.
+        """
         self.loaded, self.late = True, False
+        self.capacity = ready["capacity"]
 
     def hear(self) -> None:
         """Hold it against this process, where it was started since all others were, as soon as it has said what it is.

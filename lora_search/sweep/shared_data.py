@@ -65,7 +65,7 @@ class SharedData:
         except SweepError as error:
             failed = error
         if failed is None:
-            host.is_loaded()
+            host.is_loaded(ready)
             return ready
         wrong = given and given.wrong()
         if wrong is None and not isinstance(failed, DataLost):

@@ -34,11 +34,22 @@ class Soundness:
         self._sound: set[str] = set()
         self._asked: dict[str, Any] = {}
         """By node, its answer; None where that has been heard."""
+        self._doubted: set[str] = set()
+        """Nodes with hosts that were sound, and may be so no more."""
         self.barred: frozenset[str] = frozenset()
 
     def add(self, *nodes: str) -> None:
         """Nodes are as all others."""
         self._sound.update(nodes)
+        self._doubted.difference_update(nodes)
+
+    def doubt(self, node: str) -> None:
+        """Ask a node anew that was sound; until it has answered so again, no seat begins there."""
+        if node in self._sound:
+            self._sound.remove(node)
+            self._doubted.add(node)
+            self._begin(node)
+            self.barred |= {node}
 
     def answers(self, there: Sequence[Node], places: Sequence[HostPlace]) -> list[tuple[str, Any]]:
         """What each node without a host says (`greet`), by its id; who is silent for ANSWER_S is left out.
@@ -78,6 +89,9 @@ class Soundness:
         Args:
             going: nodes that will be gone soon.
             unfit: nodes that are of no use, as has been said.
+
+        Raises:
+            SweepError: there is none left on which a seat may be.
         """
         self._ask([node for node in there if node.id not in unfit], places)
         alive = {node.id for node in there}
@@ -91,11 +105,17 @@ class Soundness:
                     self._say(f"WARNING: node {node[:8]} is of no use: {error}")
                 else:
                     self.add(node)
+        waits = any(answer is not None for answer in self._asked.values())
+        if self._doubted & alive and not self._sound & alive and not waits:
+            raise SweepError("no node is left that can use the run directory; mend it, then --resume")
         self.barred = frozenset(alive - self._sound).union(going)
 
     def _ask(self, there: Sequence[Node], places: Sequence[HostPlace]) -> None:
         known = self._sound.union(self._asked, (place.node for place in places))
         for node in there:
             if node.id not in known:
-                ask = ray.remote(num_cpus=0, max_retries=0)(greet).options(scheduling_strategy=on_node(node.id))
-                self._asked[node.id] = ask.remote(self._run)
+                self._begin(node.id)
+
+    def _begin(self, node: str) -> None:
+        ask = ray.remote(num_cpus=0, max_retries=0)(greet).options(scheduling_strategy=on_node(node))
+        self._asked[node] = ask.remote(self._run)

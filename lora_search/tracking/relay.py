@@ -10,7 +10,6 @@ from typing import Any
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
-from lora_search.errors import SweepError
 from lora_search.results import Row
 from lora_search.results.events import FIGURES
 from lora_search.space import trial_config
@@ -32,13 +31,15 @@ class Relay(Callback):  # type: ignore[misc]  # Ray's base class is untyped
         observers: Sequence[Observer],
         past: Sequence[Row] = (),
         retries: Callable[[int], bool] = lambda trial: False,
+        unsaved: Callable[[str, str | None], None] = lambda why, node: None,
     ) -> None:
         """
         Args:
             past: rows of the trials that earlier processes have run.
             retries: whether a trial whose machine was lost is tried again.
+            unsaved: told why a seat cannot use the run directory, and on which node that is so.
         """
-        self._retries = retries
+        self._retries, self._unsaved = retries, unsaved
         self._spec = spec
         self._observers = list(observers)
         self._steps = {int(row["trial"]): int(row["steps"]) for row in past}
@@ -55,14 +56,15 @@ class Relay(Callback):  # type: ignore[misc]  # Ray's base class is untyped
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
+        if "unsaved" in result:
+            self._unsaved(result["unsaved"], result["node"])
+            return
         number, step = trial.config["trial"], result["step"]
         resumed = result.get("resumed")
         if resumed is not None or number in self._lost:
             self._lost.discard(number)
             parameters, where = self._parameters(trial), resumed or {"step": 0, "damaged": []}
             self._tell(lambda observer: observer.trial_resumed(number, parameters, **where))
-        if "unsaved" in result:
-            raise SweepError(f"the run directory cannot be written to: {result['unsaved']}; mend it, then --resume")
         if "failure" in result or step <= self._steps[number]:
             return  # what is reported again has been told
         self._steps[number] = step
