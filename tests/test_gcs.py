@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,31 +23,30 @@ from lora_search.sweep.run import run_sweep
 
 BUCKET = "lora-search-test"
 
+EMULATOR = """
+import time
+from gcp_storage_emulator.server import create_server
+with create_server("127.0.0.1", 0, True) as server:
+    print(server._api._httpd.server_port, flush=True)
+    time.sleep(10**6)
+"""
+"""On a port that is free: where it is told one that has been taken since, it waits for ever."""
+
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     """The URI of a bucket, up to the folder's name, and what comes after that."""
     pytest.importorskip("gcp_storage_emulator", reason="needs gcp-storage-emulator for a Google object store")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    code = f"import gcp_storage_emulator.server as s; s.create_server('127.0.0.1', {port}, True).run()"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/storage/v1/b?project=test",
-        data=json.dumps({"name": BUCKET}).encode(),
-        headers={"Content-Type": "application/json"},
-    )
+    process = subprocess.Popen([sys.executable, "-c", EMULATOR], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                urllib.request.urlopen(request, timeout=5).close()
-                break
-            except urllib.error.URLError:
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
+        assert process.stdout
+        port = int(process.stdout.readline())
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/storage/v1/b?project=test",
+            data=json.dumps({"name": BUCKET}).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        urllib.request.urlopen(request, timeout=30).close()
         yield f"gs://anonymous@{BUCKET}/{{}}?endpoint_override=127.0.0.1%3A{port}&scheme=http&retry_limit_seconds=3"
     finally:
         process.kill()

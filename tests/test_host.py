@@ -89,36 +89,6 @@ async def make_host(engine: CountingEngine, capacity: int = 4) -> Host:
     return host
 
 
-def test_residents_are_trained_in_the_same_steps() -> None:
-    engine = CountingEngine()
-
-    async def story() -> list[dict[str, Any]]:
-        host = await make_host(engine)
-        for trial in "abc":
-            assert await host.admit(trial, CONFIG)
-        return await asyncio.gather(*(host.advance(trial, 2000) for trial in "abc"))
-
-    assert [report["step"] for report in asyncio.run(story())] == [2000] * 3
-    assert sum(len(trials) == 3 for trials in engine.log) > 1000
-
-
-def test_trial_joins_while_others_train() -> None:
-    engine = CountingEngine()
-
-    async def story() -> tuple[dict[str, Any], dict[str, Any]]:
-        host = await make_host(engine)
-        await host.admit("long", CONFIG)
-        long = asyncio.ensure_future(host.advance("long", 50_000))
-        await asyncio.sleep(0.01)
-        await host.admit("late", CONFIG)
-        late = await host.advance("late", 5)
-        assert not long.done()
-        return await long, late
-
-    long, late = asyncio.run(story())
-    assert (long["step"], late["step"], late["host"]) == (50_000, 5, "host-0")
-
-
 class Held(CountingEngine):
     """Is in the middle of a step until it is let go."""
 
@@ -133,6 +103,53 @@ class Held(CountingEngine):
 
     def snapshot(self, trial: str) -> Checkpoint:
         return seal({"weights.bin": b""}, {"step": self.steps[trial]})
+
+
+def test_residents_are_trained_in_the_same_steps() -> None:
+    engine = Held()
+
+    async def story() -> list[dict[str, Any]]:
+        host = await make_host(engine)
+        for trial in "abc":
+            assert await host.admit(trial, CONFIG)
+        training = [asyncio.ensure_future(host.advance(trial, 2000)) for trial in "abc"]
+        await asyncio.to_thread(engine.entered.wait)  # the first step may have begun before all had asked
+        engine.go.set()
+        return await asyncio.gather(*training)
+
+    assert [report["step"] for report in asyncio.run(story())] == [2000] * 3
+    assert sum(len(trials) == 3 for trials in engine.log) >= 1999
+
+
+class Endless(CountingEngine):
+    """Leaves the trial "long" out before its last step until it is let go, and trains the others."""
+
+    held = True
+
+    def step(self, trials: Sequence[str]) -> dict[str, Any]:
+        going = [trial for trial in trials if not (self.held and trial == "long" and self.steps[trial] == 49_999)]
+        return super().step(going) if going else {}
+
+
+def test_trial_joins_while_others_train() -> None:
+    engine = Endless()
+
+    async def story() -> tuple[dict[str, Any], dict[str, Any]]:
+        host = await make_host(engine)
+        await host.admit("long", CONFIG)
+        long = asyncio.ensure_future(host.advance("long", 50_000))
+        await asyncio.sleep(0.01)
+        try:
+            async with asyncio.timeout(60):
+                await host.admit("late", CONFIG)
+                late = await host.advance("late", 5)
+            assert not long.done()
+        finally:
+            engine.held = False
+        return await long, late
+
+    long, late = asyncio.run(story())
+    assert (long["step"], late["step"], late["host"]) == (50_000, 5, "host-0")
 
 
 def test_trial_that_leaves_while_all_are_saved_costs_no_other_its_checkpoint(tmp_path: Path) -> None:

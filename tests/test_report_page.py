@@ -36,6 +36,12 @@ DRAWN = """id => {
 """How many marks a chart has drawn, by the name of its series."""
 
 
+NOTE_ALL_IT_SAYS = """button => {
+  button.said = [];
+  new MutationObserver(() => button.said.push(button.textContent)).observe(button, { childList: true });
+}"""
+"""What it says for a moment may be over before it is looked at."""
+
 OPEN_ALL = "for (const details of document.querySelectorAll('details')) details.open = true"
 
 
@@ -126,9 +132,11 @@ def test_top_says_what_was_found_and_what_to_do_with_it(visit: Callable[..., Pag
     command = page.locator(".command", has_text="Merge it")
     assert f"lora-search merge {searched.parent} --trial {told['best']}" in command.locator("code").inner_text()
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    command.locator("button").click()
+    button = command.locator("button")
+    button.evaluate(NOTE_ALL_IT_SAYS)
+    button.click()
     # Not Playwright's wait_for_function: it evaluates again from within the page, which the page's policy forbids.
-    wait_until(lambda: page.evaluate("document.querySelector('.command button').textContent === 'Copied'"))
+    wait_until(lambda: "Copied" in button.evaluate("button => button.said"))
     assert page.evaluate("navigator.clipboard.readText()") == command.locator("code").inner_text()
 
 

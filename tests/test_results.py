@@ -200,11 +200,12 @@ def test_table_of_a_metric_to_be_maximal_ends_with_what_has_none(
     assert rows == ["2", "0", "3", "1", "4"]
 
 
-def test_who_looks_at_the_lock_is_not_seen_by_others(tmp_path: Path) -> None:
+def test_who_looks_at_the_lock_is_not_seen_by_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fcntl
 
     from lora_search.rundir import RunDirectory, is_locked, locked
 
+    monkeypatch.setattr("lora_search.rundir.PATIENCE_S", 30.0)
     run = RunDirectory(write_run(tmp_path / "run"))
     assert not is_locked(run)
     with locked(run):

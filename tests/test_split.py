@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from conftest import SHARED, make_spec
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pretend_devices import Devices, MixedDevices, pretend
 
@@ -44,6 +44,7 @@ TRIALS = [
 # The layout
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=7), st.integers(0, 20), st.integers(1, 7))
 def test_blocks_are_balanced_as_well_as_can_be(sizes: list[int], first: int, parts: int) -> None:
     parts = min(parts, len(sizes))

@@ -29,7 +29,7 @@ from test_faults import SEARCH, SEQUENTIAL, TRIALS, Strikes, compared, kill, req
 from lora_search.checkpoint import ADAPTER_WEIGHTS, Shelf, seal
 from lora_search.cli.main import main
 from lora_search.errors import InputError, SweepError
-from lora_search.lease import LEASE, SETTLE_S, leased
+from lora_search.lease import LEASE, leased
 from lora_search.results import Row, run_rows
 from lora_search.rundir import RunDirectory, create_run, find_run, newest_run
 from lora_search.spec import load_spec
@@ -344,7 +344,7 @@ def test_store_that_refuses_is_not_asked_again(store: Store) -> None:
     began = time.monotonic()
     with pytest.raises(StoreError, match="ACCESS_DENIED"):
         Folder(store.uri("refused")).write("a", b"")
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 30  # to ask again takes 300
 
 
 @pytest.mark.parametrize(
@@ -378,28 +378,39 @@ def test_missing_bucket_is_said(store: Store, tiny: Path) -> None:
 
 def test_of_two_that_begin_at_once_one_gives_way_before_it_has_uploaded_anything(store: Store) -> None:
     """The other's lease arrives late, when the first has seen that it has its own."""
+    found_free, first_has_it, gave_way = (threading.Event() for _ in range(3))
 
     class Late(Folder):
         def write(self, name: str, content: bytes) -> None:
-            time.sleep(2 * SETTLE_S)
+            found_free.set()
+            first_has_it.wait(PATIENCE)
             super().write(name, content)
 
-    def begin(run: RunDirectory, folder: Folder, wrote: str, done: Callable[[bool], bool]) -> None:
+    def begin(run: RunDirectory, folder: Folder, go_on: Callable[[Callable[[], bool]], None]) -> None:
         with leased(folder) as held, kept_uploaded(run, held):
-            run.spec.write_text(wrote)
-            while not done(held()):
-                time.sleep(0.1)
+            go_on(held)
+
+    def until_taken_over(held: Callable[[], bool]) -> None:
+        first.spec.write_text("the first's")
+        first_has_it.set()
+        wait_until(lambda: not held())
+
+    def once_alone(held: Callable[[], bool]) -> None:
+        gave_way.wait(PATIENCE)
+        second.spec.write_text("the second's")
 
     first, second = (create_run(store.uri("runs"), "twins", exact=True) for _ in range(2))
-    gave_way = threading.Event()
     late = Late(second.folder.place)
-    thread = threading.Thread(target=begin, args=(second, late, "the second's", lambda held: gave_way.is_set()))
+    thread = threading.Thread(target=begin, args=(second, late, once_alone), daemon=True)
     thread.start()
-    with pytest.raises(SweepError, match="another lora-search run has taken over"):
-        begin(first, first.folder, "the first's", lambda held: not held)
-    assert "sweep.yaml" not in first.folder.names()
-    gave_way.set()
-    thread.join()
+    try:
+        assert found_free.wait(PATIENCE)
+        with pytest.raises(SweepError, match="another lora-search run has taken over"):
+            begin(first, first.folder, until_taken_over)
+        assert "sweep.yaml" not in first.folder.names()
+    finally:
+        gave_way.set()
+    thread.join(PATIENCE)
     assert first.folder.read("sweep.yaml") == b"the second's"
 
 
