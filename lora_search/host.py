@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from lora_search.checkpoint import Checkpoint, Shelf, step_of
-from lora_search.errors import HostFailed, TrialFailed
+from lora_search.errors import OUT_OF_MEMORY, HostFailed, InputError, TrialFailed
 from lora_search.space import TrialConfig
 from lora_search.storage import Folder
 from lora_search.waiting import WaitingRoom
@@ -170,7 +170,7 @@ class Host:
             parameters: as they were proposed; its checkpoint tells them, where it is kept here.
 
         Raises:
-            TrialFailed: it does not fit, with no other beside it.
+            TrialFailed: it does not fit, with no other beside it, or is none for this base.
         """
         if not self._loaded:
             return False
@@ -198,13 +198,15 @@ class Host:
         """Give the engine a trial; beside how many it found no room, though it should have, and may beside fewer.
 
         Raises:
-            TrialFailed: beside none.
+            TrialFailed: beside none, or for another reason of its own.
         """
         beside = len(self._residents)  # here, where those leave that have come before
         try:
             self._engine.admit(trial, config, checkpoint)
-        except TrialFailed:
-            if not beside:
+        except InputError as error:  # no other host would take it
+            raise TrialFailed(str(error)) from error
+        except TrialFailed as failure:
+            if not beside or not str(failure).startswith(OUT_OF_MEMORY):
                 raise
             return beside
         return None

@@ -16,12 +16,13 @@ from safetensors.torch import load as load_tensors
 from lora_search.checkpoint import ADAPTER_WEIGHTS, OPTIMIZER, TRIAL, read_checkpoint, seal, write_checkpoint
 from lora_search.data import TokenizedData, TokenSplit
 from lora_search.engine import Engine, Report, StepMetrics
-from lora_search.errors import InputError, SweepError, TrialFailed
+from lora_search.errors import HostFailed, InputError, SweepError, TrialFailed
 from lora_search.model import load_base
 from lora_search.space import TrialConfig, trial_config
 from lora_search.storage import Folder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from lora_search.model import FrozenBase
@@ -317,7 +318,7 @@ def test_refused_trial_leaves_nothing_behind(engine: Engine, tiny_spec: SweepSpe
 
 
 @pytest.mark.parametrize("residents", [0, 1])
-def test_trial_for_which_memory_runs_out_half_way_leaves_nothing_behind(
+def test_trial_that_cannot_be_made_whole_leaves_nothing_behind(
     engine: Engine, tiny_spec: SweepSpec, tiny_base: FrozenBase, monkeypatch: pytest.MonkeyPatch, residents: int
 ) -> None:
     from peft.tuners.lora.layer import LoraLayer
@@ -330,16 +331,30 @@ def test_trial_for_which_memory_runs_out_half_way_leaves_nothing_behind(
     before, update = loras(), LoraLayer.update_layer
     calls: list[LoraLayer] = []
 
-    def short(layer: LoraLayer, *args: Any, **kwargs: Any) -> None:
-        calls.append(layer)
-        if len(calls) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        update(layer, *args, **kwargs)
+    def breaks_off(error: Exception) -> Callable[..., None]:
+        def half(layer: LoraLayer, *args: Any, **kwargs: Any) -> None:
+            calls.append(layer)
+            if len(calls) > 3:
+                raise error
+            update(layer, *args, **kwargs)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(LoraLayer, "update_layer", short)
-        with pytest.raises(TrialFailed, match=r"^out of memory at step 0, .*: CUDA out of memory\.$"):
-            engine.admit("a", config(tiny_spec))
+        return half
+
+    kinds: tuple[tuple[Exception, type[Exception], str], ...] = (
+        (
+            torch.OutOfMemoryError("CUDA out of memory."),
+            TrialFailed,
+            r"^out of memory at step 0, .*: CUDA out .*\.$",
+        ),
+        (ValueError("no such shape"), TrialFailed, "^ValueError: no such shape at step 0$"),
+        (OSError("No space left on device"), HostFailed, "^OSError: No space left on device$"),
+    )
+    for error, as_what, match in kinds:
+        calls.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(LoraLayer, "update_layer", breaks_off(error))
+            with pytest.raises(as_what, match=match):
+                engine.admit("a", config(tiny_spec))
     assert loras() == before
     engine.admit("a", config(tiny_spec))
     engine.admit("b", config(tiny_spec))

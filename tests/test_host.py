@@ -208,6 +208,17 @@ def test_trial_that_finds_no_memory_waits_unless_it_would_be_alone() -> None:
     assert asyncio.run(story()) == [True, False, True, 1]  # no other is let in beside one any more, only to fail
 
 
+def test_trial_that_is_refused_for_itself_costs_no_other_its_place() -> None:
+    async def story() -> list[Any]:
+        host = await make_host(CountingEngine(), capacity=3)
+        said: list[Any] = [await host.admit("a", CONFIG)]
+        with pytest.raises(TrialFailed, match="rank 1"):
+            await host.admit("b", ranked(1))
+        return [*said, (await host.room())[0]]
+
+    assert asyncio.run(story()) == [True, 2]
+
+
 def ranked(rank: int) -> TrialConfig:
     return TrialConfig(Lora(rank=rank), Training())
 
@@ -296,7 +307,7 @@ def test_one_trials_failure_reaches_its_seat_alone() -> None:
 def test_refused_trial_takes_no_room() -> None:
     async def story() -> int:
         host = await make_host(CountingEngine(), capacity=1)
-        with pytest.raises(InputError, match="rank 1"):
+        with pytest.raises(TrialFailed, match="rank 1"):  # which no other host would take either
             await host.admit("a", TrialConfig(Lora(rank=1), Training()))
         return (await host.room())[0]
 

@@ -265,6 +265,63 @@ def test_no_more_trials_are_proposed_than_memory_allows_the_hosts(started: Hosts
         hosts.end()
 
 
+def test_host_that_cannot_load_the_base_or_takes_too_long_holds_up_no_other(
+    started: Hosts, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It begins anew beside the sweep, and passes what hosts have to that come later."""
+    from lora_search.sweep.hosts import Hosts as SweepHosts
+
+    monkeypatch.setattr("lora_search.sweep.hosts.LOAD_S", 1.0)
+    cores = int(started.ray.cluster_resources()["CPU"])
+    placed = {"cpus_per_host": cores // 2}
+    for name, build, why in (
+        ("hub", build_first_is_refused, "host-0 was lost: the hub is busy"),
+        (
+            "slow",
+            build_first_is_slow,
+            "host-0 was lost: it loads the base for 1 s longer than another, and begins anew",
+        ),
+    ):
+        spec = make_spec(tiny, name=name, hosts=placed, output=str(tmp_path))
+        said: list[str] = []
+        hosts = SweepHosts(spec, build, said.append)
+
+        def are_two(hosts: SweepHosts = hosts) -> bool:
+            hosts.look()
+            return len(hosts._ready) == 2
+
+        try:
+            assert [ready["name"] for ready in hosts.load()] == ["host-1"]
+            assert said == [why]
+            hosts.check = other_weights
+            wait_until(lambda hosts=hosts: hosts.look() or any("of no use" in line for line in said))  # noqa: B023
+            hosts.check = None
+            hosts._losses.unfit.clear()
+            wait_until(are_two)
+            assert [host.place.name for host in hosts._ready] == ["host-1", "host-3"]
+        finally:
+            hosts.end()
+    hosts = SweepHosts(spec, build_refused, said.append)
+    try:
+        with pytest.raises(InputError, match="the hub is busy"):
+            hosts.load()
+    finally:
+        hosts.end()
+
+
+def build_refused(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> IdleEngine:
+    raise InputError("the hub is busy")
+
+
+def build_first_is_refused(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> IdleEngine:
+    return build_refused(spec, place, capacity, data) if place.name == "host-0" else IdleEngine()
+
+
+def build_first_is_slow(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> IdleEngine:
+    time.sleep(PATIENCE if place.name == "host-0" else 0)
+    return IdleEngine()
+
+
 class SmallEngine(CountingEngine):
     """Has memory for one trial."""
 

@@ -28,8 +28,8 @@ from lora_search.engine.products import working_dtype
 from lora_search.engine.random import seeded
 from lora_search.engine.sites import attach_sites, introduce_siblings
 from lora_search.engine.trial import ResidentTrial, lora_config
-from lora_search.engine.trouble import device_fails_host, free_memory, is_out_of_memory, require_finite, trouble_of
-from lora_search.errors import TrialFailed
+from lora_search.engine.trouble import device_fails_host, free_memory, require_finite, trouble_of
+from lora_search.errors import SweepError, TrialFailed
 from lora_search.memory.gauge import Gauge
 from lora_search.model import FrozenBase
 from lora_search.space import TrialConfig
@@ -106,7 +106,7 @@ class Engine:
         Raises:
             InputError: the target modules are none of this base.
             SweepError: the checkpoint is damaged.
-            TrialFailed: there is no memory for it.
+            TrialFailed: there is no memory for it, or PEFT cannot make such an adapter.
             HostFailed: the device computes no longer.
         """
         if trial in self._trials:
@@ -131,9 +131,9 @@ class Engine:
                 resident.restore(checkpoint)
         except BaseException as error:
             self._delete(name)
-            if isinstance(error, Exception) and is_out_of_memory(error):
-                raise trouble_of(error).failure(0) from error
-            raise
+            if isinstance(error, SweepError) or not isinstance(error, Exception):
+                raise
+            raise trouble_of(error).failure(0) from error
         self._trials[trial] = resident
 
     def release(self, trial: str) -> None:

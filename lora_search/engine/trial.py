@@ -21,7 +21,7 @@ from lora_search.engine.evaluate import Evaluation
 from lora_search.engine.masks import Masks
 from lora_search.engine.metrics import Report, StepMetrics
 from lora_search.engine.pack import Share
-from lora_search.errors import SweepError
+from lora_search.errors import TrialFailed
 from lora_search.space import TrialConfig
 from lora_search.targets import Targets
 
@@ -178,12 +178,13 @@ class ResidentTrial:
         """Become the trial that `snapshot` was taken of; going on from here is, to the bit, what it would have done.
 
         Raises:
-            SweepError: it is damaged, or of another version.
+            SweepError: it is damaged.
+            TrialFailed: it is of another version.
         """
         verify(checkpoint, needed=(ADAPTER_WEIGHTS, OPTIMIZER))
         state = json.loads(checkpoint[TRIAL])
         if state.get("format") != FORMAT:
-            raise SweepError(f"checkpoint: found format {state.get('format')!r}; allowed: {FORMAT}")
+            raise TrialFailed(f"checkpoint: found format {state.get('format')!r}; allowed: {FORMAT}")
         device = self.adapter.vectors[0].device
         set_peft_model_state_dict(
             self._model,

@@ -32,8 +32,20 @@ def is_done(answer: Any) -> bool:
     return bool(ready)
 
 
+def has_failed(answer: Any) -> bool:
+    """Whether a call has failed; waits for it."""
+    try:
+        ray.get(answer)
+    except ray.exceptions.RayError:
+        return True
+    return False
+
+
 def unwrap(reference: Any) -> Any:
-    """`ray.get` that raises our own errors as they were raised, a loss as HostLost, and others as a SweepError."""
+    """`ray.get` that raises our own errors as they were raised, a loss as HostLost, and others as a SweepError.
+
+    Where not even a host's actor can be made, as without this package, that is its node's fault: NodeUnfit.
+    """
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
@@ -44,10 +56,13 @@ def unwrap(reference: Any) -> Any:
             raise HostLost(str(cause)) from None
         if isinstance(cause, SweepError):
             raise type(cause)(str(cause)) from None
-        raise SweepError(f"{type(cause).__name__}: {cause}") from error
+        what = _first_line(cause) if isinstance(cause, ray.exceptions.RayError) else str(cause)  # then a traceback
+        raise SweepError(f"{type(cause).__name__}: {what}") from error
     except ray.exceptions.ObjectLostError as error:
         raise DataLost(_first_line(error)) from error
     except ray.exceptions.RayError as error:
+        if isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed:
+            raise NodeUnfit(f"no host can be made there: {str(error).strip().splitlines()[-1]}") from error
         raise HostLost(_first_line(error)) from error
 
 

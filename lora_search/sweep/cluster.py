@@ -190,6 +190,12 @@ def warned() -> frozenset[str]:
     return frozenset(state.get_draining_nodes())
 
 
+def staying() -> tuple[Node, ...]:
+    """The living nodes that are not to go."""
+    going = warned()
+    return tuple(node for node in nodes() if node.id not in going)
+
+
 @contextmanager
 def asked_of_autoscaler(hosts: HostSpec, trials: int) -> Iterator[Callable[[int], None]]:
     """Have a cluster that grows make room for as many hosts as the sweep's trials fill, and let it shrink at the end.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar, cast
 
@@ -14,7 +15,7 @@ from lora_search.errors import InputError, SweepError
 from lora_search.placement import HostPlace, Node
 from lora_search.spec import SweepSpec
 from lora_search.storage import Folder
-from lora_search.sweep.answers import DataLost, HostLost, is_done, unwrap
+from lora_search.sweep.answers import DataLost, HostLost, has_failed, is_done, unwrap
 from lora_search.sweep.build import STORE_S, Build
 from lora_search.sweep.cluster import Say, nodes, warned
 from lora_search.sweep.roster import LOOK_EVERY_S, Roster
@@ -29,6 +30,9 @@ R = TypeVar("R")
 
 START_S = 60.0
 """A host that does not run by then is not waited for, if others do: something else holds what Ray would give it."""
+
+LOAD_S = 300.0
+"""A host that loads the base for so much longer than another is not waited for: its network or its disk is slow."""
 
 SAVE_S = 60.0
 """A host that takes longer to save its trials when the sweep is interrupted is not waited for."""
@@ -92,12 +96,49 @@ class Hosts(Roster):
             self._replace_all()
 
     def load(self) -> list[dict[str, Any]]:
-        """Have every host load the base, for trials on the data; what each one is.
+        """Have every host load the base, for trials on the data; what each one is that has.
+
+        One that is not able to is lost where another is: it may be the one that the model hub refuses for a moment.
+        One that takes far longer than another is given up, and begins anew beside the sweep.
 
         Raises:
-            InputError, SweepError: a host cannot be started; the message says why.
+            InputError, SweepError: no host can be started; the message says why.
         """
-        return [ready for _, ready in self._each(self._data.loaded, self._load)]
+        return [ready for _, ready in self._each(self._loaded, self._load, self._as_they_load)]
+
+    def _as_they_load(self, hosts: Sequence[RunningHost]) -> Iterator[RunningHost]:
+        """Hosts in the order in which they load the base, then those that cannot, and those that take too long."""
+        waiting, failed = {host.loading: host for host in hosts}, []
+        end = time.monotonic() + LOAD_S if self._ready else math.inf
+        while waiting:
+            left = end - time.monotonic()
+            done, _ = ray.wait(list(waiting), timeout=None if math.isinf(left) else max(0.0, left))
+            if not done:
+                break
+            host = waiting.pop(done[0])
+            if has_failed(host.loading):
+                failed.append(host)
+            else:
+                end = min(end, time.monotonic() + LOAD_S)
+                yield host
+        yield from failed
+        yield from waiting.values()
+
+    def _loaded(self, host: RunningHost) -> dict[str, Any]:
+        """What a host is that has loaded the base.
+
+        Raises:
+            HostLost: it has not, or is not able to, and another has.
+            InputError, SweepError: as `SharedData.loaded`.
+        """
+        if not is_done(host.loading):
+            raise HostLost(f"it loads the base for {LOAD_S:.0f} s longer than another, and begins anew")
+        try:
+            return self._data.loaded(host)
+        except InputError as error:
+            if self._ready:
+                raise HostLost(str(error)) from error
+            raise
 
     def _load(self, host: RunningHost) -> None:
         """Have a host begin to load the base."""
@@ -138,13 +179,17 @@ class Hosts(Roster):
                 said = True
 
     def _each(
-        self, answer: Callable[[RunningHost], T], ask: Callable[[RunningHost], None] = lambda host: None
+        self,
+        answer: Callable[[RunningHost], T],
+        ask: Callable[[RunningHost], None] = lambda host: None,
+        in_turn: Callable[[Sequence[RunningHost]], Iterable[RunningHost]] = lambda hosts: hosts,
     ) -> list[tuple[RunningHost, T]]:
         """What every host answers. One that is lost before it has is left out, and replaced where no other is left.
 
         Args:
             answer: waits for it.
             ask: done for all before any is waited for.
+            in_turn: hosts in the order in which they are waited for.
 
         Raises:
             InputError, SweepError: as the host said, or no host is left.
@@ -160,7 +205,7 @@ class Hosts(Roster):
                 with self._lost_if_so(host):
                     ask(host)
                     asked.append(host)
-            for host in asked:
+            for host in in_turn(asked):
                 with self._lost_if_so(host):
                     answered[host.place.name] = answer(host)
             self._replace_all()
@@ -251,7 +296,7 @@ class Hosts(Roster):
             HostLost: it was; `renew` makes another attempt possible.
         """
         self._await_ready()
-        host = self._ready[0]
+        host = self._steady[0]
         try:
             return cast("T", unwrap(host.actor.run_with_engine.remote(work)))
         except HostLost as lost:
@@ -268,7 +313,8 @@ class Hosts(Roster):
             HostLost: one of the two was, or the data; `renew` makes another attempt possible.
         """
         self._await_ready()
-        first, last = self._ready[0], self._ready[-1]
+        steady = self._steady
+        first, last = steady[0], steady[-1]
         tested = first.actor.run_with_engine.remote(test)
         if first is last:
             ray.wait([tested])

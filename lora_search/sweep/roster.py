@@ -16,7 +16,7 @@ from lora_search.spec import SweepSpec
 from lora_search.storage import Folder
 from lora_search.sweep.answers import HostLost
 from lora_search.sweep.build import Build
-from lora_search.sweep.cluster import Say, first_places, nodes
+from lora_search.sweep.cluster import Say, first_places, nodes, staying, warned
 from lora_search.sweep.losses import Losses
 from lora_search.sweep.running import HOST_NAMES, RunningHost, start_host
 
@@ -73,6 +73,12 @@ class Roster:
     def _ready(self) -> list[RunningHost]:
         return [host for host in self._running.values() if host.loaded]
 
+    @property
+    def _steady(self) -> list[RunningHost]:
+        """Those of the ready ones whose nodes stay, where there are such."""
+        going = warned()
+        return [host for host in self._ready if host.place.node not in going] or self._ready
+
     def renew(self) -> None:
         """Strike off those that are no more, after one was lost: `finish` waits for one that has loaded the base."""
         there = nodes()
@@ -104,10 +110,10 @@ class Roster:
             SweepError: no host is left, and none can be started.
         """
         if not self._begun:
-            self._fill(nodes())
+            self._fill(staying())
         while not self._running:
             time.sleep(LOOK_EVERY_S)
-            self._fill(nodes())
+            self._fill(staying())
 
     def _fill(self, there: Sequence[Node]) -> None:
         """Start a host wherever there should be one and is none.
