@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -902,29 +903,105 @@ def in_range(first: int, end: int) -> socket.socket:
     raise OSError(f"no port is free from {first} to {end}")
 
 
-@pytest.mark.parametrize(("restarts", "more"), [("", ""), ("0", ""), ("1", "--resume ")])
-def test_slurm_job_that_was_preempted_goes_on_with_its_sweep(restarts: str, more: str, tmp_path: Path) -> None:
-    """Slurm starts it again, by the count that it says; the tools around the script only note their arguments."""
-    for name, does in {"scontrol": "echo localhost", "srun": "/bin/sleep 60", "python3": "", "lora-search": ""}.items():
-        (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >> "$CALLED"\n{does}\n', encoding="utf-8")
-        (tmp_path / name).chmod(0o755)
-    with in_range(20_000, 32_000) as head:
-        port = head.getsockname()[1]
+WAITS = """
+case "$*" in *launch.wait*)
+    if [ -n "$PREEMPTED" ]; then kill -TERM "$PPID"; fi
+    exit "$MISSING" ;;
+esac"""
+"""What stands for python3: Slurm preempts the job while it waits for its nodes, or some of them have not come."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Of Slurm, whose tools here only note their arguments."""
+
+    folder: Path
+    """That it was submitted from."""
+    port: int
+    """Something listens there, as Ray's head would."""
+
+    def start(
+        self, restarts: str, *, script: Path = CLUSTER / "slurm.sbatch", preempted: bool = False, missing: bool = False
+    ) -> tuple[int, str, list[str]]:
+        """Run its script; the status, what was said, and with what lora-search was called."""
+        tools, called = self.folder / "tools", self.folder / "called"
+        tools.mkdir(exist_ok=True)
+        does = {"scontrol": "echo localhost", "srun": "exec /bin/sleep 60", "python3": WAITS, "lora-search": ""}
+        for name, then in does.items():
+            (tools / name).write_text(f'#!/bin/sh\necho "{name} $*" >> "$CALLED"\n{then}\n', encoding="utf-8")
+            (tools / name).chmod(0o755)
+        called.unlink(missing_ok=True)
         environment = {
-            "PATH": f"{tmp_path}:/usr/bin:/bin",
-            "CALLED": str(tmp_path / "called"),
+            "PATH": f"{tools}:/usr/bin:/bin",
+            "CALLED": str(called),
+            "PREEMPTED": "1" * preempted,
+            "MISSING": str(int(missing)),
             "RAY_HEAD_IP": "127.0.0.1",
-            "SLURM_JOB_ID": str(port - 20_000),
+            "SLURM_JOB_ID": str(self.port - 20_000),
             "SLURM_JOB_NAME": "sweep",
             "SLURM_JOB_NODELIST": "localhost",
-            "SLURM_JOB_NUM_NODES": "1",
+            "SLURM_JOB_NUM_NODES": "2",
             "SLURM_CPUS_PER_TASK": "1",
             "SLURM_RESTART_COUNT": restarts,
         }
-        done = subprocess.run(["bash", str(CLUSTER / "slurm.sbatch")], env=environment, timeout=60)
-    assert done.returncode == 0
-    called = (tmp_path / "called").read_text(encoding="utf-8").splitlines()
-    assert f"lora-search run sweeps/demo.yaml {more}--address 127.0.0.1:{port}" in called
+        command = ["bash", str(script)]
+        done = subprocess.run(
+            command, env=environment, cwd=self.folder, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+        ran = re.findall(r"^lora-search (.*)$", called.read_text(encoding="utf-8"), re.MULTILINE)
+        return done.returncode, done.stderr, ran
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Job]:
+    with in_range(20_000, 32_000) as head:
+        yield Job(tmp_path, head.getsockname()[1])
+
+
+@pytest.mark.parametrize("first", ["", "0"])
+def test_slurm_job_that_was_preempted_goes_on_with_the_run_that_it_began(first: str, job: Job) -> None:
+    """Slurm starts it again, and counts. The newest run may be an earlier job's, where this one has begun none."""
+    begins, goes_on = (f"run sweeps/demo.yaml {more}--address 127.0.0.1:{job.port}" for more in ("", "--resume "))
+    status, _, ran = job.start(first, preempted=True)
+    assert (status, ran) == (-signal.SIGTERM, [])
+    assert job.start("1") == (0, "", [begins])
+    assert job.start("2") == (0, "", [goes_on])
+    assert job.start("3", preempted=True)[2] == []
+    assert job.start("4") == (0, "", [goes_on])
+    assert job.start(first) == (0, "", [begins])  # another job, where Slurm counts anew
+
+
+def test_slurm_job_that_resumes_goes_on_with_the_newest_run_whenever_it_is_preempted(
+    job: Job, sweep: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched(capsys, "slurm", sweep, "--resume")
+    goes_on = f"run {Path(sweep).resolve()} --resume --address 127.0.0.1:{job.port}"
+    assert job.start("0", script=Path("launched.slurm"), preempted=True)[2] == []
+    assert job.start("1", script=Path("launched.slurm")) == (0, "", [goes_on])
+
+
+def test_slurm_job_goes_on_without_a_node_that_never_comes(job: Job) -> None:
+    status, said, ran = job.start("0", missing=True)
+    assert (status, len(ran)) == (0, 1)
+    assert "WARNING: the sweep begins without the other nodes" in said
+
+
+def test_slurm_gives_a_node_cores_by_its_gpus(sweep: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def cores(*options: str) -> str:
+        text, _ = launched(capsys, "slurm", sweep, *options)
+        return re.findall(r"^#SBATCH --cpus-per-task=(\d+)\b", text, re.MULTILINE)[0]
+
+    assert cores() == "8"
+    assert cores("--gpus-per-node", "8") == "64"
+    assert cores("--gpus-per-node", "8", "--set", "hosts.gpus_per_host=2") == "64"
+    assert cores("--gpus-per-node", "8", "--set", "hosts.gpus_per_host=2", "--set", "hosts.cpus_per_host=6") == "24"
+    mine = (CLUSTER / "slurm.sbatch").read_text(encoding="utf-8").replace("=8  # launch: cores", "=48")
+    Path("mine.sbatch").write_text(mine, encoding="utf-8")
+    assert cores("--template", "mine.sbatch", "--gpus-per-node", "8") == "48"
+    mine = mine.replace("=48", "=48  # launch: cores")
+    Path("mine.sbatch").write_text(mine, encoding="utf-8")
+    without = ["--set", "hosts.gpus_per_host=0"]
+    assert cores("--template", "mine.sbatch", *without) == "48"  # hosts take what cores there are
 
 
 # Slurm, for real
@@ -1057,7 +1134,7 @@ def submitted(slurm: Slurm, folder: Path, text: str) -> str:
     """Launch a sweep on both nodes through `lora-search launch --submit`; the job's number."""
     (folder / "sweep.yaml").write_text(text, encoding="utf-8")
     template = (CLUSTER / "slurm.sbatch").read_text(encoding="utf-8")
-    (folder / "mine.sbatch").write_text(template.replace("--cpus-per-task=8", "--cpus-per-task=1"), encoding="utf-8")
+    (folder / "mine.sbatch").write_text(template.replace("=8  # launch: cores", "=1"), encoding="utf-8")
     options = ["--nodes", "2", "--gpus-per-node", "1", "--time-limit", "10m", "--template", "mine.sbatch"]
     command = [sys.executable, "-m", "lora_search", "launch", "--on", "slurm", "sweep.yaml", *options]
     printed = slurm.run(*command, "--set", "training.eval_every=2", "--submit", cwd=folder)

@@ -30,6 +30,9 @@ ENTRYPOINT = ("lora-search", "run", "/etc/lora-search/sweep.yaml", "--address", 
 REPLACED_S = 900
 """Within so many seconds a platform that replaces lost nodes is taken to have started a new one."""
 
+CORES_PER_GPU = 8
+"""What a node's job asks for where the sweep file leaves it open: a GPU's host, its seats, and Ray."""
+
 TOKEN = "(umask 077; ray get-auth-token --generate > /dev/null)"
 """Makes sure that there is a token at ~/.ray/auth_token, and shows it to nobody."""
 
@@ -157,6 +160,7 @@ def _slurm(request: Request) -> _Filled:
         "name": request.spec.name,
         "nodes": str(size.nodes),
         "gpus": str(size.gpus_per_node),
+        "cores": _cores(request),
         "time": f"{minutes // 1440}-{minutes // 60 % 24:02}:{minutes % 60:02}:00",
         "sweep": shlex.quote(str(request.sweep)),
         "arguments": f"({shlex.join(request.options)})",
@@ -165,6 +169,15 @@ def _slurm(request: Request) -> _Filled:
         "." if is_uri(request.spec.output) else f", and the run directories' in {request.spec.output}."
     )
     return _Filled(values, shlex.join(["sbatch", str(request.out)]), ("sbatch",), "node of the partition", (note,))
+
+
+def _cores(request: Request) -> str | None:
+    """Of a node, by its hosts; None where it has no GPU, and hosts take what cores there are."""
+    hosts, gpus = request.spec.hosts, request.size.gpus_per_node
+    if gpus == 0:
+        return None
+    each = CORES_PER_GPU * hosts.gpus_per_host if hosts.cpus_per_host == "auto" else hosts.cpus_per_host
+    return str(gpus // hosts.gpus_per_host * each)
 
 
 def _kuberay(request: Request) -> _Filled:
