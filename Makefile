@@ -23,6 +23,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The last takes five minutes; with the 10,000 trials of cluster/SCALE.md, whose figures stay, it would be half an hour.
 bench: $(INSTALLED)
 	$(BIN)/python $(BENCH)/orchestration.py --json $(BENCH)/orchestration.json
 	$(BIN)/python $(BENCH)/wandb_faults.py --json $(BENCH)/wandb_faults.json
@@ -33,6 +34,7 @@ bench: $(INSTALLED)
 	$(BIN)/python $(BENCH)/memory.py --json $(BENCH)/memory.json
 	$(BIN)/python $(BENCH)/merge.py --json $(BENCH)/merge.json
 	$(BIN)/python $(BENCH)/read_results.py --json $(BENCH)/read_results.json
+	$(BIN)/python $(BENCH)/scale.py --trials 125 500 2000 --gpus 8
 
 # On a machine with a GPU of 80 GB; bases shaped like well-known ones, of random weights.
 bench-gpu: $(INSTALLED)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,13 +17,13 @@ from ray.tune.schedulers import TrialScheduler
 
 from lora_search.errors import OUT_OF_MEMORY
 from lora_search.journal import open_study
-from lora_search.rundir import create_run
+from lora_search.rundir import RunDirectory, create_run
 from lora_search.search import StudySearcher, create_study
 from lora_search.search.asha import StepAsha
-from lora_search.search.study import sampler
+from lora_search.search.study import distributions, sampler
 from lora_search.search.window import Window
 from lora_search.space import planned_trials
-from lora_search.spec import SweepSpec
+from lora_search.spec import SweepSpec, parse_spec
 from lora_search.sweep.resume import reconcile
 from lora_search.tracking import RunRecord
 
@@ -112,6 +114,57 @@ def test_report_that_a_trial_was_stopped_by_is_told_to_the_study_when_the_sweep_
     (trial,) = (trial for trial in open_study(run.path).trials if trial.number == 0)
     assert trial.state == TrialState.PRUNED
     assert trial.intermediate_values == {2: 2.5, 4: 2.25}
+
+
+def left_behind(trials: int, folder: Path) -> tuple[SweepSpec, RunDirectory]:
+    """What a killed process leaves: of four trials one ended, one by the study alone, one by the record, one runs."""
+    spec = parse_spec(f"name: of-{trials}\nsearch: {{trials: {trials}}}", source="test", folder=folder)
+    run = create_run(folder, spec.name, exact=True)
+    study, record = create_study(spec, run.path), RunRecord(run.trials)
+    study.sampler = optuna.samplers.RandomSampler(seed=0)
+    for number in range(trials):
+        trial = study.ask(distributions(spec.search.space))
+        record.trial_started(number, trial.params)
+        record.trial_reported(number, result(2, 2.0 + number))
+        if number % 2 == 0:
+            trial.report(2.0 + number, 2)
+            study.tell(trial, state=TrialState.PRUNED)
+        if number % 4 in (0, 1):
+            record.trial_ended(number, "stopped", None)
+    record.close()
+    return spec, run
+
+
+def calls_to_resume(trials: int, folder: Path) -> Counter[str]:
+    """How often each function is called until a sweep is as it was."""
+    spec, run = left_behind(trials, folder)
+    calls: Counter[str] = Counter()
+
+    def count(frame: FrameType, event: str, called: Any) -> None:
+        if event in ("call", "c_call"):
+            calls[frame.f_code.co_qualname if event == "call" else called.__qualname__] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        study, record = create_study(spec, run.path), RunRecord(run.trials)
+        past = reconcile(spec, run, study, record)
+        StepAsha(spec).replay(past.events)
+        StudySearcher(spec, study, lambda: 1)
+    finally:
+        sys.setprofile(before)
+    record.close()
+    assert (past.ended, len(past.rows)) == (trials * 3 // 4, trials)
+    return calls
+
+
+def test_four_times_the_trials_take_four_times_the_calls_to_resume(tmp_path: Path) -> None:
+    """No trial is held against all others, and none has the study or the record read again for itself."""
+    calls_to_resume(8, tmp_path)  # what is imported and compiled when it is first used
+    few, many = calls_to_resume(40, tmp_path), calls_to_resume(160, tmp_path)
+    assert few.total() < many.total() < 4.1 * few.total()
+    for whole in (optuna.storages.JournalStorage.get_all_trials, Path.open):
+        assert many[whole.__qualname__] == few[whole.__qualname__] > 0
 
 
 def test_finished_trial_is_told_complete_with_its_last_value(tiny_spec: SweepSpec, tmp_path: Path) -> None:
