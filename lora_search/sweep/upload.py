@@ -29,7 +29,7 @@ SHARE = 0.1
 
 @contextmanager
 def kept_uploaded(run: RunDirectory, held: Callable[[], bool]) -> Iterator[None]:
-    """Fetch what an earlier process left; upload what changes every few seconds, and all of it at the end.
+    """Fetch what an earlier process left; upload what changes, as often as SHARE allows, and all of it at the end.
 
     Nothing is done where the run directory is on a file system.
 
