@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import fcntl
 import itertools
 import json
@@ -32,6 +33,9 @@ RECORDS = (SWEEP_FILE, "provenance.json", "trials.jsonl", "study.journal")
 REPORT = "report.html"
 
 LOCK = ".lock"
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
+"""What file systems say that lock no files."""
 
 PATIENCE_S = 0.5
 """How long the lock is waited for: who only looks whether it is held takes it for a moment."""
@@ -224,8 +228,8 @@ def locked(run: RunDirectory) -> Iterator[Callable[[], bool]]:
     Raises:
         InputError: another one does.
     """
-    if run.uri is not None:
-        with leased(Folder(run.uri, patience_s=0)) as held:
+    if run.uri is not None or not _can_be_locked(run.lock):
+        with leased(Folder(run.folder.place, patience_s=0)) as held:
             yield held
         return
     lock = FileLock(run.lock)
@@ -237,6 +241,22 @@ def locked(run: RunDirectory) -> Iterator[Callable[[], bool]]:
         yield lambda: True
     finally:
         lock.release()
+
+
+def _can_be_locked(file: Path) -> bool:
+    """Whether its file system locks files: a cluster's may not, as Lustre without `-o flock` and NFS without lockd."""
+    opened = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return False
+        raise
+    finally:
+        os.close(opened)
+    return True
 
 
 def is_locked(run: RunDirectory) -> bool:
@@ -251,8 +271,8 @@ def is_locked(run: RunDirectory) -> bool:
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who look do not see each other
     except BlockingIOError:
         return True
-    except OSError:  # a file system without locks, where nobody holds one
-        return False
+    except OSError:  # a file system without locks
+        return is_leased(run.folder)
     finally:
         os.close(file)
     return False

@@ -31,6 +31,7 @@ from lora_search.doctor import Check, _hosts
 from lora_search.errors import InputError
 from lora_search.results import run_rows
 from lora_search.rundir import RunDirectory, create_run
+from lora_search.seat import SEAT_BYTES
 from lora_search.spec import dump_spec
 from lora_search.sweep.run import run_sweep
 from lora_search.tracking import Observer
@@ -191,6 +192,47 @@ def test_machine_that_is_warned_has_its_trials_saved_where_they_stand(tiny: Path
     ((trial, step, damaged),) = strikes.resumed
     assert (trial, damaged) == (0, 0)
     assert 1500 < step < 3000
+
+
+@pytest.mark.slow
+def test_node_that_can_no_longer_write_loses_its_seats_and_the_sweep_none_of_its_trials(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """Its mount turns read-only, as a file server does to a machine that it has thrown out. Its host trains on."""
+    from ray.cluster_utils import Cluster
+
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0:
+        pytest.skip("needs the right to make mount namespaces, and util-linux")
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=1", "--num-gpus=1", "--block"]
+    training, search = {"steps": 120, "eval_every": 24}, {"trials": 8, "scheduler": {"name": "none"}}
+    hosts = {"count": 2, "trials_per_host": 2, "wait_s": 60}
+    spec = make_spec(tiny, name="thrown", hosts=hosts, training=training, search=search, output=str(tmp_path))
+    run = create_run(tmp_path, spec.name, exact=True)
+    head = {"num_cpus": 1, "num_gpus": 1, "memory": 2 * SEAT_BYTES}  # the others sit elsewhere
+    nodes = Cluster(initialize_head=True, head_node_args=head)
+    command = ["unshare", "--mount", *start, f"--address={nodes.address}"]
+    machine = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    said: list[str] = []
+
+    def throw_out() -> None:
+        there = ["nsenter", "--mount", f"--target={machine.pid}", "mount"]
+        for what in (["--bind", str(tmp_path), str(tmp_path)], ["-o", "remount,bind,ro", str(tmp_path)]):
+            subprocess.run([*there, *what], check=True)
+
+    try:
+        strikes = Strikes({(0, 24): throw_out})
+        rows = run_sweep(spec, run, [strikes], address=nodes.address, say=said.append).rows
+    finally:
+        nodes.shutdown()
+        machine.kill()
+    require_whole(run, 8)
+    assert {row["state"] for row in rows} == {"completed"}
+    (warning,) = {line for line in said if "cannot use the run directory" in line and "go on elsewhere" in line}
+    (node,) = re.findall(r"WARNING: node (\w+) cannot use the run directory: .*Read-only file system", warning)
+    assert any(line.startswith(f"WARNING: node {node} is of no use: it cannot use the run directory") for line in said)
+    assert strikes.resumed
+    assert {row["host"] for row in rows} == {"host-0", "host-1"}
+    assert not [line for line in said if "was lost" in line]
 
 
 COLLECTED = """

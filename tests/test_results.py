@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -216,6 +218,29 @@ def test_who_looks_at_the_lock_is_not_seen_by_others(tmp_path: Path, monkeypatch
         threading.Timer(0.1, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
         with locked(run):
             assert is_locked(run)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_run_directory_is_one_processs_own_on_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """As Lustre without `-o flock`."""
+    from lora_search.rundir import RunDirectory, is_locked, locked
+
+    def no_locks(file: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    monkeypatch.setattr("lora_search.lease.REFRESH_S", 0.1)
+    run = RunDirectory(write_run(tmp_path / "run"))
+    assert not is_locked(run)
+    with locked(run) as held:
+        assert held()
+        assert is_locked(run)
+        with pytest.raises(InputError, match="another lora-search run is writing to it"), locked(run):
+            pass
+        assert held()
+    assert not is_locked(run)
 
 
 def test_reports_have_a_row_each_in_their_order(tmp_path: Path) -> None:

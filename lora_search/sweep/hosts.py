@@ -366,8 +366,8 @@ class Hosts(Roster):
             Folder(self._run.place, STORE_S).check()
         except OSError as error:
             raise SweepError(ended) from error
-        self._say(f"WARNING: node {node[:8]} cannot use the run directory: {why}; its trials go on elsewhere")
-        self._soundness.doubt(node)
+        if self._soundness.doubt(node):
+            self._say(f"WARNING: node {node[:8]} cannot use the run directory: {why}; its trials go on elsewhere")
 
     def was_kept(self, trial: int) -> bool:
         """Whether a trial that is lost was kept as it stood, since its host's node was to go. It is so but once."""

@@ -43,13 +43,15 @@ class Soundness:
         self._sound.update(nodes)
         self._doubted.difference_update(nodes)
 
-    def doubt(self, node: str) -> None:
-        """Ask a node anew that was sound; until it has answered so again, no seat begins there."""
-        if node in self._sound:
-            self._sound.remove(node)
-            self._doubted.add(node)
-            self._begin(node)
-            self.barred |= {node}
+    def doubt(self, node: str) -> bool:
+        """Ask a node anew that was sound; until it has answered so again, no seat begins there. False: it was not."""
+        if node not in self._sound:
+            return False
+        self._sound.remove(node)
+        self._doubted.add(node)
+        self._begin(node)
+        self.barred |= {node}
+        return True
 
     def answers(self, there: Sequence[Node], places: Sequence[HostPlace]) -> list[tuple[str, Any]]:
         """What each node without a host says (`greet`), by its id; who is silent for ANSWER_S is left out.
