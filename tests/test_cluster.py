@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -274,18 +274,41 @@ def with_other_peft(folder: Path) -> str:
     return str(other.parent)
 
 
-@pytest.mark.parametrize("gpus", [1, 0], ids=["of a host", "of seats alone"])
-def test_node_with_other_versions_is_an_error_before_the_sweep_starts(tiny: Path, tmp_path: Path, gpus: int) -> None:
+def without_us(folder: Path) -> str:
+    """A path on which Python finds that lora-search is not installed."""
+    (folder / "other").mkdir()
+    (folder / "other" / "sitecustomize.py").write_text(
+        "import sys\n\n\nclass Without:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'lora_search':\n"
+        "            raise ModuleNotFoundError('No module named lora_search')\n\n\n"
+        "sys.meta_path.insert(0, Without())\n"
+    )
+    return str(folder / "other")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "other", "differs"),
+    [
+        (1, with_other_peft, r"node \w+ has peft 9.9 \(here 0[^)]+\)"),
+        (0, with_other_peft, r"node \w+ has peft 9.9 \(here 0[^)]+\)"),
+        (1, without_us, r"node \w+: .*No module named lora_search"),
+    ],
+    ids=["of a host", "of seats alone", "without lora-search"],
+)
+def test_node_with_other_versions_is_an_error_before_the_sweep_starts(
+    tiny: Path, tmp_path: Path, gpus: int, other: Callable[[Path], str], differs: str
+) -> None:
     from ray.cluster_utils import Cluster
 
     from lora_search.doctor import examine
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1})
     try:
-        cluster.add_node(num_cpus=1, num_gpus=gpus, env_vars={"PYTHONPATH": with_other_peft(tmp_path)})
+        cluster.add_node(num_cpus=1, num_gpus=gpus, env_vars={"PYTHONPATH": other(tmp_path)})
         spec = make_spec(tiny, name="versions", output=str(tmp_path))
         run = create_run(tmp_path, spec.name, exact=True)
-        with pytest.raises(InputError, match=r"the cluster's nodes differ: node \w+ has peft 9.9 \(here 0"):
+        with pytest.raises(InputError, match=f"^the cluster's nodes differ: {differs}; install the same [^\n]+$"):
             run_sweep(spec, run, address=cluster.address)
         assert not run.trials.exists()
         checks = {check.what: check for check in examine(cluster.address, str(tmp_path))}

@@ -24,6 +24,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import noted_steps
+import psutil
 import pytest
 import yaml
 from conftest import PATIENCE, flip_bit, made_once, make_spec, processes, wait_until
@@ -431,12 +432,19 @@ def warned(
     until: Callable[[subprocess.Popen[str]], object],
     *options: str,
     by: signal.Signals = signal.SIGTERM,
+    all_hear_it: bool = False,
     program: Sequence[str] = ("-m", "lora_search"),
 ) -> str:
-    """Run a sweep until something, and have it end by a signal that warns; what it said."""
+    """Run a sweep until something, and have it end by a signal that warns; what it said.
+
+    Args:
+        all_hear_it: its Ray's processes as well, as where systemd, Slurm or a machine that goes down sends it.
+    """
     process = subprocess.Popen(command(spec, *options, program=program), stderr=subprocess.PIPE, text=True)
     until(process)
-    process.send_signal(by)
+    main = psutil.Process(process.pid)
+    for each in [main, *main.children(recursive=True)] if all_hear_it else [main]:
+        each.send_signal(by)
     _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, said
     assert "the same command with --resume goes on" in said
@@ -462,7 +470,7 @@ def test_sweep_that_is_warned_in_every_phase_goes_on_as_if_nothing_had_been(
     """SIGTERM while it prepares, in the middle, and while it merges; resumed each time, and then with more to do."""
     spec = sequential(tiny, "ended", tmp_path)
     run = RunDirectory(tmp_path / "ended")
-    warned(spec, says("preparing the data"))
+    warned(spec, says("preparing the data"), all_hear_it=True)
     said = warned(spec, lambda process: wait_until(lambda: reported(run, 2), process), "--resume")
     assert re.search(rf"interrupted after \d of {TRIALS} trials", said)
     warned(spec, says("testing and merging"), "--resume")
@@ -491,9 +499,13 @@ def test_sweep_that_is_warned_in_every_phase_goes_on_as_if_nothing_had_been(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("by", "all_hear_it"),
+    [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGTERM, True)],
+    ids=["SIGINT", "SIGTERM", "SIGTERM to all"],
+)
 def test_trial_that_was_interrupted_half_way_goes_on_to_more_steps(
-    by: signal.Signals, tiny: Path, tmp_path: Path
+    by: signal.Signals, all_hear_it: bool, tiny: Path, tmp_path: Path
 ) -> None:
     """From the step that it stood at, where nothing is reported; no step is made twice."""
     short, long = (
@@ -507,7 +519,13 @@ def test_trial_that_was_interrupted_half_way_goes_on_to_more_steps(
         for steps in (SHORT, SHORT + 20)
     )
     run = RunDirectory(tmp_path / "longer")
-    warned(short, lambda process: wait_until(lambda: (1, 10) in noted(tmp_path), process), by=by, program=NOTING)
+    warned(
+        short,
+        lambda process: wait_until(lambda: (1, 10) in noted(tmp_path), process),
+        by=by,
+        all_hear_it=all_hear_it,
+        program=NOTING,
+    )
     stood = dict(noted(tmp_path))
     assert stood[0] == SHORT
     assert 10 <= stood[1] <= SHORT
