@@ -14,7 +14,7 @@ from ray.actor import ActorHandle
 
 from lora_search.checkpoint import Checkpoint, Shelf, step_of
 from lora_search.errors import TrialFailed
-from lora_search.rundir import SWEEP_FILE
+from lora_search.rundir import RECORDS
 from lora_search.space import TrialConfig, report_steps, trial_config
 from lora_search.spec import SweepSpec
 from lora_search.storage import Folder, is_uri
@@ -126,7 +126,7 @@ class Seat:
     def _recall(self) -> dict[str, Any]:
         """Go on from the newest checkpoint, if there is one; what is new about that."""
         saved = self._shelf.newest()
-        if saved is None and not is_uri(self._run.place) and SWEEP_FILE not in self._run.names():
+        if saved is None and not is_uri(self._run.place) and not set(RECORDS).intersection(self._run.names()):
             raise FileNotFoundError(errno.ENOENT, "there is no run directory", self._run.place)  # nor what lies in it
         if saved and saved.parameters not in (None, self._parameters):
             self._shelf.clear()  # of a trial that the study has lost, and whose number it has given to another
