@@ -443,6 +443,35 @@ def test_kuberay_gives_rays_object_store_its_shared_memory(name: str) -> None:
         assert "plasma-directory" not in group["rayStartParams"]
 
 
+@pytest.mark.parametrize("name", KUBERAY_FILES)
+def test_kuberay_gives_a_pod_cores_by_its_gpus(name: str, sweep: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from ray.autoscaler._private.kuberay.autoscaling_config import _get_ray_resources_from_group_spec
+
+    template = (CLUSTER / name).read_text(encoding="utf-8")
+
+    def cores(gpus: int, *options: str, text: str = template) -> int:
+        """What Ray's autoscaler expects of a pod, and the operator tells Ray in it: cores that it requests."""
+        Path("mine.yaml").write_text(text, encoding="utf-8")
+        filled = ["--template", "mine.yaml", "--gpus-per-node", str(gpus), *options]
+        found = documents(launched(capsys, "kuberay", sweep, *filled)[0])
+        spec = found["RayJob"]["spec"]["rayClusterSpec"] if "RayJob" in found else found["RayCluster"]["spec"]
+        head, worker = spec["headGroupSpec"], spec["workerGroupSpecs"][0]
+        resources = worker["template"]["spec"]["containers"][0]["resources"]
+        assert resources["requests"]["memory"] == resources["limits"]["memory"] == "32Gi"
+        assert head["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"] == "4"  # the driver's
+        expected = _get_ray_resources_from_group_spec(worker, is_head=False)
+        assert expected.get("GPU", 0) == gpus
+        return expected["CPU"]
+
+    assert cores(1) == 8
+    assert cores(8) == 64
+    assert cores(8, "--set", "hosts.gpus_per_host=2") == 64
+    assert cores(8, "--set", "hosts.gpus_per_host=2", "--set", "hosts.cpus_per_host=6") == 24
+    assert cores(8, text=template.replace(" 8  # launch: cores", ' "48"')) == 48
+    mine = template.replace(" 8  # launch: cores", " 48  # launch: cores")
+    assert cores(0, "--set", "hosts.gpus_per_host=0", text=mine) == 48  # hosts take what cores there are
+
+
 def test_kuberay_job_holds_the_sweep_with_its_paths_on_the_volume(
     sweep: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,7 +31,7 @@ REPLACED_S = 900
 """Within so many seconds a platform that replaces lost nodes is taken to have started a new one."""
 
 CORES_PER_GPU = 8
-"""What a node's job asks for where the sweep file leaves it open: a GPU's host, its seats, and Ray."""
+"""What a node's job or pod asks for where the sweep file leaves it open: a GPU's host, its seats, and Ray."""
 
 TOKEN = "(umask 077; ray get-auth-token --generate > /dev/null)"
 """Makes sure that there is a token at ~/.ray/auth_token, and shows it to nobody."""
@@ -195,6 +195,7 @@ def _kuberay(request: Request) -> _Filled:
         "image": json.dumps(request.image) if request.image else None,
         "nodes": str(size.nodes),
         "gpus": str(size.gpus_per_node),
+        "cores": _cores(request),
     }
     notes = [
         f"The claim lora-search is mounted at {VOLUME} in every pod; the run directory is {spec.output}/{spec.name}."
