@@ -638,33 +638,28 @@ def ports() -> Iterator[list[socket.socket]]:
         yield [one, other]
 
 
-@pytest.mark.parametrize(
-    ("rank", "earlier", "starts"),
-    [(0, "none", True), (1, "none", True), (0, "whole", False), (1, "whole", False), (1, "headless", True)],
-)
-def test_skypilot_task_on_machines_that_are_still_up_takes_the_ray_that_is_there(
-    rank: int, earlier: str, starts: bool, ports: list[socket.socket], tmp_path: Path
-) -> None:
-    tools = tmp_path / "tools"
+def skypilot_task(
+    rank: int, ports: list[socket.socket], folder: Path, *, failing: str = "", patience: int = 600
+) -> subprocess.Popen[str]:
+    """The run script on a node, where the head's Ray and its own would listen on these ports.
+
+    Its tools only note their arguments, and one of them fails; `sleep` ends when `called.go` is there.
+    """
+    tools, called = folder / "tools", folder / "called"
     tools.mkdir()
+    does = {"sleep": 'until [ -e "$CALLED.go" ]; do /bin/sleep 0.05; done', failing: "exit 1"}
     for name in ("ray", "python3", "lora-search", "sleep"):
-        waits = 'until [ -e "$CALLED.go" ]; do /bin/sleep 0.05; done\n' * (name == "sleep")
-        (tools / name).write_text(f'#!/bin/sh\necho "{name} $*" >> "$CALLED"\n{waits}', encoding="utf-8")
+        (tools / name).write_text(f'#!/bin/sh\necho "{name} $*" >> "$CALLED"\n{does.get(name, "")}\n', encoding="utf-8")
         (tools / name).chmod(0o755)
-    head, node = ports
-    number = str(node.getsockname()[1])
-    if rank or earlier != "none":
-        head.listen()
-    if earlier != "none":
-        node.listen()
-    script = yaml.safe_load((CLUSTER / "skypilot.yaml").read_text(encoding="utf-8"))["run"]
-    script = script.replace("6379", str(head.getsockname()[1])).replace("6378", number)
-    called = tmp_path / "called"
     called.touch()
+    script = yaml.safe_load((CLUSTER / "skypilot.yaml").read_text(encoding="utf-8"))["run"]
+    script = script.replace(" 600))", f" {patience}))")
+    for port, each in zip(("6379", "6378"), ports, strict=True):
+        script = script.replace(port, str(each.getsockname()[1]))
     environment = {
         "PATH": f"{tools}:/usr/bin:/bin",
         "CALLED": str(called),
-        "HOME": str(tmp_path),
+        "HOME": str(folder),
         "HF_TOKEN": "",
         "WANDB_API_KEY": "",
         "LIMIT": "60",
@@ -674,13 +669,31 @@ def test_skypilot_task_on_machines_that_are_still_up_takes_the_ray_that_is_there
         "SKYPILOT_NUM_NODES": "2",
         "SKYPILOT_NUM_GPUS_PER_NODE": "1",
     }
-    task = subprocess.Popen(["bash", "-c", script], env=environment)
+    return subprocess.Popen(["bash", "-c", script], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("rank", "earlier", "starts"),
+    [(0, "none", True), (1, "none", True), (0, "whole", False), (1, "whole", False), (1, "headless", True)],
+)
+def test_skypilot_task_on_machines_that_are_still_up_takes_the_ray_that_is_there(
+    rank: int, earlier: str, starts: bool, ports: list[socket.socket], tmp_path: Path
+) -> None:
+    head, node = ports
+    number = node.getsockname()[1]
+    if rank or earlier != "none":
+        head.listen()
+    if earlier != "none":
+        node.listen()
+    called = tmp_path / "called"
+    task = skypilot_task(rank, ports, tmp_path)
     if earlier == "headless":  # the head has just begun anew, and the worker's Ray finds out
         while task.poll() is None and not called.read_text(encoding="utf-8"):
             time.sleep(0.05)
         node.close()
     (tmp_path / "called.go").touch()
-    assert task.wait(60) == 0
+    assert task.communicate(timeout=60)[1] == ""
+    assert task.returncode == 0
     lines = called.read_text(encoding="utf-8").splitlines()
     started = {line for line in lines if line.startswith("ray ")}
     assert len(started) == starts
@@ -688,6 +701,33 @@ def test_skypilot_task_on_machines_that_are_still_up_takes_the_ray_that_is_there
     assert all(f"--node-manager-port={number} " in line for line in started)
     ran = [line for line in lines if line.startswith("lora-search run ")]
     assert [line.partition(" --set ")[2] for line in ran] == ["output=s3://b/runs --resume"] * (rank == 0)
+
+
+def test_skypilot_task_goes_on_without_a_node_that_never_comes(ports: list[socket.socket], tmp_path: Path) -> None:
+    task = skypilot_task(0, ports, tmp_path, failing="python3")
+    _, said = task.communicate(timeout=60)
+    assert task.returncode == 0
+    assert "WARNING: the sweep begins without the other nodes" in said
+    assert re.findall(r"^lora-search run", (tmp_path / "called").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("reaches", "patience", "attempts"),
+    [(True, 600, 90), (True, 0, 1), (False, 0, 0)],
+    ids=["tries-again", "gives-up", "no-head"],
+)
+def test_skypilot_node_that_cannot_join_does_not_end_the_task(
+    reaches: bool, patience: int, attempts: int, ports: list[socket.socket], tmp_path: Path
+) -> None:
+    """SkyPilot ends it on all nodes where it fails on one, and waits for each to end."""
+    if reaches:
+        ports[0].listen()
+    (tmp_path / "called.go").touch()
+    task = skypilot_task(1, ports, tmp_path, failing="ray", patience=patience)
+    _, said = task.communicate(timeout=60)
+    assert task.returncode == 0
+    assert ("WARNING: 127.0.0.1 does not answer" in said) is not reaches
+    assert len(re.findall(r"^ray start", (tmp_path / "called").read_text(encoding="utf-8"), re.MULTILINE)) == attempts
 
 
 # Whatever the platform
