@@ -27,7 +27,7 @@ TRIAL = "trial.json"
 REPORTS = "reports.json"
 """The trial's parameters, and all that it had reported by then."""
 
-MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+MISSING = (FileNotFoundError, NotADirectoryError)
 """What reading a file raises that is not there. Whatever else it raises says nothing of what the file holds: of a file
 server that is out of reach for a moment, or a store that fails, everything would be damaged."""
 
@@ -158,9 +158,7 @@ class Shelf:
         name = _checkpoint_folder(step_of(checkpoint))
         path = self._write(name, checkpoint, parameters, reports)
         new = _place(name)
-        for later in self._names():
-            if _place(later) > new:
-                self._folder.remove(later)
+        self._let_go([later for later in self._names() if _place(later) > new])
         self._let_old_go(new)
         return path
 
@@ -231,14 +229,14 @@ class Shelf:
         return f"{self._path}/{name}"
 
     def _let_old_go(self, new: tuple[int, str]) -> None:
-        """All but the new checkpoint, those before it that KEPT allows, and those of later steps.
+        """All but the new checkpoint, those before it that KEPT allows, and those of later steps."""
+        self._let_go([name for name in self._names() if _place(name) < new][: 1 - KEPT])
 
-        One that cannot go stays until the next time: somebody may read it, and NFS keeps open files in their folder.
-        """
-        older = [name for name in self._names() if _place(name) < new]
-        for old in older[: 1 - KEPT]:
+    def _let_go(self, names: Sequence[str]) -> None:
+        """One that cannot go stays until the next time: NFS keeps a file that somebody reads, in its folder."""
+        for name in names:
             with suppress(OSError):
-                self._folder.remove(old)
+                self._folder.remove(name)
 
     def _told_by(self, step: int) -> tuple[Mapping[str, Any] | None, Sequence[dict[str, Any]]]:
         """What the newest checkpoint that tells anything does of the trial as it stood at a step.

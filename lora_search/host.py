@@ -237,17 +237,22 @@ class Host:
             run: the run directory.
 
         Returns:
-            Trial, step and the checkpoint's path in the run directory.
+            Trial, step and the checkpoint's path in the run directory, of those that could be written.
         """
 
         def save() -> list[tuple[int, int, str]]:
             self._loaded = False
             self._goals.clear()
             checkpoints = {trial: self._engine.snapshot(trial) for trial in sorted(self._residents)}
-            return [
-                (int(trial), step_of(saved), Shelf(run, int(trial)).put_unreported(saved, self._residents[trial]))
-                for trial, saved in checkpoints.items()
-            ]
+            kept = []
+            for trial, saved in checkpoints.items():
+                try:
+                    path = Shelf(run, int(trial)).put_unreported(saved, self._residents[trial])
+                except OSError as error:  # the others' may fare better
+                    logger.warning("trial %s is not kept: %s", trial, error)
+                    continue
+                kept.append((int(trial), step_of(saved), path))
+            return kept
 
         return await self._ask(save)
 

@@ -1,6 +1,7 @@
-"""A lock in an object store: an object that its holder writes anew every few seconds.
+"""A lock in an object store, or on a file system without locks: what its holder writes anew every few seconds.
 
-Its age is told by the store's clock alone, from an object written for that: machines need not agree on the time.
+Its age is told by the store's clock alone, from an object written for that: machines need not agree on the time. On a
+file system it is watched until it changes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 
 from lora_search.errors import InputError
-from lora_search.storage import Folder
+from lora_search.storage import Folder, is_uri
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,10 @@ def is_leased(folder: Folder) -> bool:
 
 
 def _wait_until_free(folder: Folder) -> None:
+    if not is_uri(folder.place):  # whose files may be dated by the machines that write them
+        if is_leased(folder):
+            raise _held(folder)
+        return
     found = folder.modified(LEASE)
     probe = f"{LEASE}-{uuid.uuid4().hex}"
     while found is not None:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,12 +19,13 @@ from ray.air.execution._internal.tracked_actor_task import TrackedActorTask
 from ray.air.execution.resources.placement_group import PlacementGroupResourceManager
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune.experiment import Trial
+from ray.tune.utils.object_cache import _ObjectCache
 from test_cluster import with_other_peft
 from test_seat import build_idle
 
 from lora_search.rundir import create_run
 from lora_search.seat import SEAT_BYTES
-from lora_search.sweep.controller import _Seats
+from lora_search.sweep.controller import _Controller, _Seats
 from lora_search.sweep.hosts import Hosts
 from lora_search.sweep.run import TUNE_ENV, search
 from lora_search.tracking import Observer
@@ -104,6 +106,21 @@ def test_trial_whose_node_is_taken_is_not_put_on_a_seat_again_by_tune(monkeypatc
     trial = Trial("seat", stub=True)
     trial._handle_ray_actor_error(RayActorError(preempted=True))
     assert not trial.should_recover()
+
+
+def test_seat_that_waits_for_a_trial_on_a_node_that_was_barred_since_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial, gone = Trial("seat", stub=True), list[str]()
+    controller = object.__new__(_Controller)
+    controller._actor_cache = _ObjectCache()
+    controller._actor_manager = SimpleNamespace(is_barred=lambda seat: seat == "barred")  # type: ignore[assignment]
+    controller._trial_to_actor, controller._resetting_trials = {}, set()
+    monkeypatch.setattr(controller, "_remove_actor", lambda tracked_actor: gone.append(tracked_actor))
+    controller._actor_cache.increase_max(trial.placement_group_factory, 2)
+    for seat in ("barred", "barred"):
+        assert controller._actor_cache.cache_object(trial.placement_group_factory, seat)
+    assert not controller._maybe_reuse_cached_actor(trial)
+    assert gone == ["barred", "barred"]
+    assert controller._actor_cache.num_cached_objects == 0
 
 
 @pytest.mark.slow

@@ -443,8 +443,9 @@ def warned(
     process = subprocess.Popen(command(spec, *options, program=program), stderr=subprocess.PIPE, text=True)
     until(process)
     main = psutil.Process(process.pid)
-    for each in [main, *main.children(recursive=True)] if all_hear_it else [main]:
-        each.send_signal(by)
+    for each in [*main.children(recursive=True), main] if all_hear_it else [main]:
+        with suppress(psutil.NoSuchProcess):  # it has come to its end meanwhile
+            each.send_signal(by)
     _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, said
     assert "the same command with --resume goes on" in said

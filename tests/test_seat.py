@@ -19,7 +19,7 @@ from lora_search.checkpoint import REPORTS, TRIAL, Checkpoint, Shelf, seal, step
 from lora_search.doctor import _hosts
 from lora_search.errors import HostFailed, InputError, SweepError
 from lora_search.host import Host
-from lora_search.placement import HostPlace
+from lora_search.placement import HostPlace, Node
 from lora_search.rundir import RunDirectory, create_run
 from lora_search.seat import ASKED_AT_ONCE, Lobby, Seat
 from lora_search.space import TrialConfig
@@ -271,12 +271,12 @@ def test_host_that_cannot_load_the_base_or_takes_too_long_holds_up_no_other(
     """It begins anew beside the sweep, and passes what hosts have to that come later."""
     from lora_search.sweep.hosts import Hosts as SweepHosts
 
-    monkeypatch.setattr("lora_search.sweep.hosts.LOAD_S", 1.0)
+    monkeypatch.setattr("lora_search.sweep.running.LOAD_S", 1.0)
     cores = int(started.ray.cluster_resources()["CPU"])
     placed = {"cpus_per_host": cores // 2}
     for name, build, why in (
         ("hub", build_first_is_refused, "the hub is busy"),
-        ("slow", build_first_is_slow, "it loads the base for 1 s longer than another, and begins anew"),
+        ("slow", build_first_is_slow, "it takes far longer than another to load the base, and begins anew"),
     ):
         spec = make_spec(tiny, name=name, hosts=placed, output=str(tmp_path))
         said: list[str] = []
@@ -689,7 +689,8 @@ def test_seat_that_cannot_use_the_run_directory_says_so_and_on_which_node(
 def test_node_that_cannot_use_the_run_directory_gets_no_seat_until_it_can(
     started: Hosts, tiny: Path, tmp_path: Path
 ) -> None:
-    """Where no node is left that can, nor the sweep itself, the sweep ends."""
+    """Where the sweep itself cannot, or a trial finds none that can, the sweep ends: no trial is failed for that."""
+    from lora_search.sweep.hosts import UNSAVED
     from lora_search.sweep.hosts import Hosts as SweepHosts
 
     spec = make_spec(tiny, name="doubted", hosts={"count": 1}, output=str(tmp_path))
@@ -700,7 +701,7 @@ def test_node_that_cannot_use_the_run_directory_gets_no_seat_until_it_can(
         hosts.require_same_nodes()
         node = started.ray.nodes()[0]["NodeID"]
         assert not hosts.barred
-        hosts.unsaved("Stale file handle", node)
+        hosts.unsaved(0, "Stale file handle", node)
         warning = (
             f"WARNING: node {node[:8]} cannot use the run directory: Stale file handle; its trials go on elsewhere"
         )
@@ -708,17 +709,54 @@ def test_node_that_cannot_use_the_run_directory_gets_no_seat_until_it_can(
         assert hosts.barred == {node}
         wait_until(lambda: hosts.look() or not hosts.barred)
         with pytest.raises(SweepError, match=r"cannot be written to: No space left on device; mend it, then --resume"):
-            hosts.unsaved("No space left on device", None)
-        hosts._soundness._run = OutOfReach(run.path)  # as the nodes see it
-        hosts.unsaved("Stale file handle", node)
-        with pytest.raises(SweepError, match=r"no node is left that can use the run directory; mend it"):
-            wait_until(lambda: hosts.look() is not None)
-        assert said[-1] == f"WARNING: node {node[:8]} is of no use: it cannot use the run directory: far"
+            hosts.unsaved(0, "No space left on device", None)
+        assert said[1:] == [f"node {node[:8]} can use the run directory again"]
+        assert [hosts.excuses(0), hosts.excuses(0)] == [True, False]  # it is not the trial's fault
+        for _ in range(UNSAVED):
+            hosts.unsaved(1, "Input/output error", node)
+        with pytest.raises(SweepError, match=r"cannot be written to: Input/output error; mend it, then --resume"):
+            hosts.unsaved(1, "Input/output error", node)  # wherever the trial goes
         hosts._run = Folder(run.spec)  # a file
         with pytest.raises(SweepError, match=r"cannot be written to: Stale file handle; mend it, then --resume"):
-            hosts.unsaved("Stale file handle", node)
+            hosts.unsaved(0, "Stale file handle", node)
     finally:
         hosts.end()
+
+
+def test_node_that_was_sound_is_asked_until_it_is_so_again(
+    started: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_search.sweep.soundness import Soundness
+
+    monkeypatch.setattr("lora_search.sweep.soundness.ASK_AGAIN_S", 0.0)
+    node = started.ray.nodes()[0]["NodeID"]
+    there = [Node(node, 1, 0), Node("another", 1, 0)]
+    run = fresh_run(tmp_path, "sound")
+    said: list[str] = []
+    nodes = Soundness(said.append, OutOfReach(run.path))  # as this one sees it
+    nodes.add(node, "another")
+    assert nodes.doubt(node)
+    assert not nodes.doubt(node)
+    no_use = f"WARNING: node {node[:8]} is of no use: it cannot use the run directory: far"
+    answers: list[Any] = []
+
+    def is_asked(times: int) -> bool:
+        nodes.look(there, ())
+        if (answer := nodes._asked[node]) is not None and answer not in answers:
+            answers.append(answer)
+        return len(answers) >= times
+
+    wait_until(lambda: is_asked(3))
+    assert said == [no_use]  # once
+    assert nodes.barred == {node}
+    nodes._run = run.folder
+    wait_until(lambda: is_asked(0) and not nodes.barred)
+    assert said[1:] == [f"node {node[:8]} can use the run directory again"]
+    nodes._run = OutOfReach(run.path)
+    nodes.doubt(node)
+    with pytest.raises(SweepError, match="no node is left that can use the run directory; mend it, then --resume"):
+        wait_until(lambda: nodes.look(there[:1], ()) is not None)
+    assert said[2:] == [no_use]
 
 
 def test_new_checkpoint_is_not_let_go_for_damaged_ones_of_later_steps(tmp_path: Path) -> None:

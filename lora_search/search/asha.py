@@ -61,6 +61,8 @@ class StepAsha(InOrder, AsyncHyperBandScheduler):  # type: ignore[misc]  # Ray's
         super().on_trial_add(tune_controller, _numbered(trial))
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        if "unsaved" in result:  # a seat's last word, though its trial goes on
+            return str(TrialScheduler.CONTINUE)
         return self._decide(_numbered(trial), result)
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:

@@ -37,12 +37,12 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's base class is unty
         spec: SweepSpec,
         study: optuna.Study,
         capacity: Callable[[], int],
-        was_kept: Callable[[int], bool] = lambda trial: False,
+        excuses: Callable[[int], bool] = lambda trial: False,
     ) -> None:
         """
         Args:
             capacity: trials that may run at once, as it stands when a trial is asked for.
-            was_kept: whether a trial that is lost was kept as it stood; then it is not held against it.
+            excuses: whether the loss of a trial is not to be held against it; asked once for each.
         """
         super().__init__(metric=spec.search.metric, mode=spec.search.mode)
         self._search = spec.search
@@ -51,7 +51,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's base class is unty
         self._distributions = distributions(spec.search.space)
         self._study = study
         self._capacity = capacity
-        self._was_kept = was_kept
+        self._excuses = excuses
         trials = study.get_trials(deepcopy=False)
         running = [trial for trial in trials if trial.state == TrialState.RUNNING]
         self._waiting = [optuna.Trial(study, trial._trial_id) for trial in running]
@@ -113,7 +113,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's base class is unty
         if trial is None:
             return
         if error:  # what is a trial's own fault comes as a result
-            self._losses[trial.number] += not self._was_kept(trial.number)
+            self._losses[trial.number] += not self._excuses(trial.number)
             if self._losses[trial.number] <= self._max_retries:
                 self._waiting.append(trial)
                 return

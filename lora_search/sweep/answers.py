@@ -22,6 +22,9 @@ class NodeUnfit(HostLost):
     """A host is of no use, and no other on its node would be; the message says what is wrong with the node."""
 
 
+NOT_INSTALLED = ("ModuleNotFoundError", "ImportError", "AttributeError")
+"""How what Python says begins of a package that is not there, or is another version."""
+
 LOST_BEFORE = (ray.exceptions.ObjectLostError, *GONE)
 """Of a call whose arguments were to come from a host that is no more."""
 
@@ -44,7 +47,7 @@ def has_failed(answer: Any) -> bool:
 def unwrap(reference: Any) -> Any:
     """`ray.get` that raises our own errors as they were raised, a loss as HostLost, and others as a SweepError.
 
-    Where not even a host's actor can be made, as without this package, that is its node's fault: NodeUnfit.
+    Where no host can be made, since this package is not there, that is its node's fault: NodeUnfit.
     """
     try:
         return ray.get(reference)
@@ -61,8 +64,9 @@ def unwrap(reference: Any) -> Any:
     except ray.exceptions.ObjectLostError as error:
         raise DataLost(_first_line(error)) from error
     except ray.exceptions.RayError as error:
-        if isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed:
-            raise NodeUnfit(f"no host can be made there: {str(error).strip().splitlines()[-1]}") from error
+        last = str(error).strip().splitlines()[-1]
+        if getattr(error, "actor_init_failed", False) and last.startswith(NOT_INSTALLED):
+            raise NodeUnfit(f"no host can be made there: {last}") from error
         raise HostLost(_first_line(error)) from error
 
 

@@ -19,6 +19,7 @@ from ray._private import ray_constants
 from ray._private import worker as ray_worker
 from ray._private.node import Node as RayNode
 from ray._private.state import state
+from ray._private.utils import detect_fate_sharing_support
 from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -66,7 +67,7 @@ def _begin(address: str | None, say: Say) -> None:
     try:
         with (
             nullcontext() if address else _on_loopback(),
-            nullcontext() if address else sigterm_for_this_process_alone(),
+            nullcontext() if address or not detect_fate_sharing_support() else sigterm_for_this_process_alone(),
             _private_token(),
             sigterm_kept_from_ray(),
             _no_handler_of_crashes(),
@@ -97,15 +98,16 @@ def _end() -> None:
 
 def _kill_all(node: RayNode, **told: Any) -> None:
     """End Ray's processes at once. `ray.shutdown` sends SIGTERM and waits a second for each: none listens to that."""
-    started = [process.process.pid for processes in node.all_processes.values() for process in processes]
+    started = [process.process for processes in node.all_processes.values() for process in processes]
     below = []
-    for pid in started:
+    for process in started:
         with suppress(psutil.Error):
-            below += psutil.Process(pid).children(recursive=True)  # they would notice within seconds
+            if process.poll() is None:
+                below += psutil.Process(process.pid).children(recursive=True)  # they would notice within seconds
     RayNode.kill_all_processes(node, check_alive=False)
-    for process in below:
+    for child in below:
         with suppress(psutil.Error):
-            process.kill()
+            child.kill()
 
 
 @contextmanager

@@ -96,6 +96,9 @@ class _Controller(TuneController):  # type: ignore[misc]  # Ray's base class is 
         starts = own is not None and self._actor_manager.is_actor_started(own)  # has its resources, and a process
         if starts and not self._search_alg.searcher.exhausted:
             return False
+        cached, request = self._actor_cache, trial.placement_group_factory
+        while cached.has_cached_object(request) and self._actor_manager.is_barred(cached._cached_objects[request][0]):
+            self._remove_actor(tracked_actor=cached.pop_cached_object(request))
         reused: bool = super()._maybe_reuse_cached_actor(trial)
         return reused
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar, cast
@@ -15,11 +15,11 @@ from lora_search.errors import InputError, SweepError
 from lora_search.placement import HostPlace, Node
 from lora_search.spec import SweepSpec
 from lora_search.storage import Folder
-from lora_search.sweep.answers import DataLost, HostLost, has_failed, is_done, unwrap
+from lora_search.sweep.answers import DataLost, HostLost, NodeUnfit, is_done, unwrap
 from lora_search.sweep.build import STORE_S, Build
 from lora_search.sweep.cluster import Say, nodes, warned
 from lora_search.sweep.roster import LOOK_EVERY_S, Roster
-from lora_search.sweep.running import RunningHost, require_same, what_is_held
+from lora_search.sweep.running import RunningHost, as_they_load, require_same, unlike, what_is_held
 from lora_search.sweep.shared_data import SharedData
 from lora_search.sweep.soundness import Soundness
 
@@ -31,8 +31,8 @@ R = TypeVar("R")
 START_S = 60.0
 """A host that does not run by then is not waited for, if others do: something else holds what Ray would give it."""
 
-LOAD_S = 300.0
-"""A host that loads the base for so much longer than another is not waited for: its network or its disk is slow."""
+UNSAVED = 5
+"""Seats of one trial that may find the run directory of no use, while the driver can use it."""
 
 SAVE_S = 60.0
 """A host that takes longer to save its trials when the sweep is interrupted is not waited for."""
@@ -53,8 +53,10 @@ class Hosts(Roster):
         self._soundness = Soundness(say, run)
         self._looked = time.monotonic()
         self._data = SharedData()
-        self._kept: set[int] = set()
-        """Trials whose hosts kept them as they stood and were lost then; nobody has asked since."""
+        self._excused: set[int] = set()
+        """Trials whose loss is not to be held against them; nobody has asked since."""
+        self._unsaved: Counter[int] = Counter()
+        """How often a seat of a trial was not able to use the run directory."""
         self.check: Callable[[], None] | None = None
         """What every host has to pass that loads the base from now on; raises NodeUnfit."""
 
@@ -69,7 +71,7 @@ class Hosts(Roster):
             InputError: a node has other versions of what decides a result, or does not see the run directory; it
                 says which.
         """
-        greeted = [(host.place.node, said) for host, said in self._each(lambda host: unwrap(host.greeting))]
+        greeted = [(host.place.node, said) for host, said in self._each(_greeting)]
         greeted += self._soundness.answers(nodes(), self.places)
         require_same(greeted, self._spec.output)
         for host in self._begun:
@@ -88,7 +90,7 @@ class Hosts(Roster):
             self._await_start()
             first, *others = self._begun
             with self._lost_if_so(first):
-                first.hear()
+                self._hear(first)
                 self._data.begin(first, work)
                 for host in others:
                     host.actor.run.remote(warm)
@@ -104,25 +106,7 @@ class Hosts(Roster):
         Raises:
             InputError, SweepError: no host can be started; the message says why.
         """
-        return [ready for _, ready in self._each(self._loaded, self._load, self._as_they_load)]
-
-    def _as_they_load(self, hosts: Sequence[RunningHost]) -> Iterator[RunningHost]:
-        """Hosts in the order in which they load the base, then those that cannot, and those that take too long."""
-        waiting, failed = {host.loading: host for host in hosts}, []
-        end = time.monotonic() + LOAD_S if self._ready else math.inf
-        while waiting:
-            left = end - time.monotonic()
-            done, _ = ray.wait(list(waiting), timeout=None if math.isinf(left) else max(0.0, left))
-            if not done:
-                break
-            host = waiting.pop(done[0])
-            if has_failed(host.loading):
-                failed.append(host)
-            else:
-                end = min(end, time.monotonic() + LOAD_S)
-                yield host
-        yield from failed
-        yield from waiting.values()
+        return [ready for _, ready in self._each(self._loaded, self._load, as_they_load)]
 
     def _loaded(self, host: RunningHost) -> dict[str, Any]:
         """What a host is that has loaded the base.
@@ -132,19 +116,29 @@ class Hosts(Roster):
             InputError, SweepError: as `SharedData.loaded`.
         """
         if not is_done(host.loading):
-            raise HostLost(f"it loads the base for {LOAD_S:.0f} s longer than another, and begins anew")
+            raise HostLost("it takes far longer than another to load the base, and begins anew")
         try:
             return self._data.loaded(host)
-        except InputError as error:
+        except HostLost:
+            raise
+        except SweepError as error:
             if self._ready:
                 raise HostLost(str(error)) from error
             raise
 
     def _load(self, host: RunningHost) -> None:
         """Have a host begin to load the base."""
-        host.hear()
-        self._soundness.add(host.place.node)
+        self._hear(host)
         self._data.load(host, self.check)
+
+    def _hear(self, host: RunningHost) -> None:
+        """Hear what a host says first, if it has not been heard: its node is as all others then.
+
+        Raises:
+            HostLost: it is not.
+        """
+        if host.hear():
+            self._soundness.add(host.place.node)
 
     def ask_all(self, work: Callable[[], T]) -> list[T]:
         """What the hosts that have loaded the base answer; one that is lost meanwhile says nothing."""
@@ -248,7 +242,7 @@ class Hosts(Roster):
                 self._lose(host, HostLost(str(error)))
         staying = [node for node in there if node.id not in going]
         self._fill(staying)
-        self._soundness.look(staying, self.places, going, self._losses.unfit)
+        self._soundness.look(there, self.places, going, self._losses.unfit)
         late = [host for host in self._begun if now - host.since > START_S and not is_done(host.started)]
         for host in late:
             host.late = True
@@ -267,7 +261,7 @@ class Hosts(Roster):
         host.require_alive(there)
         if host.place.node in going:
             if (kept := host.leave(self._run)) is not None:
-                self._kept.update(kept)
+                self._excused.update(kept)
                 raise HostLost("its node is to go")
             return
         if host.loaded:
@@ -279,8 +273,10 @@ class Hosts(Roster):
             with suppress(DataLost):
                 self._data.loaded(host)
 
-    def _await_ready(self) -> None:
-        """Wait for a host that has loaded the base: for those that come after all others were lost.
+    def _await_ready(self) -> list[RunningHost]:
+        """Those that have loaded the base, where there are such on nodes that stay and can use the run directory.
+
+        Waits for those that come after all others were lost.
 
         Raises:
             SweepError: none can be started.
@@ -288,6 +284,8 @@ class Hosts(Roster):
         while not self._ready:
             time.sleep(LOOK_EVERY_S)
             self.look()
+        unfit = warned().union(self.barred)
+        return [host for host in self._ready if host.place.node not in unfit] or self._ready
 
     def ask_one(self, work: Callable[[Any], T]) -> T:
         """Have one host do something with its engine.
@@ -295,8 +293,7 @@ class Hosts(Roster):
         Raises:
             HostLost: it was; `renew` makes another attempt possible.
         """
-        self._await_ready()
-        host = self._steady[0]
+        host = self._await_ready()[0]
         try:
             return cast("T", unwrap(host.actor.run_with_engine.remote(work)))
         except HostLost as lost:
@@ -312,9 +309,8 @@ class Hosts(Roster):
         Raises:
             HostLost: one of the two was, or the data; `renew` makes another attempt possible.
         """
-        self._await_ready()
-        steady = self._steady
-        first, last = steady[0], steady[-1]
+        able = self._await_ready()
+        first, last = able[0], able[-1]
         tested = first.actor.run_with_engine.remote(test)
         if first is last:
             ray.wait([tested])
@@ -350,17 +346,20 @@ class Hosts(Roster):
                 logger.warning("a host kept no checkpoints: %s", error)
         return saved
 
-    def unsaved(self, why: str, node: str | None) -> None:
+    def unsaved(self, trial: int, why: str, node: str | None) -> None:
         """A seat cannot use the run directory: no other gets a place on that node until it says that it can.
 
         Args:
+            trial: whose seat; it is not held against it.
             node: None where no other would be able to either.
 
         Raises:
-            SweepError: nor is this process able to.
+            SweepError: nor is this process able to, or others on which the trial has been.
         """
+        self._unsaved[trial] += 1
+        self._excused.add(trial)
         ended = f"the run directory cannot be written to: {why}; mend it, then --resume"
-        if node is None or self._run is None:
+        if node is None or self._run is None or self._unsaved[trial] > UNSAVED:
             raise SweepError(ended)
         try:
             Folder(self._run.place, STORE_S).check()
@@ -369,14 +368,28 @@ class Hosts(Roster):
         if self._soundness.doubt(node):
             self._say(f"WARNING: node {node[:8]} cannot use the run directory: {why}; its trials go on elsewhere")
 
-    def was_kept(self, trial: int) -> bool:
-        """Whether a trial that is lost was kept as it stood, since its host's node was to go. It is so but once."""
-        kept = trial in self._kept
-        self._kept.discard(trial)
-        return kept
+    def excuses(self, trial: int) -> bool:
+        """Whether the loss of a trial is not to be held against it, but once: its host kept it as it stood, since its
+        node was to go, or its seat's node cannot use the run directory."""
+        excused = trial in self._excused
+        self._excused.discard(trial)
+        return excused
 
     def release(self, trial: int, host: str | None = None) -> None:
         """Let a trial go, from the host of that name, or wherever it is resident."""
         for other in self._running.values():
             if host in (None, other.place.name):
                 other.actor.release.remote(str(trial))
+
+
+def _greeting(host: RunningHost) -> Any:
+    """What a host says first; waits for it.
+
+    Raises:
+        InputError: there can be none on its node.
+        HostLost: it was.
+    """
+    try:
+        return unwrap(host.greeting)
+    except NodeUnfit as error:
+        raise unlike(host.place.node, error) from error

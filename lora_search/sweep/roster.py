@@ -16,7 +16,7 @@ from lora_search.spec import SweepSpec
 from lora_search.storage import Folder
 from lora_search.sweep.answers import HostLost
 from lora_search.sweep.build import Build
-from lora_search.sweep.cluster import Say, first_places, nodes, staying, warned
+from lora_search.sweep.cluster import Say, first_places, nodes, staying
 from lora_search.sweep.losses import Losses
 from lora_search.sweep.running import HOST_NAMES, RunningHost, start_host
 
@@ -72,12 +72,6 @@ class Roster:
     @property
     def _ready(self) -> list[RunningHost]:
         return [host for host in self._running.values() if host.loaded]
-
-    @property
-    def _steady(self) -> list[RunningHost]:
-        """Those of the ready ones whose nodes stay, where there are such."""
-        going = warned()
-        return [host for host in self._ready if host.place.node not in going] or self._ready
 
     def renew(self) -> None:
         """Strike off those that are no more, after one was lost: `finish` waits for one that has loaded the base."""

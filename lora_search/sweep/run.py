@@ -293,7 +293,7 @@ def _tune(
     past: Past,
 ) -> bool:
     """Have Ray Tune run the trials that are left; whether a signal came meanwhile."""
-    searcher = StudySearcher(spec, study, lambda: hosts.capacity, hosts.was_kept)
+    searcher = StudySearcher(spec, study, lambda: hosts.capacity, hosts.excuses)
     cause: BaseException | None = None
     try:
         with (

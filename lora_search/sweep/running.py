@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from lora_search.errors import InputError, SweepError
 from lora_search.host import Host, TrainsTrials
 from lora_search.placement import HostPlace, Node
 from lora_search.storage import Folder
-from lora_search.sweep.answers import HostLost, NodeUnfit, is_done, unwrap
+from lora_search.sweep.answers import HostLost, NodeUnfit, has_failed, is_done, unwrap
 from lora_search.sweep.build import greet
 from lora_search.sweep.cluster import on_node
 from lora_search.versions import differences, versions
@@ -24,6 +25,10 @@ HOST_CONCURRENCY = 1000
 
 HOST_NAMES = "lora-search-"
 """What the names of all hosts begin with, as actors."""
+
+
+LOAD_S = 300.0
+"""A host that loads the base for so much longer than another is not waited for: its network or its disk is slow."""
 
 
 @dataclass(frozen=True)
@@ -80,17 +85,21 @@ class RunningHost:
         self.loaded, self.late = True, False
         self.capacity = ready["capacity"]
 
-    def hear(self) -> None:
+    def hear(self) -> bool:
         """Hold it against this process, where it was started since all others were, as soon as it has said what it is.
+
+        Returns:
+            Whether it has been heard just now.
 
         Raises:
             NodeUnfit: it has other versions of what decides a result.
             HostLost: it does not see the run directory.
         """
         if self.greeting is None:
-            return
+            return False
         greeted, self.greeting = unwrap(self.greeting), None
         require_fit(greeted)
+        return True
 
     def leave(self, run: Folder | None) -> list[int] | None:
         """Have it keep its trials as they stand, since its node is to go; which it has kept, as soon as it has.
@@ -135,6 +144,11 @@ def require_fit(greeted: Any) -> None:
         raise NodeUnfit(f"it has {', '.join(what)}")
     if unseen is not None:
         raise HostLost(f"it cannot use the run directory: {unseen}")
+
+
+def unlike(node: str, why: Exception) -> InputError:
+    """Of a node that cannot even say which versions it has."""
+    return InputError(f"the cluster's nodes differ: node {node[:8]}: {why}; install the same versions on every node")
 
 
 def require_same(greeted: Iterable[tuple[str, Any]], output: str) -> None:
@@ -186,6 +200,25 @@ def start_host(
     )
     alive, started, greeting = actor.live.remote(), actor.room.remote(), actor.run.remote(greet, run)
     return RunningHost(place, capacity, actor, alive, started, greeting, time.monotonic())
+
+
+def as_they_load(hosts: Sequence[RunningHost]) -> Iterator[RunningHost]:
+    """Hosts in the order in which they load the base, then those that cannot, and those that take too long."""
+    waiting, failed = {host.loading: host for host in hosts}, []
+    end = math.inf
+    while waiting:
+        left = None if math.isinf(end) else max(0.0, end - time.monotonic())
+        done, _ = ray.wait(list(waiting), timeout=left)
+        if not done:
+            break
+        host = waiting.pop(done[0])
+        if has_failed(host.loading):
+            failed.append(host)
+        else:
+            end = min(end, time.monotonic() + LOAD_S)
+            yield host
+    yield from failed
+    yield from waiting.values()
 
 
 def what_is_held(hosts: Sequence[RunningHost]) -> str:

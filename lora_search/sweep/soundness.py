@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import ray
 
-from lora_search.errors import InputError, SweepError
+from lora_search.errors import SweepError
 from lora_search.placement import HostPlace, Node
 from lora_search.storage import Folder
 from lora_search.sweep.answers import HostLost, is_done, unwrap
 from lora_search.sweep.build import greet
 from lora_search.sweep.cluster import Say, on_node
-from lora_search.sweep.running import require_fit
+from lora_search.sweep.running import require_fit, unlike
 
 ANSWER_S = 90.0
 """A node without a host that takes longer to say what it is like is not waited for. More than SEEN_S, which it may take
 to find that it does not see the run directory."""
 
 
+ASK_AGAIN_S = 60.0
+"""Between two questions to a node that was sound, and has said that it is so no more."""
+
+
 class Soundness:
-    """Asks the nodes that have no host what hosts say of theirs. Until it has answered, no seat begins on a node that
-    has been seen."""
+    """Asks nodes what hosts say of theirs: those that have no host, and those that were sound and may be so no more.
+
+    Until it has answered, no seat begins on a node that has been seen.
+    """
 
     def __init__(self, say: Say, run: Folder | None) -> None:
         """
@@ -34,21 +42,22 @@ class Soundness:
         self._sound: set[str] = set()
         self._asked: dict[str, Any] = {}
         """By node, its answer; None where that has been heard."""
-        self._doubted: set[str] = set()
-        """Nodes with hosts that were sound, and may be so no more."""
+        self._doubted: dict[str, float] = {}
+        """Nodes that were sound, and when they said last that they are not, by the monotonic clock; infinity before."""
         self.barred: frozenset[str] = frozenset()
 
     def add(self, *nodes: str) -> None:
         """Nodes are as all others."""
         self._sound.update(nodes)
-        self._doubted.difference_update(nodes)
+        for node in nodes:
+            self._doubted.pop(node, None)
 
     def doubt(self, node: str) -> bool:
         """Ask a node anew that was sound; until it has answered so again, no seat begins there. False: it was not."""
         if node not in self._sound:
             return False
         self._sound.remove(node)
-        self._doubted.add(node)
+        self._doubted[node] = math.inf
         self._begin(node)
         self.barred |= {node}
         return True
@@ -74,9 +83,7 @@ class Soundness:
                 except HostLost:  # the node has gone
                     continue
                 except SweepError as error:
-                    raise InputError(
-                        f"the cluster's nodes differ: node {node[:8]}: {error}; install the same versions on every node"
-                    ) from None
+                    raise unlike(node, error) from None
         return heard
 
     def look(
@@ -95,22 +102,35 @@ class Soundness:
         Raises:
             SweepError: there is none left on which a seat may be.
         """
-        self._ask([node for node in there if node.id not in unfit], places)
+        self._ask([node for node in there if node.id not in {*going, *unfit}], places)
         alive = {node.id for node in there}
         self._asked = {node: answer for node, answer in self._asked.items() if node in alive}
+        self._doubted = {node: when for node, when in self._doubted.items() if node in alive}
         for node, answer in self._asked.items():
             if answer is not None and is_done(answer):
                 self._asked[node] = None
-                try:
-                    require_fit(unwrap(answer))
-                except SweepError as error:
-                    self._say(f"WARNING: node {node[:8]} is of no use: {error}")
-                else:
-                    self.add(node)
+                self._hear(node, answer)
         waits = any(answer is not None for answer in self._asked.values())
-        if self._doubted & alive and not self._sound & alive and not waits:
+        if self._doubted and not self._sound & alive and not waits:
             raise SweepError("no node is left that can use the run directory; mend it, then --resume")
+        for node, when in self._doubted.items():
+            if self._asked[node] is None and time.monotonic() - when > ASK_AGAIN_S:
+                self._begin(node)
         self.barred = frozenset(alive - self._sound).union(going)
+
+    def _hear(self, node: str, answer: Any) -> None:
+        try:
+            require_fit(unwrap(answer))
+        except SweepError as error:
+            if math.isinf(self._doubted.get(node, math.inf)):  # it has not been said yet
+                self._say(f"WARNING: node {node[:8]} is of no use: {error}")
+            self._sound.discard(node)
+            if node in self._doubted:
+                self._doubted[node] = time.monotonic()
+        else:
+            if node in self._doubted:
+                self._say(f"node {node[:8]} can use the run directory again")
+            self.add(node)
 
     def _ask(self, there: Sequence[Node], places: Sequence[HostPlace]) -> None:
         known = self._sound.union(self._asked, (place.node for place in places))

@@ -84,7 +84,8 @@ def require_held(run: RunDirectory, held: Callable[[], bool]) -> None:
         SweepError: another process has taken over the run directory.
     """
     if not held():
-        raise SweepError(f"{run.place}: another lora-search run has taken over; what this one knew is in {run.path}")
+        knew = "" if run.uri is None else f"; what this one knew is in {run.path}"
+        raise SweepError(f"{run.place}: another lora-search run has taken over{knew}")
 
 
 class _Uploads:

@@ -31,13 +31,13 @@ class Relay(Callback):  # type: ignore[misc]  # Ray's base class is untyped
         observers: Sequence[Observer],
         past: Sequence[Row] = (),
         retries: Callable[[int], bool] = lambda trial: False,
-        unsaved: Callable[[str, str | None], None] = lambda why, node: None,
+        unsaved: Callable[[int, str, str | None], None] = lambda trial, why, node: None,
     ) -> None:
         """
         Args:
             past: rows of the trials that earlier processes have run.
             retries: whether a trial whose machine was lost is tried again.
-            unsaved: told why a seat cannot use the run directory, and on which node that is so.
+            unsaved: told of a trial why its seat cannot use the run directory, and on which node that is so.
         """
         self._retries, self._unsaved = retries, unsaved
         self._spec = spec
@@ -57,7 +57,7 @@ class Relay(Callback):  # type: ignore[misc]  # Ray's base class is untyped
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         if "unsaved" in result:
-            self._unsaved(result["unsaved"], result["node"])
+            self._unsaved(trial.config["trial"], result["unsaved"], result["node"])
             return
         number, step = trial.config["trial"], result["step"]
         resumed = result.get("resumed")
