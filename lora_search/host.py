@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 from lora_search.checkpoint import Checkpoint, Shelf, step_of
 from lora_search.errors import OUT_OF_MEMORY, HostFailed, InputError, TrialFailed
 from lora_search.space import TrialConfig
-from lora_search.storage import Folder
+from lora_search.storage import Folder, StoreError
 from lora_search.waiting import WaitingRoom
 
 T = TypeVar("T")
@@ -248,10 +248,12 @@ class Host:
             for trial, saved in checkpoints.items():
                 try:
                     path = Shelf(run, int(trial)).put_unreported(saved, self._residents[trial])
-                except OSError as error:  # the others' may fare better
+                except OSError as error:
                     logger.warning("trial %s is not kept: %s", trial, error)
-                    continue
-                kept.append((int(trial), step_of(saved), path))
+                    if isinstance(error, StoreError):  # which has been asked for long
+                        break
+                else:
+                    kept.append((int(trial), step_of(saved), path))
             return kept
 
         return await self._ask(save)

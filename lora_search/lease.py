@@ -78,6 +78,9 @@ def is_leased(folder: Folder) -> bool:
     end = time.monotonic() + LEASE_S
     while time.monotonic() < end:
         time.sleep(LOOK_S)
+        if not is_uri(folder.place):
+            with suppress(OSError):
+                folder.read(LEASE)  # NFS asks its server anew when a file is opened
         now = folder.modified(LEASE)
         if now != found:
             return now is not None

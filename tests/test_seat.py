@@ -271,13 +271,13 @@ def test_host_that_cannot_load_the_base_or_takes_too_long_holds_up_no_other(
     """It begins anew beside the sweep, and passes what hosts have to that come later."""
     from lora_search.sweep.hosts import Hosts as SweepHosts
 
-    monkeypatch.setattr("lora_search.sweep.running.LOAD_S", 1.0)
     cores = int(started.ray.cluster_resources()["CPU"])
     placed = {"cpus_per_host": cores // 2}
-    for name, build, why in (
-        ("hub", build_first_is_refused, "the hub is busy"),
-        ("slow", build_first_is_slow, "it takes far longer than another to load the base, and begins anew"),
+    for name, build, load_s, why in (
+        ("hub", build_first_is_refused, PATIENCE, "the hub is busy"),
+        ("slow", build_first_is_slow, 1.0, "it takes far longer than another to load the base, and begins anew"),
     ):
+        monkeypatch.setattr("lora_search.sweep.running.LOAD_S", load_s)
         spec = make_spec(tiny, name=name, hosts=placed, output=str(tmp_path))
         said: list[str] = []
         hosts = SweepHosts(spec, build, said.append)
@@ -687,12 +687,13 @@ def test_seat_that_cannot_use_the_run_directory_says_so_and_on_which_node(
 
 
 def test_node_that_cannot_use_the_run_directory_gets_no_seat_until_it_can(
-    started: Hosts, tiny: Path, tmp_path: Path
+    started: Hosts, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the sweep itself cannot, or a trial finds none that can, the sweep ends: no trial is failed for that."""
-    from lora_search.sweep.hosts import UNSAVED
     from lora_search.sweep.hosts import Hosts as SweepHosts
+    from lora_search.sweep.soundness import UNSAVED
 
+    monkeypatch.setattr("lora_search.sweep.soundness.ASK_AGAIN_S", 0.5)
     spec = make_spec(tiny, name="doubted", hosts={"count": 1}, output=str(tmp_path))
     run = fresh_run(tmp_path, spec.name)
     said: list[str] = []
@@ -712,11 +713,13 @@ def test_node_that_cannot_use_the_run_directory_gets_no_seat_until_it_can(
             hosts.unsaved(0, "No space left on device", None)
         assert said[1:] == [f"node {node[:8]} can use the run directory again"]
         assert [hosts.excuses(0), hosts.excuses(0)] == [True, False]  # it is not the trial's fault
+        hosts.unsaved(1, "Input/output error", node)
+        hosts.reported(1)
         for _ in range(UNSAVED):
             hosts.unsaved(1, "Input/output error", node)
         with pytest.raises(SweepError, match=r"cannot be written to: Input/output error; mend it, then --resume"):
             hosts.unsaved(1, "Input/output error", node)  # wherever the trial goes
-        hosts._run = Folder(run.spec)  # a file
+        hosts._soundness._run = Folder(run.spec)  # a file
         with pytest.raises(SweepError, match=r"cannot be written to: Stale file handle; mend it, then --resume"):
             hosts.unsaved(0, "Stale file handle", node)
     finally:
@@ -735,8 +738,10 @@ def test_node_that_was_sound_is_asked_until_it_is_so_again(
     said: list[str] = []
     nodes = Soundness(said.append, OutOfReach(run.path))  # as this one sees it
     nodes.add(node, "another")
-    assert nodes.doubt(node)
-    assert not nodes.doubt(node)
+    monkeypatch.setattr(Folder, "check", lambda self: None)  # the driver can use it
+    for _ in range(2):
+        nodes.unsaved(0, "far", node)
+    doubt = f"WARNING: node {node[:8]} cannot use the run directory: far; its trials go on elsewhere"
     no_use = f"WARNING: node {node[:8]} is of no use: it cannot use the run directory: far"
     answers: list[Any] = []
 
@@ -747,16 +752,16 @@ def test_node_that_was_sound_is_asked_until_it_is_so_again(
         return len(answers) >= times
 
     wait_until(lambda: is_asked(3))
-    assert said == [no_use]  # once
+    assert said == [doubt, no_use]  # once each
     assert nodes.barred == {node}
     nodes._run = run.folder
     wait_until(lambda: is_asked(0) and not nodes.barred)
-    assert said[1:] == [f"node {node[:8]} can use the run directory again"]
+    assert said[2:] == [f"node {node[:8]} can use the run directory again"]
     nodes._run = OutOfReach(run.path)
-    nodes.doubt(node)
+    nodes.unsaved(0, "far", node)
     with pytest.raises(SweepError, match="no node is left that can use the run directory; mend it, then --resume"):
         wait_until(lambda: nodes.look(there[:1], ()) is not None)
-    assert said[2:] == [no_use]
+    assert said[3:] == [doubt, no_use]
 
 
 def test_new_checkpoint_is_not_let_go_for_damaged_ones_of_later_steps(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar, cast
@@ -16,7 +15,7 @@ from lora_search.placement import HostPlace, Node
 from lora_search.spec import SweepSpec
 from lora_search.storage import Folder
 from lora_search.sweep.answers import DataLost, HostLost, NodeUnfit, is_done, unwrap
-from lora_search.sweep.build import STORE_S, Build
+from lora_search.sweep.build import Build
 from lora_search.sweep.cluster import Say, nodes, warned
 from lora_search.sweep.roster import LOOK_EVERY_S, Roster
 from lora_search.sweep.running import RunningHost, as_they_load, require_same, unlike, what_is_held
@@ -30,9 +29,6 @@ R = TypeVar("R")
 
 START_S = 60.0
 """A host that does not run by then is not waited for, if others do: something else holds what Ray would give it."""
-
-UNSAVED = 5
-"""Seats of one trial that may find the run directory of no use, while the driver can use it."""
 
 SAVE_S = 60.0
 """A host that takes longer to save its trials when the sweep is interrupted is not waited for."""
@@ -55,8 +51,6 @@ class Hosts(Roster):
         self._data = SharedData()
         self._excused: set[int] = set()
         """Trials whose loss is not to be held against them; nobody has asked since."""
-        self._unsaved: Counter[int] = Counter()
-        """How often a seat of a trial was not able to use the run directory."""
         self.check: Callable[[], None] | None = None
         """What every host has to pass that loads the base from now on; raises NodeUnfit."""
 
@@ -106,7 +100,8 @@ class Hosts(Roster):
         Raises:
             InputError, SweepError: no host can be started; the message says why.
         """
-        return [ready for _, ready in self._each(self._loaded, self._load, as_they_load)]
+        in_turn = lambda hosts: as_they_load(hosts, bool(self._ready))  # noqa: E731
+        return [ready for _, ready in self._each(self._loaded, self._load, in_turn)]
 
     def _loaded(self, host: RunningHost) -> dict[str, Any]:
         """What a host is that has loaded the base.
@@ -240,8 +235,7 @@ class Hosts(Roster):
                 self._lose(host, lost, "its trials go on elsewhere from their last checkpoints" * host.loaded)
             except SweepError as error:
                 self._lose(host, HostLost(str(error)))
-        staying = [node for node in there if node.id not in going]
-        self._fill(staying)
+        self._fill([node for node in there if node.id not in going and node.id not in self._soundness.doubted])
         self._soundness.look(there, self.places, going, self._losses.unfit)
         late = [host for host in self._begun if now - host.since > START_S and not is_done(host.started)]
         for host in late:
@@ -347,26 +341,13 @@ class Hosts(Roster):
         return saved
 
     def unsaved(self, trial: int, why: str, node: str | None) -> None:
-        """A seat cannot use the run directory: no other gets a place on that node until it says that it can.
-
-        Args:
-            trial: whose seat; it is not held against it.
-            node: None where no other would be able to either.
-
-        Raises:
-            SweepError: nor is this process able to, or others on which the trial has been.
-        """
-        self._unsaved[trial] += 1
+        """A seat cannot use the run directory, which is not held against its trial; arguments, errors: `Soundness`."""
         self._excused.add(trial)
-        ended = f"the run directory cannot be written to: {why}; mend it, then --resume"
-        if node is None or self._run is None or self._unsaved[trial] > UNSAVED:
-            raise SweepError(ended)
-        try:
-            Folder(self._run.place, STORE_S).check()
-        except OSError as error:
-            raise SweepError(ended) from error
-        if self._soundness.doubt(node):
-            self._say(f"WARNING: node {node[:8]} cannot use the run directory: {why}; its trials go on elsewhere")
+        self._soundness.unsaved(trial, why, node)
+
+    def reported(self, trial: int) -> None:
+        """A trial has come further, and what its seats have met with before is over."""
+        self._soundness.reported(trial)
 
     def excuses(self, trial: int) -> bool:
         """Whether the loss of a trial is not to be held against it, but once: its host kept it as it stood, since its

@@ -351,6 +351,7 @@ class _Attend(Observer):
 
     def trial_reported(self, trial: int, report: Mapping[str, Any]) -> None:
         self._resident.setdefault(trial, report["host"])
+        self._hosts.reported(trial)
 
     def trial_ended(self, trial: int, state: str, reason: str | None) -> None:
         host = self._resident.pop(trial, None)

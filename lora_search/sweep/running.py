@@ -202,10 +202,14 @@ def start_host(
     return RunningHost(place, capacity, actor, alive, started, greeting, time.monotonic())
 
 
-def as_they_load(hosts: Sequence[RunningHost]) -> Iterator[RunningHost]:
-    """Hosts in the order in which they load the base, then those that cannot, and those that take too long."""
+def as_they_load(hosts: Sequence[RunningHost], others: bool) -> Iterator[RunningHost]:
+    """Hosts in the order in which they load the base, then those that cannot, and those that take too long.
+
+    Args:
+        others: there are some that have loaded it.
+    """
     waiting, failed = {host.loading: host for host in hosts}, []
-    end = math.inf
+    end = time.monotonic() + LOAD_S if others else math.inf
     while waiting:
         left = None if math.isinf(end) else max(0.0, end - time.monotonic())
         done, _ = ray.wait(list(waiting), timeout=left)

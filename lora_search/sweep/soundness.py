@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -13,7 +13,7 @@ from lora_search.errors import SweepError
 from lora_search.placement import HostPlace, Node
 from lora_search.storage import Folder
 from lora_search.sweep.answers import HostLost, is_done, unwrap
-from lora_search.sweep.build import greet
+from lora_search.sweep.build import STORE_S, greet
 from lora_search.sweep.cluster import Say, on_node
 from lora_search.sweep.running import require_fit, unlike
 
@@ -23,7 +23,11 @@ to find that it does not see the run directory."""
 
 
 ASK_AGAIN_S = 60.0
-"""Between two questions to a node that was sound, and has said that it is so no more."""
+"""Until a node that was sound, and may be so no more, is asked whether it is so again."""
+
+
+UNSAVED = 5
+"""Seats of one trial that may find the run directory of no use between two reports, while the driver can use it."""
 
 
 class Soundness:
@@ -42,25 +46,57 @@ class Soundness:
         self._sound: set[str] = set()
         self._asked: dict[str, Any] = {}
         """By node, its answer; None where that has been heard."""
+        self._since: dict[str, float] = {}
+        """When they were asked last, by the monotonic clock."""
         self._doubted: dict[str, float] = {}
-        """Nodes that were sound, and when they said last that they are not, by the monotonic clock; infinity before."""
+        """Nodes that were sound, and may be so no more; when they are to be asked."""
+        self._refused: set[str] = set()
+        """Those of them that have said since that they are not."""
+        self._unsaved: Counter[int] = Counter()
+        """How many seats of a trial were not able to use the run directory since its last report."""
         self.barred: frozenset[str] = frozenset()
+
+    @property
+    def doubted(self) -> Collection[str]:
+        """Nodes that were sound, and may be so no more."""
+        return self._doubted.keys()
 
     def add(self, *nodes: str) -> None:
         """Nodes are as all others."""
         self._sound.update(nodes)
+        self._refused.difference_update(nodes)
         for node in nodes:
             self._doubted.pop(node, None)
 
-    def doubt(self, node: str) -> bool:
-        """Ask a node anew that was sound; until it has answered so again, no seat begins there. False: it was not."""
-        if node not in self._sound:
-            return False
-        self._sound.remove(node)
-        self._doubted[node] = math.inf
-        self._begin(node)
-        self.barred |= {node}
-        return True
+    def unsaved(self, trial: int, why: str, node: str | None) -> None:
+        """A seat cannot use the run directory: no other gets a place on that node until it says that it can.
+
+        It is asked in some time, and not at once: what a seat has found out may be more than the node would say.
+
+        Args:
+            trial: whose seat.
+            node: None where no other would be able to either.
+
+        Raises:
+            SweepError: nor is this process able to, or others on which the trial has been.
+        """
+        self._unsaved[trial] += 1
+        ended = f"the run directory cannot be written to: {why}; mend it, then --resume"
+        if node is None or self._run is None or self._unsaved[trial] > UNSAVED:
+            raise SweepError(ended)
+        try:
+            Folder(self._run.place, STORE_S).check()
+        except OSError as error:
+            raise SweepError(ended) from error
+        if node in self._sound:
+            self._say(f"WARNING: node {node[:8]} cannot use the run directory: {why}; its trials go on elsewhere")
+            self._sound.remove(node)
+            self._doubted[node] = time.monotonic() + ASK_AGAIN_S
+            self.barred |= {node}
+
+    def reported(self, trial: int) -> None:
+        """A trial has come further: what its seats have met with before is over."""
+        self._unsaved.pop(trial, None)
 
     def answers(self, there: Sequence[Node], places: Sequence[HostPlace]) -> list[tuple[str, Any]]:
         """What each node without a host says (`greet`), by its id; who is silent for ANSWER_S is left out.
@@ -103,34 +139,42 @@ class Soundness:
             SweepError: there is none left on which a seat may be.
         """
         self._ask([node for node in there if node.id not in {*going, *unfit}], places)
-        alive = {node.id for node in there}
+        alive, now = {node.id for node in there}, time.monotonic()
         self._asked = {node: answer for node, answer in self._asked.items() if node in alive}
         self._doubted = {node: when for node, when in self._doubted.items() if node in alive}
         for node, answer in self._asked.items():
             if answer is not None and is_done(answer):
                 self._asked[node] = None
                 self._hear(node, answer)
-        waits = any(answer is not None for answer in self._asked.values())
-        if self._doubted and not self._sound & alive and not waits:
-            raise SweepError("no node is left that can use the run directory; mend it, then --resume")
         for node, when in self._doubted.items():
-            if self._asked[node] is None and time.monotonic() - when > ASK_AGAIN_S:
-                self._begin(node)
+            if self._asked.get(node) is None:
+                if now > when:
+                    self._begin(node)
+            elif now - self._since[node] > ANSWER_S:
+                self._refuse(node, "it does not answer")
+        if self._doubted and not self._sound & alive and self._doubted.keys() <= self._refused:
+            raise SweepError("no node is left that can use the run directory; mend it, then --resume")
         self.barred = frozenset(alive - self._sound).union(going)
 
     def _hear(self, node: str, answer: Any) -> None:
         try:
             require_fit(unwrap(answer))
         except SweepError as error:
-            if math.isinf(self._doubted.get(node, math.inf)):  # it has not been said yet
-                self._say(f"WARNING: node {node[:8]} is of no use: {error}")
-            self._sound.discard(node)
-            if node in self._doubted:
-                self._doubted[node] = time.monotonic()
+            self._refuse(node, str(error))
         else:
             if node in self._doubted:
                 self._say(f"node {node[:8]} can use the run directory again")
             self.add(node)
+
+    def _refuse(self, node: str, why: str) -> None:
+        """A node is not as all others; one that was is asked again in some time."""
+        if node not in self._refused:
+            self._say(f"WARNING: node {node[:8]} is of no use: {why}")
+        if node in self._sound or node in self._doubted:
+            self._sound.discard(node)
+            self._refused.add(node)
+            self._doubted[node] = time.monotonic() + ASK_AGAIN_S
+            self._asked[node] = None
 
     def _ask(self, there: Sequence[Node], places: Sequence[HostPlace]) -> None:
         known = self._sound.union(self._asked, (place.node for place in places))
@@ -140,4 +184,4 @@ class Soundness:
 
     def _begin(self, node: str) -> None:
         ask = ray.remote(num_cpus=0, max_retries=0)(greet).options(scheduling_strategy=on_node(node))
-        self._asked[node] = ask.remote(self._run)
+        self._asked[node], self._since[node] = ask.remote(self._run), time.monotonic()
