@@ -210,6 +210,7 @@ def test_node_that_can_no_longer_write_loses_its_seats_and_the_sweep_none_of_its
     run = create_run(tmp_path, spec.name, exact=True)
     head = {"num_cpus": 1, "num_gpus": 1, "memory": 2 * SEAT_BYTES}  # the others sit elsewhere
     nodes = Cluster(initialize_head=True, head_node_args=head)
+    first = nodes.head_node.node_id
     command = ["unshare", "--mount", *start, f"--address={nodes.address}"]
     machine = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     said: list[str] = []
@@ -229,7 +230,7 @@ def test_node_that_can_no_longer_write_loses_its_seats_and_the_sweep_none_of_its
     assert {row["state"] for row in rows} == {"completed"}
     (warning,) = {line for line in said if "cannot use the run directory" in line and "go on elsewhere" in line}
     (node,) = re.findall(r"WARNING: node (\w+) cannot use the run directory: .*Read-only file system", warning)
-    assert node != nodes.head_node.node_id[:8]
+    assert node != first[:8]
     assert strikes.resumed
     assert {row["host"] for row in rows} == {"host-0", "host-1"}
     assert not [line for line in said if "was lost" in line]
