@@ -711,7 +711,7 @@ def test_node_that_cannot_use_the_run_directory_gets_no_seat_until_it_can(
         wait_until(lambda: hosts.look() or not hosts.barred)
         with pytest.raises(SweepError, match=r"cannot be written to: No space left on device; mend it, then --resume"):
             hosts.unsaved(0, "No space left on device", None)
-        assert said[1:] == [f"node {node[:8]} can use the run directory again"]
+        assert said[1:] == [f"node {node[:8]} is of use by now"]
         assert [hosts.excuses(0), hosts.excuses(0)] == [True, False]  # it is not the trial's fault
         hosts.unsaved(1, "Input/output error", node)
         hosts.reported(1)
@@ -756,12 +756,55 @@ def test_node_that_was_sound_is_asked_until_it_is_so_again(
     assert nodes.barred == {node}
     nodes._run = run.folder
     wait_until(lambda: is_asked(0) and not nodes.barred)
-    assert said[2:] == [f"node {node[:8]} can use the run directory again"]
+    assert said[2:] == [f"node {node[:8]} is of use by now"]
     nodes._run = OutOfReach(run.path)
     nodes.unsaved(0, "far", node)
     with pytest.raises(SweepError, match="no node is left that can use the run directory; mend it, then --resume"):
         wait_until(lambda: nodes.look(there[:1], ()) is not None)
     assert said[3:] == [doubt, no_use]
+
+
+def test_node_that_cannot_use_the_run_directory_yet_is_asked_and_gets_hosts_when_it_can(
+    started: Hosts, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a machine joins before its file server is mounted."""
+    from lora_search.sweep.hosts import Hosts as SweepHosts
+    from lora_search.sweep.soundness import Soundness
+
+    monkeypatch.setattr("lora_search.sweep.soundness.ASK_AGAIN_S", 0.5)
+    node = started.ray.nodes()[0]["NodeID"]
+    there = [Node(node, 1, 0), Node("another", 1, 0)]
+    run = fresh_run(tmp_path, "early")
+    far = "it cannot use the run directory: far"
+    said: list[str] = []
+    nodes = Soundness(said.append, OutOfReach(run.path))
+    nodes.add("another")
+    wait_until(lambda: nodes.look(there, ()) is not None or bool(said))
+    assert said == [f"WARNING: node {node[:8]} is of no use: {far}"]
+    nodes._run = run.folder
+    wait_until(lambda: nodes.look(there, ()) is not None or not nodes.barred)
+    assert said[1:] == [f"node {node[:8]} is of use by now"]
+
+    cores = int(started.ray.cluster_resources()["CPU"])
+    spec = make_spec(tiny, name="early", hosts={"cpus_per_host": cores // 2}, output=str(tmp_path))
+    hosts = SweepHosts(spec, build_idle, said.append, run.folder)
+
+    def are_ready(count: int) -> bool:
+        hosts.look()
+        return len(hosts._ready) == count
+
+    try:
+        hosts.require_same_nodes()
+        hosts.load()
+        wait_until(lambda: are_ready(2))
+        hosts._run = OutOfReach(run.path)
+        started.ray.kill(hosts.actors[0])
+        wait_until(lambda: are_ready(1) and f"host-2 was lost: {far}" in said)
+        hosts._run = run.folder
+        wait_until(lambda: are_ready(2))
+        assert hosts._losses._counted[node] == 1  # the one that was killed
+    finally:
+        hosts.end()
 
 
 def test_new_checkpoint_is_not_let_go_for_damaged_ones_of_later_steps(tmp_path: Path) -> None:

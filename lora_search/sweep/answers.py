@@ -18,6 +18,10 @@ class DataLost(HostLost):
     """The data went with the node that had prepared it."""
 
 
+class RunUnseen(HostLost):
+    """A host cannot use the run directory; another on its node may, later."""
+
+
 class NodeUnfit(HostLost):
     """A host is of no use, and no other on its node would be; the message says what is wrong with the node."""
 

@@ -14,7 +14,7 @@ from lora_search.errors import InputError, SweepError
 from lora_search.placement import HostPlace, Node
 from lora_search.spec import SweepSpec
 from lora_search.storage import Folder
-from lora_search.sweep.answers import DataLost, HostLost, NodeUnfit, is_done, unwrap
+from lora_search.sweep.answers import DataLost, HostLost, NodeUnfit, RunUnseen, is_done, unwrap
 from lora_search.sweep.build import Build
 from lora_search.sweep.cluster import Say, nodes, warned
 from lora_search.sweep.roster import LOOK_EVERY_S, Roster
@@ -231,11 +231,15 @@ class Hosts(Roster):
         for host in list(self._running.values()):
             try:
                 self._look_at(host, there, going)
+            except RunUnseen as lost:
+                self._lose(host, lost, counts=len(self._running) == 1)  # or it is asked when it can
+                self._soundness.doubt(host.place.node)
             except HostLost as lost:
                 self._lose(host, lost, "its trials go on elsewhere from their last checkpoints" * host.loaded)
             except SweepError as error:
                 self._lose(host, HostLost(str(error)))
-        self._fill([node for node in there if node.id not in going and node.id not in self._soundness.doubted])
+        doubted = self._soundness.doubted if self._running else ()
+        self._fill([node for node in there if node.id not in going and node.id not in doubted])
         self._soundness.look(there, self.places, going, self._losses.unfit)
         late = [host for host in self._begun if now - host.since > START_S and not is_done(host.started)]
         for host in late:

@@ -34,17 +34,19 @@ class Losses:
         self._none_since: float | None = None
         """When the last host was lost, while there is none."""
 
-    def add(self, host: RunningHost, lost: HostLost, then: str = "") -> None:
+    def add(self, host: RunningHost, lost: HostLost, then: str = "", *, counts: bool = True) -> None:
         """Say that a host was lost, and hold it against its node.
 
         Args:
             then: what comes of it.
+            counts: whether it is held against it.
         """
         if isinstance(lost, NodeUnfit):
             self._refuse(host.place.node, str(lost))
         else:
             self._say(f"{host.place.name} was lost: {lost}{'; ' if then else ''}{then}")
-            self._count(host)
+            if counts:
+                self._count(host)
 
     def _refuse(self, node: str, why: str) -> None:
         """A node gets no hosts any more, since none would be of use there."""

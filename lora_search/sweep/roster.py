@@ -82,14 +82,15 @@ class Roster:
             except HostLost as lost:
                 self._lose(host, lost)
 
-    def _lose(self, host: RunningHost, lost: HostLost, then: str = "") -> None:
+    def _lose(self, host: RunningHost, lost: HostLost, then: str = "", *, counts: bool = True) -> None:
         """Strike it off, and say so.
 
         Args:
             then: what comes of it.
+            counts: hold it against its node.
         """
         self._drop(host)
-        self._losses.add(host, lost, then)
+        self._losses.add(host, lost, then, counts=counts)
 
     def _drop(self, host: RunningHost) -> None:
         ray.kill(host.actor)  # where it is not its process that has ended

@@ -15,7 +15,7 @@ from lora_search.errors import InputError, SweepError
 from lora_search.host import Host, TrainsTrials
 from lora_search.placement import HostPlace, Node
 from lora_search.storage import Folder
-from lora_search.sweep.answers import HostLost, NodeUnfit, has_failed, is_done, unwrap
+from lora_search.sweep.answers import HostLost, NodeUnfit, RunUnseen, has_failed, is_done, unwrap
 from lora_search.sweep.build import greet
 from lora_search.sweep.cluster import on_node
 from lora_search.versions import differences, versions
@@ -93,7 +93,7 @@ class RunningHost:
 
         Raises:
             NodeUnfit: it has other versions of what decides a result.
-            HostLost: it does not see the run directory.
+            RunUnseen: it does not see the run directory.
         """
         if self.greeting is None:
             return False
@@ -137,13 +137,13 @@ def require_fit(greeted: Any) -> None:
 
     Raises:
         NodeUnfit: it has other versions of what decides a result.
-        HostLost: it does not see the run directory.
+        RunUnseen: it does not see the run directory.
     """
     there, unseen = greeted
     if what := differences(versions(), there):
         raise NodeUnfit(f"it has {', '.join(what)}")
     if unseen is not None:
-        raise HostLost(f"it cannot use the run directory: {unseen}")
+        raise RunUnseen(f"it cannot use the run directory: {unseen}")
 
 
 def unlike(node: str, why: Exception) -> InputError:

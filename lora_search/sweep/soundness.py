@@ -23,7 +23,7 @@ to find that it does not see the run directory."""
 
 
 ASK_AGAIN_S = 60.0
-"""Until a node that was sound, and may be so no more, is asked whether it is so again."""
+"""Until a node that is not as all others, or may be so no more, is asked again."""
 
 
 UNSAVED = 5
@@ -31,7 +31,7 @@ UNSAVED = 5
 
 
 class Soundness:
-    """Asks nodes what hosts say of theirs: those that have no host, and those that were sound and may be so no more.
+    """Asks nodes what hosts say of theirs: those that have no host, and those that may be sound no more.
 
     Until it has answered, no seat begins on a node that has been seen.
     """
@@ -49,16 +49,16 @@ class Soundness:
         self._since: dict[str, float] = {}
         """When they were asked last, by the monotonic clock."""
         self._doubted: dict[str, float] = {}
-        """Nodes that were sound, and may be so no more; when they are to be asked."""
+        """Nodes that are not sound, and may yet be; when they are to be asked."""
         self._refused: set[str] = set()
-        """Those of them that have said since that they are not."""
+        """Those of them that have said so."""
         self._unsaved: Counter[int] = Counter()
         """How many seats of a trial were not able to use the run directory since its last report."""
         self.barred: frozenset[str] = frozenset()
 
     @property
     def doubted(self) -> Collection[str]:
-        """Nodes that were sound, and may be so no more."""
+        """Nodes that are not sound, and may yet be."""
         return self._doubted.keys()
 
     def add(self, *nodes: str) -> None:
@@ -90,9 +90,13 @@ class Soundness:
             raise SweepError(ended) from error
         if node in self._sound:
             self._say(f"WARNING: node {node[:8]} cannot use the run directory: {why}; its trials go on elsewhere")
-            self._sound.remove(node)
-            self._doubted[node] = time.monotonic() + ASK_AGAIN_S
-            self.barred |= {node}
+            self.doubt(node)
+
+    def doubt(self, node: str) -> None:
+        """Have a node asked in some time; until it has answered that it is as all others, no seat begins there."""
+        self._sound.discard(node)
+        self._doubted[node] = time.monotonic() + ASK_AGAIN_S
+        self.barred |= {node}
 
     def reported(self, trial: int) -> None:
         """A trial has come further: what its seats have met with before is over."""
@@ -116,8 +120,8 @@ class Soundness:
                 self._asked[node] = None
                 try:
                     heard.append((node, unwrap(answer)))
-                except HostLost:  # the node has gone
-                    continue
+                except HostLost:  # the node has gone, or has ended what was to answer
+                    self.doubt(node)
                 except SweepError as error:
                     raise unlike(node, error) from None
         return heard
@@ -142,42 +146,40 @@ class Soundness:
         alive, now = {node.id for node in there}, time.monotonic()
         self._asked = {node: answer for node, answer in self._asked.items() if node in alive}
         self._doubted = {node: when for node, when in self._doubted.items() if node in alive}
-        for node, answer in self._asked.items():
+        for node, answer in list(self._asked.items()):
             if answer is not None and is_done(answer):
-                self._asked[node] = None
                 self._hear(node, answer)
-        for node, when in self._doubted.items():
-            if self._asked.get(node) is None:
-                if now > when:
-                    self._begin(node)
-            elif now - self._since[node] > ANSWER_S:
+            elif answer is not None and now - self._since[node] > ANSWER_S:
                 self._refuse(node, "it does not answer")
-        if self._doubted and not self._sound & alive and self._doubted.keys() <= self._refused:
+        for node, when in self._doubted.items():
+            if self._asked.get(node) is None and now > when:
+                self._begin(node)
+        new = any(answer is not None for node, answer in self._asked.items() if node not in self._doubted)
+        if self._doubted and not self._sound & alive and not new and self._doubted.keys() <= self._refused:
             raise SweepError("no node is left that can use the run directory; mend it, then --resume")
         self.barred = frozenset(alive - self._sound).union(going)
 
     def _hear(self, node: str, answer: Any) -> None:
+        self._asked[node] = None
         try:
             require_fit(unwrap(answer))
         except SweepError as error:
             self._refuse(node, str(error))
         else:
             if node in self._doubted:
-                self._say(f"node {node[:8]} can use the run directory again")
+                self._say(f"node {node[:8]} is of use by now")
             self.add(node)
 
     def _refuse(self, node: str, why: str) -> None:
-        """A node is not as all others; one that was is asked again in some time."""
+        """A node is not as all others; it is asked again in some time."""
         if node not in self._refused:
             self._say(f"WARNING: node {node[:8]} is of no use: {why}")
-        if node in self._sound or node in self._doubted:
-            self._sound.discard(node)
-            self._refused.add(node)
-            self._doubted[node] = time.monotonic() + ASK_AGAIN_S
-            self._asked[node] = None
+        self._refused.add(node)
+        self._asked[node] = None
+        self.doubt(node)
 
     def _ask(self, there: Sequence[Node], places: Sequence[HostPlace]) -> None:
-        known = self._sound.union(self._asked, (place.node for place in places))
+        known = self._sound.union(self._asked, self._doubted, (place.node for place in places))
         for node in there:
             if node.id not in known:
                 self._begin(node.id)
