@@ -11,6 +11,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from conftest import ROOT, flip_bit, make_spec
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lora_search.errors import InputError
@@ -171,6 +172,23 @@ def test_fingerprint_follows_the_weights_and_nothing_else(
     by_name = base_fingerprint(str(folder), None)
     flip_bit(folder / "consolidated.safetensors")
     assert base_fingerprint(str(folder), None) != by_name
+
+
+def test_fingerprint_notices_any_tensor_that_is_another(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also between the samples of a file that is larger than this one."""
+    monkeypatch.setattr("lora_search.model.identity.SAMPLES", 2)
+    monkeypatch.setattr("lora_search.model.identity.SAMPLE_BYTES", 16)
+    folder = shutil.copytree(tiny / "model", tmp_path / "model")
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors, file, metadata={"format": "pt"})
+    found = {base_fingerprint(str(folder), None)}
+    for name, tensor in tensors.items():
+        save_file(tensors | {name: tensor + 0.25}, file, metadata={"format": "pt"})
+        found.add(base_fingerprint(str(folder), None))
+    assert len(found) == 1 + len(tensors)
 
 
 def test_nf4_round_trip_is_what_the_quantised_base_computes_with(tiny: Path) -> None:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import BinaryIO
 
 from huggingface_hub import try_to_load_from_cache
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
-"""Of each file of weights, at even distances. Whatever trains or quantises a model anew changes nearly all of it."""
+"""Of each file of weights, at even distances and where each tensor begins: whatever trains or quantises a model anew
+changes nearly all of it, and who changes a layer by hand nearly all of that."""
+
+HEADER_BYTES = 100 << 20
+"""The most that safetensors reads of what stands before the tensors."""
 
 
 def base_fingerprint(path: str, revision: str | None) -> str | None:
@@ -33,10 +38,24 @@ def base_fingerprint(path: str, revision: str | None) -> str | None:
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())
         with file.open("rb") as opened:
-            for sample in range(SAMPLES):
-                opened.seek(size * sample // SAMPLES)
+            for place in sorted({*_beginnings(opened), *(size * sample // SAMPLES for sample in range(SAMPLES))}):
+                opened.seek(place)
                 digest.update(opened.read(SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def _beginnings(opened: BinaryIO) -> list[int]:
+    """Where the tensors of a safetensors file begin (https://github.com/huggingface/safetensors, "Format"); none where
+    it is none."""
+    length = int.from_bytes(opened.read(8), "little")
+    if length > HEADER_BYTES:
+        return []
+    try:
+        header = json.loads(opened.read(length))
+        offsets = [tensor["data_offsets"][0] for name, tensor in header.items() if name != "__metadata__"]
+        return [8 + length + offset for offset in offsets if offset >= 0]
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        return []
 
 
 def _weights(folder: Path) -> list[Path]:
