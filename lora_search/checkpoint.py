@@ -157,9 +157,7 @@ class Shelf:
         """
         name = _checkpoint_folder(step_of(checkpoint))
         path = self._write(name, checkpoint, parameters, reports)
-        new = _place(name)
-        self._let_go([later for later in self._names() if _place(later) > new])
-        self._let_old_go(new)
+        self._let_go(_place(name), later=True)
         return path
 
     def put_unreported(self, checkpoint: Checkpoint, parameters: Mapping[str, Any] | None) -> str:
@@ -177,7 +175,7 @@ class Shelf:
             return f"{self._path}/{name}"
         _, reports = self._told_by(step)
         path = self._write(name, checkpoint, parameters, reports)
-        self._let_old_go(_place(name))
+        self._let_go(_place(name), later=False)
         return path
 
     def newest(self) -> Saved | None:
@@ -228,13 +226,15 @@ class Shelf:
         write_checkpoint({REPORTS: content, **checkpoint}, self._folder.below(name))
         return f"{self._path}/{name}"
 
-    def _let_old_go(self, new: tuple[int, str]) -> None:
-        """All but the new checkpoint, those before it that KEPT allows, and those of later steps."""
-        self._let_go([name for name in self._names() if _place(name) < new][: 1 - KEPT])
+    def _let_go(self, new: tuple[int, str], *, later: bool) -> None:
+        """All but the new checkpoint, those before it that KEPT allows, and those of later steps, unless they go too.
 
-    def _let_go(self, names: Sequence[str]) -> None:
-        """One that cannot go stays until the next time: NFS keeps a file that somebody reads, in its folder."""
-        for name in names:
+        One that cannot go stays until the next time: NFS keeps a file that somebody reads, in its folder.
+        """
+        names = self._names()
+        gone = [name for name in names if later and _place(name) > new]
+        gone += [name for name in names if _place(name) < new][: 1 - KEPT]
+        for name in gone:
             with suppress(OSError):
                 self._folder.remove(name)
 

@@ -100,8 +100,10 @@ class Hosts(Roster):
         Raises:
             InputError, SweepError: no host can be started; the message says why.
         """
-        in_turn = lambda hosts: as_they_load(hosts, bool(self._ready))  # noqa: E731
-        return [ready for _, ready in self._each(self._loaded, self._load, in_turn)]
+        return [ready for _, ready in self._each(self._loaded, self._load, self._as_they_load)]
+
+    def _as_they_load(self, hosts: Sequence[RunningHost]) -> Iterator[RunningHost]:
+        return as_they_load(hosts, others=bool(self._ready))
 
     def _loaded(self, host: RunningHost) -> dict[str, Any]:
         """What a host is that has loaded the base.

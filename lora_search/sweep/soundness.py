@@ -21,10 +21,8 @@ ANSWER_S = 90.0
 """A node without a host that takes longer to say what it is like is not waited for. More than SEEN_S, which it may take
 to find that it does not see the run directory."""
 
-
 ASK_AGAIN_S = 60.0
 """Until a node that is not as all others, or may be so no more, is asked again."""
-
 
 UNSAVED = 5
 """Seats of one trial that may find the run directory of no use between two reports, while the driver can use it."""
