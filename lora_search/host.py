@@ -81,6 +81,8 @@ class Host:
         """
         self.name = name
         self._capacity = capacity
+        self._lowered: Future[None] = Future()
+        """Is done when the capacity is lowered next."""
         self._residents: dict[str, Mapping[str, Any] | None] = {}
         """By trial, its parameters as they were proposed, where they were told."""
         self._waiting = WaitingRoom()
@@ -111,7 +113,7 @@ class Host:
             self._engine = self._build(data)
             if check is not None:
                 check()
-            self._capacity = min(self._capacity, self._engine.ever() or self._capacity)
+            self._hold_at_most(self._engine.ever())
             return self._engine.room()
 
         self._bytes_left = await self._ask(load)
@@ -144,6 +146,14 @@ class Host:
             HostFailed: its device computes no longer.
         """
         await asyncio.wrap_future(self._end)
+
+    async def holds_fewer(self, than: int) -> int:
+        """Is answered by how many trials it holds, as soon as those are fewer: memory may tell it so at any time."""
+        while True:
+            lowered = self._lowered
+            if self._capacity < than:
+                return self._capacity
+            await asyncio.wrap_future(lowered)
 
     async def describe(self) -> str:
         """What it does at present, for people."""
@@ -188,7 +198,7 @@ class Host:
                 return False
             beside = await self._ask(lambda: self._let_in(trial, config, checkpoint))
             if beside is not None:
-                self._capacity = min(self._capacity, beside)
+                self._hold_at_most(beside)
                 return False
             self._residents[trial] = parameters
             self._bytes_left = left
@@ -210,6 +220,12 @@ class Host:
                 raise
             return beside
         return None
+
+    def _hold_at_most(self, trials: int | None) -> None:
+        if trials and trials < self._capacity:
+            self._capacity = trials
+            lowered, self._lowered = self._lowered, Future()
+            lowered.set_result(None)
 
     async def advance(self, trial: str, until: int) -> dict[str, Any]:
         """Train a resident trial up to a step, evaluate it, and return its report.
@@ -325,7 +341,7 @@ class Host:
     def _train_once(self, goals: dict[str, _Goal]) -> None:
         behind = [trial for trial, goal in goals.items() if self._engine.position(trial) < goal.until]
         outcomes = self._engine.step(behind) if behind else {}
-        self._capacity = min(self._capacity, self._engine.pack_limit or self._capacity)
+        self._hold_at_most(self._engine.pack_limit)
         for trial, outcome in outcomes.items():
             if isinstance(outcome, TrialFailed):
                 self._answer(trial, outcome)

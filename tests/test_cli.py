@@ -9,6 +9,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -165,11 +166,23 @@ def test_status_says_what_runs_where_and_what_failed(
     record = RunRecord(recorded.trials)
     record.trial_resumed(2, {}, 4, [])
     record.close()
-    with locked(recorded):
-        assert main(["status", str(recorded.path)]) == 0
-    said = capsys.readouterr().out
-    assert "recorded: running, 2 of 8 trials have ended" in said
-    assert "h: trial 2, 99 tokens/s" in said
+    hosts: list[Any] = [
+        {"name": "h", "node": "0123456789ab", "capacity": 4},
+        {"name": "idle", "node": "0123456789ab", "capacity": 4},
+        {"name": "gone", "node": "ffffffffffff", "capacity": 4, "lost": "its node is gone"},
+        {"name": "comes", "node": "ffffffffffff", "capacity": None},
+    ]
+    here = "h on node 01234567: trial 2 of at most 4, 99 tokens/s\n  idle on node 01234567: no trials"
+    for facts, shown in (
+        (hosts, f"{here}\n  gone on node ffffffff was lost: its node is gone"),
+        ([7, {"name": "h", "capacity": "many"}], "h: trial 2, 99 tokens/s"),  # somebody else's
+    ):
+        recorded.provenance.write_text(json.dumps({"hosts": facts}))
+        with locked(recorded):
+            assert main(["status", str(recorded.path)]) == 0
+        said = capsys.readouterr().out
+        assert "recorded: running, 2 of 8 trials have ended" in said
+        assert f"\n  {shown}\n  trials went on from a checkpoint" in said
     assert "after a loss: once" in said
     assert "failed once: loss is nan at step 8" in said
     assert main(["status", str(recorded.path)]) == 0

@@ -350,7 +350,7 @@ def test_host_that_is_lost_before_the_first_trial_or_after_the_last_is_replaced(
 
     outcome = run_sweep(spec, run, [strikes], say=say)
     assert strikes.resumed == [(0, 0, 1)]
-    assert sum("was lost: The actor died" in line for line in said) == 3, said
+    assert sum("was lost: its process died" in line for line in said) == 3, said
     require_whole(outcome.run, TRIALS)
     assert compared(outcome.rows) == undisturbed
     assert (outcome.run.best / "merged" / "config.json").is_file()

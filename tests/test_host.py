@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import PATIENCE
 
 from lora_search.checkpoint import Checkpoint, seal
 from lora_search.errors import HostFailed, InputError, TrialFailed
@@ -383,6 +384,25 @@ def test_trial_whose_seat_was_lost_starts_over_from_its_checkpoint() -> None:
         return engine.position("a"), checkpoint
 
     assert asyncio.run(story()) == (4, {"step": b"4"})
+
+
+def test_whoever_asks_hears_of_it_when_a_host_holds_fewer_trials_than_it_did() -> None:
+    async def story() -> None:
+        engine = CountingEngine()
+        host = await make_host(engine, capacity=4)
+        fewer = [asyncio.ensure_future(host.holds_fewer(4)) for _ in range(2)]
+        assert await host.holds_fewer(5) == 4
+        await host.admit("a", CONFIG)
+        await host.advance("a", 1)
+        assert not any(answer.done() for answer in fewer)
+        engine.pack_limit = 3
+        await host.advance("a", 2)
+        assert await asyncio.wait_for(asyncio.gather(*fewer), PATIENCE) == [3, 3]
+        engine.pack_limit = 2
+        await host.advance("a", 3)
+        assert await host.holds_fewer(3) == 2
+
+    asyncio.run(story())
 
 
 def test_host_does_other_work_with_and_without_its_engine() -> None:

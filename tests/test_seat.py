@@ -204,7 +204,8 @@ def test_host_whose_cores_are_held_is_not_waited_for_and_joins_when_they_are_fre
         (held,) = (host for host in hosts._running.values() if host.late)
         ray.kill(begun.actor)  # its cores go to the one that has waited or, if Ray likes, to the one in its place
         wait_until(lambda: is_done(begun.alive))  # Ray kills in its own time: until then it answers
-        assert len(hosts.load()) == 1
+        hosts.load()
+        assert len(hosts._ready) == 1
         (now,) = hosts._begun
         assert now.actor != begun.actor
         alone = hosts.capacity
@@ -253,14 +254,24 @@ def test_host_whose_cores_are_held_is_not_waited_for_and_joins_when_they_are_fre
 def test_no_more_trials_are_proposed_than_memory_allows_the_hosts(started: Hosts, tiny: Path, tmp_path: Path) -> None:
     from lora_search.sweep.hosts import Hosts as SweepHosts
 
-    spec = make_spec(tiny, name="small", hosts={"count": 1, "cpus_per_host": 1}, output=str(tmp_path))
+    placed = {"count": 1, "cpus_per_host": 1, "trials_per_host": 4}
+    spec = make_spec(tiny, name="small", hosts=placed, output=str(tmp_path))
     hosts = SweepHosts(spec, build_small)
     try:
-        assert hosts.capacity > 1
-        (ready,) = hosts.load()
-        assert (ready["capacity"], hosts.capacity) == (1, 1)
+        assert hosts.capacity == 4
+        hosts.load()
+        assert hosts.capacity == 3
         (host,) = hosts.actors
-        assert started.ray.get(host.room.remote())[0] == 1
+        assert started.ray.get(host.room.remote())[0] == 3
+
+        def is_heard() -> bool:
+            hosts.look()
+            return hosts.capacity == 2
+
+        assert started.ray.get(host.admit.remote("a", CONFIG))
+        started.ray.get(host.advance.remote("a", 1))  # after which it knows that fewer fit than had been reckoned
+        wait_until(is_heard)
+        assert [facts["capacity"] for facts in hosts.facts] == [2]
     finally:
         hosts.end()
 
@@ -291,7 +302,8 @@ def test_host_that_cannot_load_the_base_or_takes_too_long_holds_up_no_other(
             return len(hosts._ready) == 2
 
         try:
-            assert [ready["name"] for ready in hosts.load()] == ["host-1"]
+            hosts.load()
+            assert [host.place.name for host in hosts._ready] == ["host-1"]
             assert said == [f"host-0 was lost: {why}"]
             hosts.check = other_weights
             wait_until(refused)
@@ -299,6 +311,14 @@ def test_host_that_cannot_load_the_base_or_takes_too_long_holds_up_no_other(
             hosts._losses.unfit.clear()
             wait_until(are_two)
             assert [host.place.name for host in hosts._ready] == ["host-1", "host-3"]
+            told = {facts["name"]: (facts.get("lost"), facts["since"] is not None) for facts in hosts.facts}
+            refusal = "it has other weights"
+            assert told == {
+                "host-0": (why, False),
+                "host-1": (None, True),
+                "host-2": (refusal, False),
+                "host-3": (None, True),
+            }
         finally:
             hosts.end()
     hosts = SweepHosts(spec, build_refused, said.append)
@@ -323,10 +343,17 @@ def build_first_is_slow(spec: SweepSpec, place: HostPlace, capacity: int, data: 
 
 
 class SmallEngine(CountingEngine):
-    """Has memory for one trial."""
+    """Has memory for three trials, it thinks, and finds out that it is for two."""
 
     def ever(self) -> int | None:
-        return 1
+        return 3
+
+    def step(self, trials: Sequence[str]) -> dict[str, Any]:
+        self.pack_limit = 2
+        return super().step(trials)
+
+    def report(self, trials: Sequence[str]) -> dict[str, Any]:
+        return {trial: IdleReport(self.steps[trial]) for trial in trials}
 
 
 def build_small(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> SmallEngine:
@@ -762,6 +789,26 @@ def test_node_that_was_sound_is_asked_until_it_is_so_again(
     with pytest.raises(SweepError, match="no node is left that can use the run directory; mend it, then --resume"):
         wait_until(lambda: nodes.look(there[:1], ()) is not None)
     assert said[3:] == [doubt, no_use]
+
+
+def test_what_a_node_was_asked_before_it_was_doubted_says_nothing_of_it(
+    started: Hosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_search.sweep.soundness import Soundness
+
+    node = started.ray.nodes()[0]["NodeID"]
+    there = [Node(node, 1, 0)]
+    monkeypatch.setattr("lora_search.sweep.soundness.ASK_AGAIN_S", 0.0)
+    nodes = Soundness(lambda line: None, fresh_run(tmp_path, "before").folder)
+    nodes.doubt(node)
+    wait_until(lambda: nodes.look(there, ()) is not None or nodes._asked[node] is not None)
+    before = nodes._asked[node]
+    wait_until(lambda: is_done(before))  # that it is sound
+    monkeypatch.setattr("lora_search.sweep.soundness.ASK_AGAIN_S", PATIENCE)
+    nodes.doubt(node)
+    nodes.look(there, ())
+    assert nodes.barred == {node}
+    assert nodes.doubted == {node}
 
 
 def test_node_that_cannot_use_the_run_directory_yet_is_asked_and_gets_hosts_when_it_can(

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lora_search.results import (
     run_rows,
     trial_rows,
 )
+from lora_search.results.hosts import RunHost
 from lora_search.rundir import RunDirectory, find_run, is_locked
 from lora_search.space import planned_trials
 from lora_search.spec import SweepSpec, recorded_spec
@@ -84,9 +86,9 @@ def status(run: str, *, as_json: bool) -> None:
     if found["ahead"]:
         print(f"  ahead, and not at its end: {_result(found['ahead'], found['metric'])}")
     for host, pack in found["hosts"].items():
-        trained = ", ".join(str(trial) for trial in pack["trials"])
-        noun = "trial" if len(pack["trials"]) == 1 else "trials"
-        print(f"  {harmless(host)}: {noun} {trained}, {pack['tokens_per_second']:,.0f} tokens/s")
+        print(f"  {harmless(_place(host, pack['node']))}: {_pack(pack)}")
+    for lost in found["lost_hosts"]:
+        print(f"  {harmless(_place(lost['name'], lost['node']))} was lost: {harmless(lost['why'])}")
     if found["resumed"]:
         print(f"  trials went on from a checkpoint, or over again, after a loss: {_times(found['resumed'])}")
     for reason, count in found["failures"].items():
@@ -97,6 +99,19 @@ def status(run: str, *, as_json: bool) -> None:
 
 def _result(row: Row, metric: str) -> str:
     return f"trial {row['trial']}, {metric} {row[metric]:.4f} at step {row['steps']}"
+
+
+def _place(host: str, node: str | None) -> str:
+    return host if node is None else f"{host} on node {node[:8]}"
+
+
+def _pack(pack: Mapping[str, Any]) -> str:
+    trials, places = pack["trials"], pack["capacity"]
+    if not trials:
+        return "no trials"
+    of = "" if places is None else f" of at most {places}"
+    noun = "trial" if len(trials) == 1 else "trials"
+    return f"{noun} {', '.join(map(str, trials))}{of}, {pack['tokens_per_second']:,.0f} tokens/s"
 
 
 def _times(count: int) -> str:
@@ -117,14 +132,9 @@ def sweep_status(directory: RunDirectory) -> dict[str, Any]:
     rows = trial_rows(events)
     states = ("running", "completed", "stopped", "failed")
     counts = {state: sum(row["state"] == state for row in rows) for state in states}
-    finished = "conclusion" in Run(directory).provenance
+    run = Run(directory)
+    finished = "conclusion" in run.provenance
     phase = "running" if is_locked(directory) else "finished" if finished else "interrupted"
-    hosts: dict[str, dict[str, Any]] = {}
-    for row in rows if phase == "running" else ():
-        if row["state"] == "running" and row.get("host") is not None:
-            pack = hosts.setdefault(row["host"], {"trials": [], "tokens_per_second": 0.0})
-            pack["trials"].append(row["trial"])
-            pack["tokens_per_second"] += row["tokens_per_second"] or 0.0
     return {
         "name": directory.name,
         "path": directory.place,
@@ -132,13 +142,33 @@ def sweep_status(directory: RunDirectory) -> dict[str, Any]:
         "metric": spec.search.metric,
         "planned": planned_trials(spec),
         "trials": counts,
-        "hosts": dict(sorted(hosts.items())),
+        "hosts": _packs(run.hosts, rows) if phase == "running" else {},
+        "lost_hosts": [
+            {"name": host.name, "node": host.node, "why": host.lost} for host in run.hosts if host.lost is not None
+        ],
         "resumed": sum(event["event"] == "resume" for event in events),
         "failures": dict(Counter(row["reason"] for row in rows if row["state"] == "failed")),
         "best": best_row(rows, spec.search.metric, spec.search.mode),
         "ahead": ahead_row(rows, spec.search.metric, spec.search.mode),
         "last_event_seconds_ago": round(time.time() - events[-1]["time"], 1) if events else None,
     }
+
+
+def _packs(hosts: Sequence[RunHost], rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """By host that has loaded the base, or reported a trial: its node, its places, and the trials that it has."""
+    here = {host.name: host for host in hosts if host.lost is None and host.capacity is not None}
+    running = [row for row in rows if row["state"] == "running" and row.get("host") is not None]
+    gone = {host.name for host in hosts if host.lost is not None}
+    packs = {}
+    for name in sorted({*here, *(row["host"] for row in running)} - gone, key=lambda name: (len(name), name)):
+        host, pack = here.get(name, RunHost(name)), [row for row in running if row["host"] == name]
+        packs[name] = {
+            "node": host.node,
+            "capacity": host.capacity,
+            "trials": [row["trial"] for row in pack],
+            "tokens_per_second": sum(row["tokens_per_second"] or 0.0 for row in pack),
+        }
+    return packs
 
 
 def _print_table(spec: SweepSpec, rows: list[Row], file: Path | None) -> None:

@@ -51,7 +51,7 @@ def document(run: Run, *, finished: bool | None = None) -> dict[str, Any]:
     way = progress(events, metric, spec.search.mode)
     saved = savings(rows)
     now = events[-1]["time"] if events and state == "running" else None  # this machine's clock may differ
-    places = occupancy(stays(events, now), capacities(run.provenance.get("hosts")))
+    places = occupancy(stays(events, now), capacities(run.hosts))
     weights = importance(placed, searched)
     fronts = {cost: front(rows, cost, metric, spec.search.mode) for cost in COSTS}
     names = shown_names(spec)

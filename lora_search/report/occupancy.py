@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_search.report.values import number, percent
+from lora_search.report.values import percent
 from lora_search.results.events import Event
+from lora_search.results.hosts import RunHost
 
 UNKNOWN = "not known yet"
 """The host of a trial that has not reported."""
@@ -110,15 +111,9 @@ def _resident(stays: Sequence[Stay], edges: Sequence[float]) -> list[float]:
     return [*(round(float(value), 2) for value in mean), 0.0]
 
 
-def capacities(hosts: Any) -> dict[str, float]:
-    """Trials that fit on each host, as provenance.json says; what is not readable there is left out."""
-    found = {}
-    for host in hosts if isinstance(hosts, list) else ():
-        if isinstance(host, dict) and isinstance(host.get("name"), str):
-            capacity = number(host.get("capacity"))
-            if capacity is not None and capacity > 0:
-                found[host["name"]] = capacity
-    return found
+def capacities(hosts: Sequence[RunHost]) -> dict[str, int]:
+    """Trials that fit on each host; left out are those that were lost, which had room for a part of the time only."""
+    return {host.name: host.capacity for host in hosts if host.capacity is not None and host.lost is None}
 
 
 def occupancy_finding(found: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from lora_search.errors import SweepError
 from lora_search.journal import open_study
 from lora_search.results.events import Event, read_events
 from lora_search.results.frames import reports_frame, rows_frame
+from lora_search.results.hosts import RunHost, run_hosts
 from lora_search.results.rows import Row, best_row, trial_rows
 from lora_search.rundir import RunDirectory, find_run
 from lora_search.spec import SweepSpec, recorded_spec
@@ -76,6 +77,15 @@ class Run:
         if _is_deep(found):
             raise SweepError(f"{self.directory.provenance}: is nested deeper than {DEEPEST} levels")
         return found
+
+    @property
+    def hosts(self) -> list[RunHost]:
+        """Those that there have been since the sweep was begun, or resumed last.
+
+        Raises:
+            SweepError: as `provenance`.
+        """
+        return run_hosts(self.provenance.get("hosts"))
 
     @cached_property
     def events(self) -> list[Event]:

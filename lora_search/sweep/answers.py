@@ -71,7 +71,18 @@ def unwrap(reference: Any) -> Any:
         last = str(error).strip().splitlines()[-1]
         if getattr(error, "actor_init_failed", False) and last.startswith(NOT_INSTALLED):
             raise NodeUnfit(f"no host can be made there: {last}") from error
-        raise HostLost(_first_line(error)) from error
+        raise HostLost(_why_lost(error)) from error
+
+
+def _why_lost(error: ray.exceptions.RayError) -> str:
+    """What became of a host, in a user's words; Ray's own are those of its parts."""
+    if "running low on memory" in str(error):
+        return "its node ran low on memory, and Ray ended its process"
+    if isinstance(error, ray.exceptions.ActorUnavailableError):
+        return "it cannot be reached any more"
+    if isinstance(error, ray.exceptions.ActorDiedError):
+        return "its node is gone" if "its node has died" in str(error) else "its process died"
+    return _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

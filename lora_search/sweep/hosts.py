@@ -91,8 +91,8 @@ class Hosts(Roster):
                 return cast("T", self._data.said())
             self._replace_all()
 
-    def load(self) -> list[dict[str, Any]]:
-        """Have every host load the base, for trials on the data; what each one is that has.
+    def load(self) -> None:
+        """Have every host load the base, for trials on the data.
 
         One that is not able to is lost where another is: it may be the one that the model hub refuses for a moment.
         One that takes far longer than another is given up, and begins anew beside the sweep.
@@ -100,13 +100,13 @@ class Hosts(Roster):
         Raises:
             InputError, SweepError: no host can be started; the message says why.
         """
-        return [ready for _, ready in self._each(self._loaded, self._load, self._as_they_load)]
+        self._each(self._loaded, self._load, self._as_they_load)
 
     def _as_they_load(self, hosts: Sequence[RunningHost]) -> Iterator[RunningHost]:
         return as_they_load(hosts, others=bool(self._ready))
 
-    def _loaded(self, host: RunningHost) -> dict[str, Any]:
-        """What a host is that has loaded the base.
+    def _loaded(self, host: RunningHost) -> None:
+        """Wait until a host has loaded the base.
 
         Raises:
             HostLost: it has not, or is not able to, and another has.
@@ -115,7 +115,7 @@ class Hosts(Roster):
         if not is_done(host.loading):
             raise HostLost("it takes far longer than another to load the base, and begins anew")
         try:
-            return self._data.loaded(host)
+            self._data.loaded(host)
         except HostLost:
             raise
         except SweepError as error:
@@ -265,6 +265,7 @@ class Hosts(Roster):
                 raise HostLost("its node is to go")
             return
         if host.loaded:
+            host.heed()
             return
         if host.loading is None:
             if host.greeting is None or is_done(host.greeting):

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import ray
 from ray.actor import ActorHandle
@@ -43,6 +44,8 @@ class Roster:
         self._running: dict[str, RunningHost] = {}
         self._started = 0
         self._losses = Losses(say)
+        self._lost: list[dict[str, Any]] = []
+        """What there is to say of those that were lost."""
         places = first_places(spec.hosts)
         self._on_gpus = any(place.gpus for place in places)
         for place in places:
@@ -55,6 +58,11 @@ class Roster:
     @property
     def actors(self) -> tuple[ActorHandle, ...]:
         return tuple(host.actor for host in self._running.values())
+
+    @property
+    def facts(self) -> list[dict[str, Any]]:
+        """Of all hosts that there have been, `RunningHost.facts`; of one that was lost, also why."""
+        return [*self._lost, *(host.facts() for host in self._running.values())]
 
     @property
     def capacity(self) -> int:
@@ -90,6 +98,7 @@ class Roster:
             counts: hold it against its node.
         """
         self._drop(host)
+        self._lost.append(host.facts() | {"lost": str(lost)})
         self._losses.add(host, lost, then, counts=counts)
 
     def _drop(self, host: RunningHost) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from operator import methodcaller
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -55,6 +57,7 @@ from lora_search.sweep.resume import (
     refuse_other_sweep,
     shorter_trials,
 )
+from lora_search.sweep.roster import LOOK_EVERY_S
 from lora_search.sweep.signals import signals_end_tune, sigterm_interrupts
 from lora_search.sweep.upload import Held, kept_uploaded
 from lora_search.tracking import Observer, RunRecord
@@ -185,7 +188,7 @@ def _run(
                 )
             if summary.advice is not None:
                 say(f"WARNING: {summary.advice}")
-            ready = hosts.load()
+            hosts.load()
             if ask_again is not None and spec.hosts.trials_per_host == "auto":
                 with suppress(HostLost):  # then it stays as it was
                     ask_again(hosts.ask_one(methodcaller("together")))
@@ -195,7 +198,7 @@ def _run(
             hosts.check = partial(require_base, spec, base)
             write_whole(run.spec, dump_spec(spec))  # only now: what is resumed stays as it was until this one can be
             write_provenance(
-                run.provenance, facts | {"data": asdict(summary), "base": {"fingerprint": base}, "hosts": ready}
+                run.provenance, facts | {"data": asdict(summary), "base": {"fingerprint": base}, "hosts": hosts.facts}
             )
             rows = search(spec, run, hosts, observers, say)
             best = best_row(rows, spec.search.metric, spec.search.mode)
@@ -268,7 +271,7 @@ def search(
                 say(shorter)
             for observer in observers:
                 observer.past(past.rows)
-        told = [record, _Attend(hosts), *observers]
+        told = [record, _Attend(hosts, run.provenance), *observers]
         interrupted = past.ended < planned and _tune(spec, run, hosts, told, study, past)
         rows = run_rows(run)
         ended = ended_count(rows)
@@ -337,12 +340,13 @@ def _trial_name(trial: Trial) -> str:
 
 
 class _Attend(Observer):
-    """Frees a trial's memory on its host as soon as the trial is over, and looks after the hosts."""
+    """Frees a trial's memory on its host as soon as the trial is over, and looks after the hosts and their record."""
 
     essential = True
 
-    def __init__(self, hosts: Hosts) -> None:
-        self._hosts = hosts
+    def __init__(self, hosts: Hosts, record: Path) -> None:
+        self._hosts, self._record = hosts, record
+        self._known, self._compared = hosts.facts, time.monotonic()
         self._resident: dict[int, str | None] = {}
         """By trial, the host that reported it; None where others may have it as well."""
 
@@ -359,6 +363,12 @@ class _Attend(Observer):
 
     def tick(self) -> None:
         self._hosts.look()
+        if time.monotonic() - self._compared < LOOK_EVERY_S:
+            return
+        self._compared = time.monotonic()
+        if (facts := self._hosts.facts) != self._known:
+            write_provenance(self._record, read_provenance(self._record) | {"hosts": facts})
+            self._known = facts
 
 
 def _data_line(summary: DataSummary) -> str:

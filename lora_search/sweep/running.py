@@ -74,6 +74,12 @@ class RunningHost:
     loaded: bool = False
     late: bool = False
     """It did not start while others did, and nobody waits for it."""
+    fewer: Any = None
+    """A call that is answered when it holds fewer trials than it has said; None before it is asked."""
+    pid: int | None = None
+    """Of its process; None before it has loaded the base."""
+    trains_since: float | None = None
+    """When it had loaded the base, in seconds since the epoch."""
     saving: Any = None
     """A call that is answered when it has kept its trials, since its node is to go."""
 
@@ -83,7 +89,26 @@ class RunningHost:
             ready: what it is, as it says; of its capacity memory has had a say by now.
         """
         self.loaded, self.late = True, False
-        self.capacity = ready["capacity"]
+        self.capacity, self.pid = ready["capacity"], ready["pid"]
+        self.trains_since = self.trains_since or time.time()
+
+    def heed(self) -> None:
+        """Take it to hold no more trials than it has found out by now that it can."""
+        if self.fewer is None:
+            self.fewer = self.actor.holds_fewer.remote(self.capacity)
+        elif is_done(self.fewer):
+            self.capacity, self.fewer = unwrap(self.fewer), None
+
+    def facts(self) -> dict[str, Any]:
+        """What the run directory says of it: name, node (its id), pid, capacity, since (when it had loaded the base, in
+        seconds since the epoch; None where it has not, as the two before)."""
+        return {
+            "name": self.place.name,
+            "node": self.place.node,
+            "pid": self.pid,
+            "capacity": self.capacity if self.trains_since else None,
+            "since": self.trains_since,
+        }
 
     def hear(self) -> bool:
         """Hold it against this process, where it was started since all others were, as soon as it has said what it is.

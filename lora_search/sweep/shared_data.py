@@ -50,8 +50,8 @@ class SharedData:
             host.given = self._newest
             host.loading = host.actor.load.remote(host.given and host.given.data, check)
 
-    def loaded(self, host: RunningHost) -> dict[str, Any]:
-        """What a host is that has loaded the base; waits for it.
+    def loaded(self, host: RunningHost) -> None:
+        """Wait until a host has loaded the base.
 
         Raises:
             DataLost: there are no data for it; they are prepared anew, and it has to load again.
@@ -66,7 +66,7 @@ class SharedData:
             failed = error
         if failed is None:
             host.is_loaded(ready)
-            return ready
+            return
         wrong = given and given.wrong()
         if wrong is None and not isinstance(failed, DataLost):
             raise failed

@@ -93,6 +93,7 @@ class Soundness:
     def doubt(self, node: str) -> None:
         """Have a node asked in some time; until it has answered that it is as all others, no seat begins there."""
         self._sound.discard(node)
+        self._asked[node] = None  # what it has been asked before may be answered by what was then
         self._doubted[node] = time.monotonic() + ASK_AGAIN_S
         self.barred |= {node}
 
@@ -173,7 +174,6 @@ class Soundness:
         if node not in self._refused:
             self._say(f"WARNING: node {node[:8]} is of no use: {why}")
         self._refused.add(node)
-        self._asked[node] = None
         self.doubt(node)
 
     def _ask(self, there: Sequence[Node], places: Sequence[HostPlace]) -> None:
