@@ -219,7 +219,7 @@ def test_node_that_can_no_longer_write_loses_its_seats_and_the_sweep_none_of_its
     hosts = {"count": 2, "trials_per_host": 2, "wait_s": 60}
     spec = make_spec(tiny, name="thrown", hosts=hosts, training=training, search=search, output=str(tmp_path))
     run = create_run(tmp_path, spec.name, exact=True)
-    head = {"num_cpus": 1, "num_gpus": 1, "memory": 2 * SEAT_BYTES}  # the others sit elsewhere
+    head = {"num_cpus": 1, "num_gpus": 1, "memory": 3 * SEAT_BYTES}  # more than its host holds; one sits elsewhere
     nodes = Cluster(initialize_head=True, head_node_args=head)
     first = nodes.head_node.node_id
     command = ["unshare", "--mount", *start, f"--address={nodes.address}"]
