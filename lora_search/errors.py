@@ -25,6 +25,17 @@ class HostFailed(SweepError):
     """A host's device or process computes no longer; its trials go on elsewhere from their last checkpoints."""
 
 
+class HostGone(SweepError):
+    """A trial was lost with its host, whose name this has."""
+
+    def __init__(self, host: str, why: str) -> None:
+        super().__init__(host, why)
+        self.host, self.why = host, why
+
+    def __str__(self) -> str:
+        return f"{self.host} was lost: {self.why}"
+
+
 class Interrupted(SweepError):
     """The sweep was told to stop, by SIGINT or SIGTERM, and has stopped cleanly (exit status 130)."""
 

@@ -85,6 +85,11 @@ class Host:
         """Is done when the capacity is lowered next."""
         self._residents: dict[str, Mapping[str, Any] | None] = {}
         """By trial, its parameters as they were proposed, where they were told."""
+        self._shunned: set[str] = set()
+        self._new: set[str] = set()
+        """Residents that have not reported yet, since they came."""
+        self._alone: str | None = None
+        """One of them beside which no other may come."""
         self._waiting = WaitingRoom()
         self._door = asyncio.Lock()
         self._bytes_left = 0
@@ -163,7 +168,20 @@ class Host:
 
     async def room(self) -> tuple[int, int]:
         """How many more trials may come, and the bytes that are left for them."""
-        return (self._capacity if self._loaded else 0) - len(self._residents), self._bytes_left
+        return self._places, self._bytes_left
+
+    @property
+    def _places(self) -> int:
+        return (self._capacity if self._loaded and self._alone is None else 0) - len(self._residents)
+
+    async def shun(self, trial: str) -> None:
+        """Take a trial no more, that another host may be better for."""
+        self._shunned.add(trial)
+        self._waiting.forget(trial)
+
+    async def welcome(self, trial: str) -> None:
+        """Take a trial again."""
+        self._shunned.discard(trial)
 
     async def admit(
         self,
@@ -171,6 +189,7 @@ class Host:
         config: TrialConfig,
         checkpoint: Checkpoint | None = None,
         parameters: Mapping[str, Any] | None = None,
+        alone: bool = False,
     ) -> bool:
         """Make a trial resident, at its start or where a checkpoint left it; False where it has to wait, and ask again.
 
@@ -178,17 +197,18 @@ class Host:
 
         Args:
             parameters: as they were proposed; its checkpoint tells them, where it is kept here.
+            alone: no other that has not reported may be beside it before it has.
 
         Raises:
             TrialFailed: it does not fit, with no other beside it, or is none for this base.
         """
-        if not self._loaded:
+        if not self._loaded or trial in self._shunned:
             return False
         if trial in self._residents:
             await self.release(trial)
         async with self._door:
             judged = self._waiting.state
-            has_place = len(self._residents) < self._capacity
+            has_place = self._places > 0 and not (alone and self._new)
             left = await self._ask(lambda: self._engine.room(config)) if has_place else -1
             fits = has_place and (left >= 0 or not self._residents)
             size = 0  # known from when it first asked, or of no matter: nobody else waits
@@ -201,6 +221,8 @@ class Host:
                 self._hold_at_most(beside)
                 return False
             self._residents[trial] = parameters
+            self._new.add(trial)
+            self._alone = trial if alone else None
             self._bytes_left = left
         return True
 
@@ -240,7 +262,15 @@ class Host:
         with self._wake:
             self._goals[trial] = goal
             self._wake.notify()
-        return await asyncio.wrap_future(goal.report)
+        report = await asyncio.wrap_future(goal.report)
+        self._is_new_no_more(trial)
+        return report
+
+    def _is_new_no_more(self, trial: str) -> None:
+        if trial in self._new:
+            self._new.remove(trial)
+            self._alone = None if trial == self._alone else self._alone
+            self._waiting.changed()
 
     async def snapshot(self, trial: str) -> Checkpoint:
         """The checkpoint of a resident trial."""
@@ -280,6 +310,7 @@ class Host:
         if trial not in self._residents:
             return
         self._bytes_left = await self._ask(lambda: self._let_go(trial))
+        self._is_new_no_more(trial)
         self._waiting.changed()
 
     def _let_go(self, trial: str) -> int:

@@ -13,7 +13,7 @@ import ray
 from ray.actor import ActorHandle
 
 from lora_search.checkpoint import Checkpoint, Shelf, step_of
-from lora_search.errors import TrialFailed
+from lora_search.errors import HostFailed, HostGone, TrialFailed
 from lora_search.rundir import RECORDS
 from lora_search.space import TrialConfig, report_steps, trial_config
 from lora_search.spec import SweepSpec
@@ -22,8 +22,9 @@ from lora_search.storage import Folder, is_uri
 SEAT_BYTES = 128 << 20
 """Memory of a seat, which is all that Ray is asked for: a Python process with Ray in it."""
 
-PROPOSED = ("trial", "params", "again")
-"""What a seat's config holds: a trial's number, its values by name, and whether it had a seat before."""
+PROPOSED = ("trial", "params", "again", "alone")
+"""What a seat's config holds: a trial's number, its values by name, whether it had a seat before, and whether no other
+that has not reported may be beside it on a host before it has."""
 
 ADMISSION_RETRY_S = 0.05
 """Between two rounds over so many hosts as are asked at a time; over more of them it is more."""
@@ -80,7 +81,7 @@ class Seat:
     def reset(self, config: dict[str, Any]) -> bool:
         """Stand for another trial from now on; the one before has been released by the sweep. True: it can."""
         self._trial = str(config["trial"])
-        self._again = config["again"]
+        self._again, self._alone = config["again"], config["alone"]
         self._parameters = config["params"]
         self._config = trial_config(self._spec, config["params"])
         self._steps = report_steps(self._spec, self._config)
@@ -103,6 +104,7 @@ class Seat:
 
         Raises:
             OSError: the run directory could not be used, as has been said; on another node the trial may go on.
+            HostGone: its host is no more, or fails.
         """
         if self._unsaved is not None:
             raise OSError(self._unsaved)
@@ -143,14 +145,18 @@ class Seat:
     def _advance(self) -> dict[str, Any]:
         if self._host is None:
             self._host = self._lobby.admit(
-                self._trial, self._config, self._checkpoint, self._parameters, again=self._again
+                self._trial, self._config, self._checkpoint, self._parameters, again=self._again, alone=self._alone
             )
             self._checkpoint = None
         until = next(step for step in self._steps if step > self._reported)
-        report: dict[str, Any] = _get(self._host.advance.remote(self._trial, until))
+        try:
+            report: dict[str, Any] = _get(self._host.advance.remote(self._trial, until))
+            snapshot = _get(self._host.snapshot.remote(self._trial))
+        except (*GONE, HostFailed) as error:
+            raise HostGone(self._lobby.last, why_lost(error)) from None
         report["steps_total"] = self._steps[-1]
         self._reports.append(report)
-        path = self._shelf.put(_get(self._host.snapshot.remote(self._trial)), self._parameters, self._reports)
+        path = self._shelf.put(snapshot, self._parameters, self._reports)
         self._reported = until
         return report | {"checkpoint": path}
 
@@ -170,6 +176,11 @@ class Lobby:
         self._last = ""
         """The host that admitted the last trial of this seat: where that has ended, there is room."""
 
+    @property
+    def last(self) -> str:
+        """The name of the host that admitted the last trial."""
+        return self._last.removeprefix(self._prefix)
+
     def admit(
         self,
         trial: str,
@@ -178,12 +189,14 @@ class Lobby:
         parameters: Mapping[str, Any] | None = None,
         *,
         again: bool = False,
+        alone: bool = False,
     ) -> ActorHandle:
         """A host that admits the trial, of a few at a time the one with most room; waits while all are full.
 
         Args:
             parameters: of the trial, as it was proposed.
             again: the trial may be resident somewhere, from when it had another seat.
+            alone: no other that has not reported may be beside it before it has.
         """
         given = None if checkpoint is None else ray.put(checkpoint)
         asked: set[str] = set()
@@ -192,7 +205,7 @@ class Lobby:
             for name in self._as_asked(names):
                 asked.add(name)
                 try:
-                    admitted = _get(self._known[name].admit.remote(trial, config, given, parameters))
+                    admitted = _get(self._known[name].admit.remote(trial, config, given, parameters, alone))
                 except GONE:
                     continue  # lost meanwhile, or out of reach for a moment
                 if admitted:
@@ -255,11 +268,27 @@ class Lobby:
         return self._known[name]
 
 
+def why_lost(error: Exception) -> str:
+    """What became of a host, in a user's words; Ray's own are those of its parts."""
+    if "running low on memory" in str(error):
+        return "its node ran low on memory, and Ray ended its process"
+    if isinstance(error, ray.exceptions.ActorUnavailableError):
+        return "it cannot be reached any more"
+    if isinstance(error, ray.exceptions.ActorDiedError):
+        return "its node is gone" if "its node has died" in str(error) else "its process died"
+    return first_line(error)
+
+
+def first_line(error: Exception) -> str:
+    """Of what an error says: Ray's tell more below it."""
+    return str(error).strip().splitlines()[0].rstrip(".")
+
+
 def _get(reference: Any) -> Any:
-    """`ray.get` that raises a trial's failure as the host raised it, without Ray's wrapping."""
+    """`ray.get` that raises a trial's failure, or the host's, as the host raised it, without Ray's wrapping."""
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, TrialFailed):
-            raise TrialFailed(str(error.cause)) from None
+        if isinstance(error.cause, TrialFailed | HostFailed):
+            raise type(error.cause)(str(error.cause)) from None
         raise

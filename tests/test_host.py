@@ -405,6 +405,44 @@ def test_whoever_asks_hears_of_it_when_a_host_holds_fewer_trials_than_it_did() -
     asyncio.run(story())
 
 
+def test_trial_on_its_last_try_has_none_beside_it_that_has_not_reported() -> None:
+    async def story() -> None:
+        host = await make_host(CountingEngine(), capacity=4)
+        assert await host.admit("proven", CONFIG)
+        assert await host.admit("new", CONFIG)
+        await host.advance("proven", 1)
+        assert not await host.admit("last", CONFIG, alone=True)
+        await host.advance("new", 1)
+        assert await host.admit("last", CONFIG, alone=True)
+        assert (await host.room())[0] <= 0
+        assert not await host.admit("next", CONFIG)
+        await host.advance("last", 1)
+        assert await host.admit("next", CONFIG)
+        assert not await host.admit("other", CONFIG, alone=True)
+        await host.release("next")  # as where it fails
+        assert await host.admit("other", CONFIG, alone=True)
+        await host.release("other")
+        assert (await host.room())[0] == 1
+
+    asyncio.run(story())
+
+
+def test_trial_that_is_shunned_is_not_let_in_and_holds_up_no_other() -> None:
+    async def story() -> None:
+        host = await make_host(CountingEngine(), capacity=1)
+        await host.admit("there", CONFIG)
+        assert not await host.admit("shunned", CONFIG)
+        await host.shun("shunned")
+        await host.release("there")
+        assert not await host.admit("shunned", CONFIG)
+        assert await host.admit("other", CONFIG)
+        await host.release("other")
+        await host.welcome("shunned")
+        assert await host.admit("shunned", CONFIG)
+
+    asyncio.run(story())
+
+
 def test_host_does_other_work_with_and_without_its_engine() -> None:
     async def story() -> tuple[int, int]:
         host = await make_host(CountingEngine())

@@ -191,10 +191,10 @@ def test_trial_whose_machine_is_lost_is_proposed_again_but_not_for_ever(tiny: Pa
     assert search.retries(0)
     assert first is not None
     assert not first["again"]
-    assert search.suggest("b") == first | {"again": True}
+    assert search.suggest("b") == first | {"again": True, "alone": True}  # its last try
     search.on_trial_result("b", result(2, 3.0))  # what has come further may be lost again
     search.on_trial_complete("b", error=True)
-    assert search.suggest("c") == first | {"again": True}
+    assert search.suggest("c") == first | {"again": True, "alone": True}
     search.on_trial_complete("c", error=True)
     assert not search.retries(0)
     assert open_study(tmp_path).trials[0].state == TrialState.FAIL
@@ -202,6 +202,16 @@ def test_trial_whose_machine_is_lost_is_proposed_again_but_not_for_ever(tiny: Pa
     assert search.suggest("e") is None
     search.on_trial_complete("d", result(8, 1.0))
     assert search.suggest("e") == "FINISHED"
+
+
+def test_trial_is_to_be_alone_on_its_last_try_and_not_before(tiny: Path, tmp_path: Path) -> None:
+    search = searcher(make_spec(tiny, hosts={"max_retries": 3}, search={"trials": 1}), tmp_path)
+    tries = []
+    for number in range(4):
+        tries.append(search.suggest(str(number)))
+        search.on_trial_complete(str(number), error=True)
+    assert [isinstance(proposal, dict) and proposal["alone"] for proposal in tries] == [False, False, False, True]
+    assert open_study(tmp_path).trials[0].state == TrialState.FAIL
 
 
 def test_trial_that_was_kept_as_its_machine_went_is_proposed_again(tiny: Path, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from lora_search.tracking import Observer
 HOSTS = 2 * ASKED_AT_ONCE
 PREFIX = "lora-search-of-a-test-"
 PARAMS = {"rank": 4, "alpha_ratio": 2, "dropout": 0.0, "target_modules": "all-linear", "learning_rate": 1e-3}
+FIRST = {"trial": 3, "params": PARAMS, "again": False, "alone": False}
 
 
 class Asked(Host):
@@ -75,6 +76,12 @@ def hosts_of(ray: Any) -> Hosts:
     actors = [host.options(num_cpus=0, name=f"{PREFIX}{index}").remote() for index in range(HOSTS)]
     ray.get([actor.load.remote(None) for actor in actors])
     return Hosts(ray, actors)
+
+
+@pytest.fixture(autouse=True)
+def no_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of nodes that lose hosts again and again: tests/test_shunned.py has it."""
+    monkeypatch.setattr("lora_search.sweep.losses.REST_S", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -563,7 +570,9 @@ def test_seat_clears_away_the_checkpoints_of_a_trial_that_had_its_number(
     spec = make_spec(tiny, name="number", training={"steps": 4, "eval_every": 2}, output=str(tmp_path))
     host = started.ray.remote(Host).options(num_cpus=0, name="lora-search-number-0").remote("h", 1, build_counting)
     started.ray.get(host.load.remote(None))
-    seat = Seat({"trial": 7, "params": PARAMS, "again": False}, spec, Folder(tmp_path), "lora-search-number-")
+    seat = Seat(
+        {"trial": 7, "params": PARAMS, "again": False, "alone": False}, spec, Folder(tmp_path), "lora-search-number-"
+    )
     assert "resumed" not in seat.train()
     assert [path.name for path in (tmp_path / "tune" / "trial-0007").iterdir()] == ["checkpoint_000002"]
     saved = shelf.newest()
@@ -582,11 +591,11 @@ def test_trial_that_is_interrupted_twice_between_reports_tells_all_again_and_goe
     host = started.ray.remote(Host).options(num_cpus=0, name="lora-search-told-0").remote("h", 1, build_resuming)
     try:
         started.ray.get(host.load.remote(None))
-        seat = Seat({"trial": 3, "params": PARAMS, "again": False}, spec, run, "lora-search-told-")
+        seat = Seat(FIRST, spec, run, "lora-search-told-")
         assert seat.train()["step"] == 10
         for step in (14, 17, 18):
             Shelf(run, 3).put_unreported(seal({"weights.bin": b""}, {"step": step}), PARAMS)
-        seat.reset({"trial": 3, "params": PARAMS, "again": True})
+        seat.reset(FIRST | {"again": True})
         first, second = seat.train(), seat.train()
         assert (first["step"], first["resumed"]) == (10, {"step": 18, "damaged": []})
         assert second["step"] == 20
@@ -702,7 +711,9 @@ def test_seat_that_cannot_use_the_run_directory_says_so_and_on_which_node(
     host = started.ray.remote(Host).options(num_cpus=0, name="lora-search-blind-0").remote("h", 1, build_counting)
     try:
         started.ray.get(host.load.remote(None))
-        seat = Seat({"trial": 3, "params": PARAMS, "again": False}, spec, kind(tmp_path), "lora-search-blind-")
+        seat = Seat(
+            {"trial": 3, "params": PARAMS, "again": False, "alone": False}, spec, kind(tmp_path), "lora-search-blind-"
+        )
         said = seat.train()
         assert why in said.pop("unsaved")
         assert said == {"step": 0, "node": started.ray.nodes()[0]["NodeID"] if here_alone else None}

@@ -24,12 +24,13 @@ MEMORY = "memory"
 
 
 class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's base class is untyped
-    """Proposes configurations from a study: `{"trial": number, "params": {name: value}, "again": bool}`.
+    """Proposes configurations from a study: `{"trial": number, "params": {name: value}, "again": bool, "alone": bool}`.
 
     Trials that the study has as running, from an earlier process, come first, with their numbers and `again` set. So
     does one whose seat, host or machine was lost: Ray Tune's own retries do not reach a trial that was lost before its
-    first step. Each proposal is drawn from the sampler's seed and the trial's number, so that a search goes on as if it
-    had not been interrupted.
+    first step. On its last try it is to be alone among those that have not reported: where a trial ends its hosts,
+    those beside it are not given up with it. Each proposal is drawn from the sampler's seed and the trial's number, so
+    that a search goes on as if it had not been interrupted.
     """
 
     def __init__(
@@ -82,7 +83,9 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's base class is unty
         else:
             return None if self._trials else str(Searcher.FINISHED)
         self._trials[trial_id] = trial
-        return {"trial": trial.number, "params": decode(self._search.space, trial.params), "again": again}
+        alone = self._losses[trial.number] >= max(1, self._max_retries)
+        params = decode(self._search.space, trial.params)
+        return {"trial": trial.number, "params": params, "again": again, "alone": alone}
 
     def _propose_the_rest(self, trial: optuna.Trial) -> None:
         """Finish the last proposal of a process that was ended in the middle of it, as that would have."""

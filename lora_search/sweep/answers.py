@@ -7,7 +7,7 @@ from typing import Any
 import ray
 
 from lora_search.errors import HostFailed, SweepError
-from lora_search.seat import GONE
+from lora_search.seat import GONE, first_line, why_lost
 
 
 class HostLost(SweepError):
@@ -18,12 +18,12 @@ class DataLost(HostLost):
     """The data went with the node that had prepared it."""
 
 
-class RunUnseen(HostLost):
-    """A host cannot use the run directory; another on its node may, later."""
+class NodeUnready(HostLost):
+    """A host is of no use, but another on its node may be, later; the message says what is wrong with the node."""
 
 
 class NodeUnfit(HostLost):
-    """A host is of no use, and no other on its node would be; the message says what is wrong with the node."""
+    """A host is of no use, and no other on its node ever will be; the message says what is wrong with the node."""
 
 
 NOT_INSTALLED = ("ModuleNotFoundError", "ImportError", "AttributeError")
@@ -58,32 +58,17 @@ def unwrap(reference: Any) -> Any:
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         if isinstance(cause, LOST_BEFORE):
-            raise DataLost(_first_line(cause)) from None
+            raise DataLost(first_line(cause)) from None
         if isinstance(cause, HostFailed):
             raise HostLost(str(cause)) from None
         if isinstance(cause, SweepError):
             raise type(cause)(str(cause)) from None
-        what = _first_line(cause) if isinstance(cause, ray.exceptions.RayError) else str(cause)  # then a traceback
+        what = first_line(cause) if isinstance(cause, ray.exceptions.RayError) else str(cause)  # then a traceback
         raise SweepError(f"{type(cause).__name__}: {what}") from error
     except ray.exceptions.ObjectLostError as error:
-        raise DataLost(_first_line(error)) from error
+        raise DataLost(first_line(error)) from error
     except ray.exceptions.RayError as error:
         last = str(error).strip().splitlines()[-1]
         if getattr(error, "actor_init_failed", False) and last.startswith(NOT_INSTALLED):
             raise NodeUnfit(f"no host can be made there: {last}") from error
-        raise HostLost(_why_lost(error)) from error
-
-
-def _why_lost(error: ray.exceptions.RayError) -> str:
-    """What became of a host, in a user's words; Ray's own are those of its parts."""
-    if "running low on memory" in str(error):
-        return "its node ran low on memory, and Ray ended its process"
-    if isinstance(error, ray.exceptions.ActorUnavailableError):
-        return "it cannot be reached any more"
-    if isinstance(error, ray.exceptions.ActorDiedError):
-        return "its node is gone" if "its node has died" in str(error) else "its process died"
-    return _first_line(error)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".")
+        raise HostLost(why_lost(error)) from error

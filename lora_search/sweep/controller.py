@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray._private.state import state
@@ -20,6 +20,7 @@ from ray.tune.error import TuneError, _TuneStopTrialError
 from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 
+from lora_search.errors import HostGone
 from lora_search.seat import PROPOSED, Seat
 
 _SEAT = ray.remote(Seat)
@@ -28,17 +29,32 @@ NODE_LABEL = "ray.io/node-id"
 """Ray gives it to every node."""
 
 
+class SeatsTrials(Protocol):
+    """What seats need of the hosts that they ask."""
+
+    @property
+    def capacity(self) -> int:
+        """Trials that may run at once, as it stands; above zero."""
+        ...
+
+    @property
+    def barred(self) -> Collection[str]:
+        """The nodes on which no seat may be, as it stands."""
+        ...
+
+    def lost(self, trial: int, host: str) -> None:
+        """A trial was lost with the host of that name."""
+        ...
+
+
 @contextmanager
-def seated(capacity: Callable[[], int], barred: Callable[[], Collection[str]], **given: Any) -> Iterator[None]:
+def seated(hosts: SeatsTrials, /, **given: Any) -> Iterator[None]:
     """Have the trials of `tune.run` sit on seats, whatever trainable it is told of.
 
     Args:
-        capacity: trials that may run at once, as it stands; above zero.
-        barred: the nodes on which no seat may be, as it stands.
         given: what every seat is made with, besides its first trial.
     """
-    # tune.run takes no control loop as an argument
-    tune_module.TuneController = partial(_Controller, capacity, barred, given)
+    tune_module.TuneController = partial(_Controller, hosts, given)  # tune.run takes no control loop as an argument
     try:
         yield
     finally:
@@ -54,33 +70,29 @@ class _Controller(TuneController):  # type: ignore[misc]  # Ray's base class is 
     longer than a process takes to start, it does so to the sweep's end.
     """
 
-    def __init__(
-        self,
-        capacity: Callable[[], int],
-        barred: Callable[[], Collection[str]],
-        given: Mapping[str, Any],
-        **told: Any,
-    ) -> None:
+    def __init__(self, hosts: SeatsTrials, given: Mapping[str, Any], **told: Any) -> None:
         super().__init__(**told)
-        self._capacity = capacity
+        self._hosts = hosts
         seats = _Seats(self._actor_manager._resource_manager)
-        seats.barred, seats.given = barred, given
+        seats.barred, seats.given = (lambda: hosts.barred), given
         self._actor_manager: _Seats = seats
 
     def step(self) -> None:
-        self.update_max_pending_trials(self._capacity())  # hosts come and go
+        self.update_max_pending_trials(self._hosts.capacity)  # they come and go
         self._actor_manager.look_elsewhere()
         super().step()
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
-        del state["_capacity"]  # what Tune saves of a run is data
+        del state["_hosts"]  # what Tune saves of a run is data
         return state
 
     def _process_trial_failure(self, trial: Trial, exception: TuneError | RayTaskError | RayActorError) -> None:
         """What the searcher or the record raises as a trial ends is the sweep's: Tune holds it against the trial."""
         if isinstance(exception, _TuneStopTrialError) and (raised := sys.exception()) is not None:
             raise raised
+        if isinstance(lost := getattr(exception, "cause", None), HostGone):
+            self._hosts.lost(trial.config["trial"], lost.host)
         super()._process_trial_failure(trial, exception)
 
     def _maybe_cache_trial_actor(self, trial: Trial) -> bool:

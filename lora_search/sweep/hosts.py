@@ -14,7 +14,7 @@ from lora_search.errors import InputError, SweepError
 from lora_search.placement import HostPlace, Node
 from lora_search.spec import SweepSpec
 from lora_search.storage import Folder
-from lora_search.sweep.answers import DataLost, HostLost, NodeUnfit, RunUnseen, is_done, unwrap
+from lora_search.sweep.answers import DataLost, HostLost, NodeUnfit, NodeUnready, is_done, unwrap
 from lora_search.sweep.build import Build
 from lora_search.sweep.cluster import Say, nodes, warned
 from lora_search.sweep.roster import LOOK_EVERY_S, Roster
@@ -233,13 +233,14 @@ class Hosts(Roster):
         for host in list(self._running.values()):
             try:
                 self._look_at(host, there, going)
-            except RunUnseen as lost:
+            except NodeUnready as lost:
                 self._lose(host, lost, counts=len(self._running) == 1)  # or it is asked when it can
                 self._soundness.doubt(host.place.node)
             except HostLost as lost:
                 self._lose(host, lost, "its trials go on elsewhere from their last checkpoints" * host.loaded)
             except SweepError as error:
                 self._lose(host, HostLost(str(error)))
+        self._shunned.look(self._running.values())
         doubted = self._soundness.doubted if self._running else ()
         self._fill([node for node in there if node.id not in going and node.id not in doubted])
         self._soundness.look(there, self.places, going, self._losses.unfit)
@@ -352,9 +353,14 @@ class Hosts(Roster):
         self._excused.add(trial)
         self._soundness.unsaved(trial, why, node)
 
+    def lost(self, trial: int, host: str) -> None:
+        """A trial was lost with the host of that name: it goes on elsewhere, where it can."""
+        self._shunned.lost(trial, host, self._running.values())
+
     def reported(self, trial: int) -> None:
-        """A trial has come further, and what its seats have met with before is over."""
+        """A trial has come further, and what it and its seats have met with before is over."""
         self._soundness.reported(trial)
+        self._shunned.welcome(trial, self._running.values())
 
     def excuses(self, trial: int) -> bool:
         """Whether the loss of a trial is not to be held against it, but once: its host kept it as it stood, since its
@@ -364,7 +370,8 @@ class Hosts(Roster):
         return excused
 
     def release(self, trial: int, host: str | None = None) -> None:
-        """Let a trial go, from the host of that name, or wherever it is resident."""
+        """Let a trial go that has ended, from the host of that name, or wherever it is resident."""
+        self._shunned.welcome(trial, self._running.values())
         for other in self._running.values():
             if host in (None, other.place.name):
                 other.actor.release.remote(str(trial))

@@ -13,6 +13,12 @@ from lora_search.sweep.running import RunningHost
 LOSSES_PER_NODE = 5
 """Hosts that a node may lose after it has lost as many as it has; then something is wrong with the node."""
 
+REST_S = 20.0
+"""From the second host on that a node loses, until it gets another while others run; for each further one twice as
+long, up to MOST_REST_S."""
+
+MOST_REST_S = 600.0
+
 LASTING_S = 3600.0
 """A host that was lost after it had lasted so long says nothing of its node."""
 
@@ -57,20 +63,28 @@ class Losses:
     def _count(self, host: RunningHost) -> None:
         """Count a host that was lost against its node, and give that up where it has lost too many.
 
-        Of hosts that train, one that had lasted speaks for its node; and of several that are lost at once, as all of a
-        machine's, the others say no more than the first: only one that has come since does.
+        One that had lasted speaks for its node; and of several that are lost at once, as all of a machine's, the others
+        say no more than the first: only one that has come since does.
         """
         now, node = time.monotonic(), host.place.node
         if host.loaded and now - host.since > LASTING_S:
             self._counted[node] = 0
             return
-        if host.loaded and host.since < self._last.get(node, host.since):
+        if host.since < self._last.get(node, host.since):
             return
         self._counted[node] += 1
         self._last[node] = now
         if self._counted[node] > LOSSES_PER_NODE + host.place.neighbours and node not in self.unfit:
             self.unfit.add(node)
             self._say(f"WARNING: node {node[:8]} gets no more hosts: it has lost {self._counted[node]}")
+
+    def resting(self) -> set[str]:
+        """Nodes that get no host just now, since what there was on them was lost again and again."""
+        now = time.monotonic()
+        again = {
+            node: min(MOST_REST_S, REST_S * 2 ** (count - 2)) for node, count in self._counted.items() if count > 1
+        }
+        return {node for node, rest in again.items() if now - self._last[node] < rest}
 
     def bear_none(self, none: bool, wait_s: float) -> None:
         """Bear for some time that there is no host, if there is none.

@@ -20,6 +20,7 @@ from lora_search.sweep.build import Build
 from lora_search.sweep.cluster import Say, first_places, nodes, staying
 from lora_search.sweep.losses import Losses
 from lora_search.sweep.running import HOST_NAMES, RunningHost, start_host
+from lora_search.sweep.shunned import Shunned
 
 LOOK_EVERY_S = 1.0
 
@@ -44,6 +45,7 @@ class Roster:
         self._running: dict[str, RunningHost] = {}
         self._started = 0
         self._losses = Losses(say)
+        self._shunned = Shunned()
         self._lost: list[dict[str, Any]] = []
         """What there is to say of those that were lost."""
         places = first_places(spec.hosts)
@@ -127,7 +129,8 @@ class Roster:
         Raises:
             SweepError: no host is left, and none can be started.
         """
-        sound = [node for node in there if node.id not in self._losses.unfit]
+        out = self._losses.unfit.union(self._losses.resting() if self._running else ())
+        sound = [node for node in there if node.id not in out]
         missing = missing_hosts(sound, self._spec.hosts, self.places)
         started = [self._start(place) for place in missing if place.gpus or not self._on_gpus]
         for host in started:
@@ -140,6 +143,7 @@ class Roster:
         capacity = most_trials(place, self._spec.hosts)
         build = partial(self._build, self._spec, place, capacity)
         host = self._running[place.name] = start_host(self.prefix, place, capacity, build, self._run)
+        self._shunned.begun(host)
         return host
 
     def end(self) -> None:

@@ -301,7 +301,7 @@ def _tune(
     try:
         with (
             signals_end_tune() as came,
-            seated(lambda: hosts.capacity, lambda: hosts.barred, spec=spec, run=run.folder, hosts=hosts.prefix),
+            seated(hosts, spec=spec, run=run.folder, hosts=hosts.prefix),
         ):
             # tune.run, not Tuner: that one pickles every callback and searcher into the run directory.
             tune.run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -15,7 +15,7 @@ from lora_search.errors import InputError, SweepError
 from lora_search.host import Host, TrainsTrials
 from lora_search.placement import HostPlace, Node
 from lora_search.storage import Folder
-from lora_search.sweep.answers import HostLost, NodeUnfit, RunUnseen, has_failed, is_done, unwrap
+from lora_search.sweep.answers import HostLost, NodeUnready, has_failed, is_done, unwrap
 from lora_search.sweep.build import greet
 from lora_search.sweep.cluster import on_node
 from lora_search.versions import differences, versions
@@ -80,6 +80,8 @@ class RunningHost:
     """Of its process; None before it has loaded the base."""
     trains_since: float | None = None
     """When it had loaded the base, in seconds since the epoch."""
+    shunned: set[int] = field(default_factory=set)
+    """Trials that it does not take."""
     saving: Any = None
     """A call that is answered when it has kept its trials, since its node is to go."""
 
@@ -99,6 +101,17 @@ class RunningHost:
         elif is_done(self.fewer):
             self.capacity, self.fewer = unwrap(self.fewer), None
 
+    def shun(self, trial: int) -> None:
+        """Have it not take a trial."""
+        self.shunned.add(trial)
+        self.actor.shun.remote(str(trial))
+
+    def welcome(self, trial: int) -> None:
+        """Have it take a trial again, if it does not."""
+        if trial in self.shunned:
+            self.shunned.remove(trial)
+            self.actor.welcome.remote(str(trial))
+
     def facts(self) -> dict[str, Any]:
         """What the run directory says of it: name, node (its id), pid, capacity, since (when it had loaded the base, in
         seconds since the epoch; None where it has not, as the two before)."""
@@ -117,8 +130,7 @@ class RunningHost:
             Whether it has been heard just now.
 
         Raises:
-            NodeUnfit: it has other versions of what decides a result.
-            RunUnseen: it does not see the run directory.
+            NodeUnready: it has other versions of what decides a result, or does not see the run directory.
         """
         if self.greeting is None:
             return False
@@ -161,14 +173,13 @@ def require_fit(greeted: Any) -> None:
         greeted: what a node said (`greet`) that has joined since the sweep began.
 
     Raises:
-        NodeUnfit: it has other versions of what decides a result.
-        RunUnseen: it does not see the run directory.
+        NodeUnready: it has other versions of what decides a result, or does not see the run directory.
     """
     there, unseen = greeted
     if what := differences(versions(), there):
-        raise NodeUnfit(f"it has {', '.join(what)}")
+        raise NodeUnready(f"it has {', '.join(what)}")
     if unseen is not None:
-        raise RunUnseen(f"it cannot use the run directory: {unseen}")
+        raise NodeUnready(f"it cannot use the run directory: {unseen}")
 
 
 def unlike(node: str, why: Exception) -> InputError:

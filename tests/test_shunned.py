@@ -1,0 +1,166 @@
+"""A GPU that fails, and a trial that ends its hosts: neither has sound trials given up."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import make_spec
+from test_seat import IdleEngine, ResumingEngine, fresh_run
+
+from lora_search.checkpoint import Checkpoint
+from lora_search.placement import HostPlace
+from lora_search.space import TrialConfig
+from lora_search.spec import SweepSpec
+from lora_search.tracking import Observer
+
+STEPS = 8
+
+
+class Steady(ResumingEngine):
+    """Takes a while for a step, so that trials are there together."""
+
+    def step(self, trials: Sequence[str]) -> dict[str, Any]:
+        time.sleep(0.1)
+        return super().step(trials)
+
+
+class Sick(ResumingEngine):
+    """Fails in its second step."""
+
+    def step(self, trials: Sequence[str]) -> dict[str, Any]:
+        if self.log:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return super().step(trials)
+
+
+class Harmed(Steady):
+    """Stands still from when trial 1 comes, until its process ends a second later."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ends: float | None = None
+
+    def admit(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None = None) -> None:
+        super().admit(trial, config, checkpoint)
+        if trial == "1":
+            self._ends = time.monotonic() + 1
+
+    def step(self, trials: Sequence[str]) -> dict[str, Any]:
+        if self._ends is None:
+            return super().step(trials)
+        if time.monotonic() > self._ends:
+            os._exit(1)
+        time.sleep(0.1)
+        return {}
+
+
+def build_second_is_sick(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> IdleEngine:
+    return Steady() if place.name == "host-0" else Sick()
+
+
+def build_harmed(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> IdleEngine:
+    return Harmed()
+
+
+class Losses(Observer):
+    """Counts how often trials went on after a loss."""
+
+    def __init__(self) -> None:
+        self.of: Counter[int] = Counter()
+
+    def trial_resumed(self, trial: int, parameters: Mapping[str, Any], step: int, damaged: Any) -> None:
+        self.of[trial] += 1
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    import ray
+
+    from lora_search.sweep.cluster import cluster
+
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # hosts import this file
+    monkeypatch.setattr("lora_search.sweep.losses.REST_S", 0.0)
+    with cluster(None):
+        yield ray
+
+
+def searched(ray: Any, tiny: Path, output: Path, build: Any, hosts: Mapping[str, Any], trials: int) -> tuple[Any, ...]:
+    """Rows, how often each trial went on, what was said."""
+    from lora_search.sweep.hosts import Hosts
+    from lora_search.sweep.run import search
+
+    spec = make_spec(
+        tiny,
+        name="shunned",
+        hosts=hosts,
+        search={"trials": trials, "sampler": {"name": "random"}, "scheduler": {"name": "none"}},
+        training={"steps": STEPS, "eval_every": STEPS // 2},
+        output=str(output),
+    )
+    said: list[str] = []
+    losses = Losses()
+    run = fresh_run(output, spec.name)
+    found = Hosts(spec, build, said.append, run.folder)
+    try:
+        found.load()
+        rows = search(spec, run, found, [losses])
+    finally:
+        found.end()
+    return rows, losses.of, said
+
+
+def test_gpu_that_fails_has_no_trial_given_up_while_another_is_sound(ray: Any, tiny: Path, tmp_path: Path) -> None:
+    """It fails anew whenever it has a host, and has room, while the other is full."""
+    cores = int(ray.cluster_resources()["CPU"])
+    hosts = {"cpus_per_host": cores // 2, "trials_per_host": 2, "max_retries": 1}
+    rows, losses, said = searched(ray, tiny, tmp_path, build_second_is_sick, hosts, trials=16)
+    assert {row["state"] for row in rows} == {"completed"}
+    assert {row["host"] for row in rows} == {"host-0"}
+    assert sum("an illegal memory access" in line for line in said) > 2, said
+    assert set(losses.values()) == {1}  # of those that met with it
+
+
+def test_trial_that_ends_its_hosts_is_given_up_and_none_beside_it(ray: Any, tiny: Path, tmp_path: Path) -> None:
+    hosts = {"count": 1, "cpus_per_host": 1, "trials_per_host": 4, "max_retries": 2}
+    rows, losses, said = searched(ray, tiny, tmp_path, build_harmed, hosts, trials=6)
+    states = {row["trial"]: row["state"] for row in rows}
+    assert states == {trial: "failed" if trial == 1 else "completed" for trial in range(6)}
+    assert rows[1]["reason"].startswith("given up after 2 retries: HostGone: host-2 was lost: its process died")
+    assert sum("was lost: its process died" in line for line in said) == 3
+    assert len(losses) > 2  # those that were beside it
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["as they load the base", "as they train"])
+def test_hosts_of_a_node_that_are_lost_together_count_once_and_it_rests_longer_each_time(
+    monkeypatch: pytest.MonkeyPatch, loaded: bool
+) -> None:
+    from lora_search.sweep import losses as module
+    from lora_search.sweep.answers import HostLost
+    from lora_search.sweep.running import RunningHost
+
+    clock = [100.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    eight = HostPlace("h", "node", 1, 1, neighbours=8)
+    losses = module.Losses(lambda line: None)
+    rests = []
+    rounds = 0
+    while "node" not in losses.unfit:
+        rounds += 1
+        hosts = [RunningHost(eight, 1, None, None, None, None, clock[0], loaded=loaded) for _ in range(8)]  # type: ignore[arg-type]
+        clock[0] += 5
+        for host in hosts:
+            losses.add(host, HostLost("the hub is busy"))
+        rests.append(0)
+        while "node" in losses.resting():
+            clock[0] += 1
+            rests[-1] += 1
+    assert rounds == module.LOSSES_PER_NODE + 8 + 1
+    assert rests[:7] == [0, 20, 40, 80, 160, 320, 600]
+    assert rests[7:] == [600] * (rounds - 7)
