@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -13,26 +14,30 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 import small_hub
-from conftest import PATIENCE, SOON, WORDS, make_spec, processes, two_nodes
+from conftest import PATIENCE, SOON, WORDS, make_spec, processes, two_nodes, wait_until
 from test_faults import SEARCH, TRIALS, Strikes, compared, require_whole
 
 from lora_search.cli.results import sweep_status
 from lora_search.doctor import Check, _hosts
 from lora_search.errors import InputError
-from lora_search.results import run_rows
+from lora_search.results import read_events, run_rows
 from lora_search.rundir import RunDirectory, create_run
 from lora_search.seat import SEAT_BYTES
 from lora_search.spec import dump_spec
+from lora_search.sweep import head
+from lora_search.sweep.head import RAY_WAITS
 from lora_search.sweep.run import run_sweep
 from lora_search.tracking import Observer
 
@@ -360,6 +365,89 @@ def short_folder() -> Iterator[str]:
     """For Ray's sockets, whose names may not be long."""
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as folder:
         yield folder
+
+
+@pytest.mark.slow
+def test_sweep_whose_head_is_lost_ends_with_a_word_and_goes_on_in_another_cluster(
+    short_folder: str, namespaces: tuple[str, str], tiny: Path, tmp_path: Path
+) -> None:
+    """The head's GCS and raylet, with seats on them, while the driver and the host are on another machine."""
+    first, second = namespaces
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), RAY_WAITS: "30"}
+    start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats"]
+    head = ["--head", "--node-ip-address=10.77.0.1", "--port=6380", "--include-dashboard=false", "--num-gpus=0"]
+    worker = ["--address=10.77.0.1:6380", "--node-ip-address=10.77.0.2", "--num-cpus=2", "--num-gpus=1"]
+
+    def inside(namespace: str, *command: str) -> subprocess.Popen[str]:
+        whole = ["ip", "netns", "exec", namespace, *command]
+        return subprocess.Popen(whole, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment)
+
+    def begin(folder: str) -> None:
+        for namespace, node in ((first, [*head, f"--temp-dir={short_folder}/{folder}"]), (second, worker)):
+            with inside(namespace, *start, *node) as started:
+                _, said = started.communicate(timeout=PATIENCE)
+            assert started.returncode == 0, said
+
+    def kill_all(namespace: str) -> None:
+        pids = subprocess.run(["ip", "netns", "pids", namespace], capture_output=True, text=True).stdout.split()
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+
+    training, search = {"steps": 400, "eval_every": 50}, {"trials": 4, "scheduler": {"name": "none"}}
+    spec = make_spec(
+        tiny, name="headless", hosts={"trials_per_host": 2}, training=training, search=search, output=str(tmp_path)
+    )
+    (tmp_path / "sweep.yaml").write_text(dump_spec(spec))
+    run = RunDirectory(tmp_path / "headless")
+    command = [sys.executable, "-m", "lora_search", "run", str(tmp_path / "sweep.yaml"), "--address", "10.77.0.1:6380"]
+    begin("one")
+    with inside(second, *command) as driver:
+        wait_until(lambda: run.trials.exists() and run.trials.read_text().count('"event": "checkpoint"') >= 4, driver)
+        kill_all(first)
+        _, said = driver.communicate(timeout=50)  # Ray would have ended it by 60
+    assert driver.returncode == 1, said
+    last = said.splitlines()[-1]
+    assert last.startswith("lora-search: the head of the Ray cluster has not answered for 5 s; the sweep is in "), said
+    assert f"{run.path}, and the same command with --resume goes on" in last
+    kill_all(second)
+
+    begin("two")
+    with inside(second, *command, "--resume") as driver:
+        _, said = driver.communicate(timeout=PATIENCE)
+    assert driver.returncode == 0, said
+    require_whole(run, 4)
+    resumed = [event["step"] for event in read_events(run.trials) if event["event"] == "resume"]
+    assert len(resumed) == 2
+    assert min(resumed) >= 50
+
+
+def test_head_that_answers_again_in_time_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does the sweep's own standing still, after which the head does not answer once."""
+    answers, said, finished = [True, False, False, True, False, True], list[str](), threading.Event()
+    now = itertools.count(step=7.0)  # seconds between two looks at the clock: two failures are not yet 10 apart
+
+    def answered() -> bool:
+        if not answers:
+            finished.set()
+            return True
+        return answers.pop(0)
+
+    monkeypatch.setenv(RAY_WAITS, "35")
+    monkeypatch.setattr(head, "ASK_EVERY_S", 0.001)
+    monkeypatch.setattr(head, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr(head, "_answers", answered)
+    monkeypatch.setattr(head, "_end", said.append)
+    with head.ended_without_head("runs/a"):
+        assert finished.wait(PATIENCE)
+        assert said == []
+        finished.clear()
+        answers += [False, False, False]
+        assert finished.wait(PATIENCE)
+    assert said == [
+        "the head of the Ray cluster has not answered for 10 s; the sweep is in runs/a, and the same command with "
+        "--resume goes on when there is a cluster again"
+    ]
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ from lora_search.sweep.build import build_engine
 from lora_search.sweep.cluster import Say, asked_of_autoscaler, cluster
 from lora_search.sweep.conclude import conclude
 from lora_search.sweep.controller import seated
+from lora_search.sweep.head import ended_without_head
 from lora_search.sweep.hosts import Hosts
 from lora_search.sweep.prepare import (
     DataSummary,
@@ -174,7 +175,7 @@ def _run(
         write_provenance(run.provenance, facts)
     left = planned_trials(spec) - ended_count(run_rows(run)) if resume else planned_trials(spec)
     grown = asked_of_autoscaler(spec.hosts, max(1, left)) if address else nullcontext(None)
-    with cluster(address, say), grown as ask_again:
+    with cluster(address, say), ended_without_head(run.place), grown as ask_again:
         say("preparing the data and the hosts")
         hosts = Hosts(spec, build_engine, say, run.folder)
         try:
