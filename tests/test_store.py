@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -412,6 +414,30 @@ def test_of_two_that_begin_at_once_one_gives_way_before_it_has_uploaded_anything
         gave_way.set()
     thread.join(PATIENCE)
     assert first.folder.read("sweep.yaml") == b"the second's"
+
+
+@pytest.mark.parametrize(
+    ("error", "place"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "copy"),
+        (StoreError("s3://bucket/runs: AWS Error SLOW_DOWN"), "store"),
+    ],
+    ids=["the disk here is full", "the store fails"],
+)
+def test_what_cannot_be_written_to_is_named_for_what_it_is(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, place: str
+) -> None:
+    """The driver's records of a stored run lie in a folder of this machine first."""
+
+    def fail(*arguments: object) -> None:
+        raise error
+
+    spec = sequential(tiny, "full", f"file://{tmp_path}/runs")
+    run = create_run(spec.output, spec.name, exact=True)
+    monkeypatch.setattr("lora_search.sweep.run._run", fail)
+    where = {"copy": str(run.path), "store": run.place}[place]
+    with pytest.raises(SweepError, match=f"^{re.escape(where)} cannot be written to: .*; mend it, then --resume$"):
+        run_sweep(spec, run)
 
 
 def test_lease_that_another_had_and_gave_back_is_lost(tmp_path: Path) -> None:

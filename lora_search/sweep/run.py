@@ -130,12 +130,13 @@ def run_sweep(
     except OSError as error:
         if error.errno not in UNWRITABLE and not isinstance(error, StoreError):
             raise
-        raise SweepError(f"{run.place} cannot be written to: {error}; mend it, then --resume") from error
+        where = run.place if isinstance(error, StoreError) else run.path  # of a stored run, the copy here
+        raise SweepError(f"{where} cannot be written to: {error}; mend it, then --resume") from error
     except RuntimeError as error:  # what Optuna makes of a lock file that it cannot write or remove
         cause = error.__context__
         if not isinstance(cause, OSError) or cause.errno not in UNWRITABLE:
             raise
-        raise SweepError(f"{run.place} cannot be written to: {cause}; mend it, then --resume") from error
+        raise SweepError(f"{run.path} cannot be written to: {cause}; mend it, then --resume") from error
     finally:
         for observer in observers:
             observer.close()
