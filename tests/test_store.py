@@ -16,11 +16,13 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import MagicMock
 
 import pandas as pd
 import pytest
@@ -36,6 +38,7 @@ from lora_search.results import Row, run_rows
 from lora_search.rundir import RunDirectory, create_run, find_run, newest_run
 from lora_search.spec import load_spec
 from lora_search.storage import Folder, StoreError
+from lora_search.sweep.prepare import DataSummary
 from lora_search.sweep.provenance import write_provenance
 from lora_search.sweep.run import Outcome, run_sweep
 from lora_search.sweep.upload import kept_uploaded
@@ -438,6 +441,42 @@ def test_what_cannot_be_written_to_is_named_for_what_it_is(
     where = {"copy": str(run.path), "store": run.place}[place]
     with pytest.raises(SweepError, match=f"^{re.escape(where)} cannot be written to: .*; mend it, then --resume$"):
         run_sweep(spec, run)
+
+
+@pytest.mark.parametrize("phase", ["before the trials", "before the merge", "before the conclusion", "never"])
+def test_run_that_another_has_taken_over_is_not_written_to_from_then_on(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    """Its driver had stood still for too long in that phase."""
+    done: list[str] = []
+
+    def told(name: str, answer: Any) -> Callable[..., Any]:
+        return lambda *arguments, **named: done.append(name) or answer
+
+    ends = {"before the trials": 1, "before the merge": 2, "before the conclusion": 3, "never": 9}[phase]
+    hosts = MagicMock(facts={}, prepare=told("prepare", DataSummary(8, 1, 1, 80, 0, 0, 0, None, "of the data")))
+    hosts.ask_all.return_value = []
+    conclusion = MagicMock(to_dict=dict)
+    rows = [{"trial": 0, "state": "completed", "eval_loss": 1.0}]
+    replaced = {
+        "Hosts": lambda *arguments: hosts,
+        "search": told("search", rows),
+        "conclude": told("conclude", conclusion),
+    }
+    replaced |= {"write_card": told("card", None), "cluster": lambda *arguments: nullcontext()}
+    replaced |= {"locked": lambda run: nullcontext(lambda: len(done) < ends), "_report": told("report", None)}
+    for name, replacement in replaced.items():
+        monkeypatch.setattr(f"lora_search.sweep.run.{name}", replacement)
+    spec = sequential(tiny, "taken", str(tmp_path))
+    run = create_run(spec.output, spec.name, exact=True)
+    if phase == "never":
+        run_sweep(spec, run)
+    else:
+        with pytest.raises(SweepError, match="another lora-search run has taken over"):
+            run_sweep(spec, run)
+    assert done == ["prepare", "search", "conclude", "card", "report"][:ends]
+    facts = json.loads(run.provenance.read_text())
+    assert ("data" in facts, "conclusion" in facts) == (ends > 1, phase == "never")
 
 
 def test_lease_that_another_had_and_gave_back_is_lost(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -60,7 +60,7 @@ from lora_search.sweep.resume import (
 )
 from lora_search.sweep.roster import LOOK_EVERY_S
 from lora_search.sweep.signals import signals_end_tune, sigterm_interrupts
-from lora_search.sweep.upload import Held, kept_uploaded
+from lora_search.sweep.upload import Held, kept_uploaded, require_held
 from lora_search.tracking import Observer, RunRecord
 from lora_search.tracking.relay import Relay
 
@@ -126,7 +126,7 @@ def run_sweep(
     try:
         unused = nullcontext() if resume else _discarded_unused(run)
         with sigterm_interrupts(run.place), locked(run) as held, unused, kept_uploaded(run, held):
-            return _run(spec, run, [*observers, Held(run, held)], address, resume, say)
+            return _run(spec, run, [*observers, Held(run, held)], held, address, resume, say)
     except OSError as error:
         if error.errno not in UNWRITABLE and not isinstance(error, StoreError):
             raise
@@ -154,7 +154,13 @@ def _discarded_unused(run: RunDirectory) -> Iterator[None]:
 
 
 def _run(
-    spec: SweepSpec, run: RunDirectory, observers: Sequence[Observer], address: str | None, resume: bool, say: Say
+    spec: SweepSpec,
+    run: RunDirectory,
+    observers: Sequence[Observer],
+    held: Callable[[], bool],
+    address: str | None,
+    resume: bool,
+    say: Say,
 ) -> Outcome:
     before: dict[str, Any] = {}
     if resume:
@@ -198,6 +204,7 @@ def _run(
             refuse_other_material(before, "base", base)
             base = base or before.get("base", {}).get("fingerprint")
             hosts.check = partial(require_base, spec, base)
+            require_held(run, held)
             write_whole(run.spec, dump_spec(spec))  # only now: what is resumed stays as it was until this one can be
             write_provenance(
                 run.provenance, facts | {"data": asdict(summary), "base": {"fingerprint": base}, "hosts": hosts.facts}
@@ -207,9 +214,11 @@ def _run(
             if best is None:
                 raise SweepError(_why_nothing(rows))
             say(f"trial {best['trial']} is best; testing and merging its adapter")
+            require_held(run, held)
             found = conclude(spec, run, best, hosts, say)
         finally:
             hosts.end()
+    require_held(run, held)
     write_card(spec, run, rows, best, found)
     if run.uri is not None:  # before anything there says that the sweep has come to its end
         run.folder.below(run.best.name).upload(run.best)
