@@ -37,6 +37,11 @@ LOCK = ".lock"
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
 """What file systems say that lock no files."""
 
+MOUNTS = Path("/proc/self/mountinfo")
+
+LOCAL_LOCKS = {"nolock", "local_lock=flock", "local_lock=all", "localflock", "localflocks"}
+"""What NFS, Lustre and OCFS2 are mounted with where a lock keeps out none but the processes of the same machine."""
+
 PATIENCE_S = 0.5
 """How long the lock is waited for: who only looks whether it is held takes it for a moment."""
 
@@ -244,7 +249,12 @@ def locked(run: RunDirectory) -> Iterator[Callable[[], bool]]:
 
 
 def _can_be_locked(file: Path) -> bool:
-    """Whether its file system locks files: a cluster's may not, as Lustre without `-o flock` and NFS without lockd."""
+    """Whether its file system locks files: a cluster's may not, as Lustre without `-o flock` and NFS without lockd.
+
+    Or against processes of the same machine alone.
+    """
+    if _locks_here_alone(file.parent):
+        return False
     opened = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -259,9 +269,20 @@ def _can_be_locked(file: Path) -> bool:
     return True
 
 
+def _locks_here_alone(folder: Path) -> bool:
+    """Whether a lock on a file there keeps out no process of another machine, by how its file system is mounted."""
+    try:
+        device = folder.stat().st_dev
+        mounts = [line.split() for line in MOUNTS.read_text(encoding="utf-8", errors="replace").splitlines()]
+    except OSError:  # it is not there, or this is no Linux
+        return False
+    number = f"{os.major(device)}:{os.minor(device)}"
+    return any(number == mount[2] and not LOCAL_LOCKS.isdisjoint(mount[-1].split(",")) for mount in mounts)
+
+
 def is_locked(run: RunDirectory) -> bool:
     """Whether a process writes to the run directory now; of one in an object store, that takes seconds to see."""
-    if run.uri is not None:
+    if run.uri is not None or _locks_here_alone(run.path):
         return is_leased(run.folder)
     try:
         file = os.open(run.lock, os.O_RDONLY | os.O_NONBLOCK)

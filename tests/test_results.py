@@ -243,6 +243,36 @@ def test_run_directory_is_one_processs_own_on_a_file_system_without_locks(
     assert not is_locked(run)
 
 
+@pytest.mark.parametrize(
+    ("options", "leases"),
+    [
+        ("nfs 10.0.0.1:/home rw,vers=3,hard,nolock,local_lock=all", True),
+        ("nfs 10.0.0.1:/home rw,vers=3,hard,local_lock=flock", True),
+        ("lustre 10.0.0.1@tcp:/fs rw,checksum,localflock", True),
+        ("nfs4 10.0.0.1:/home rw,vers=4.2,hard,local_lock=none", False),
+        ("nfs 10.0.0.1:/home rw,vers=3,hard,local_lock=posix", False),
+        ("lustre 10.0.0.1@tcp:/fs rw,checksum,flock", False),
+    ],
+)
+def test_locks_that_keep_out_no_other_machine_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str, leases: bool
+) -> None:
+    from lora_search.lease import LEASE
+    from lora_search.rundir import RunDirectory, is_locked, locked
+
+    run = RunDirectory(write_run(tmp_path / "run"))
+    device = run.path.stat().st_dev
+    other = "24 22 0:999 / /some\\040where rw,relatime - nfs 10.0.0.2:/a rw,nolock,local_lock=all\n"
+    mounted = f"36 35 {os.major(device)}:{os.minor(device)} / /mnt rw,noatime master:1 shared:2 - {options}\n"
+    (tmp_path / "mounts").write_text(f"{other}{mounted}")
+    monkeypatch.setattr("lora_search.rundir.MOUNTS", tmp_path / "mounts")
+    monkeypatch.setattr("lora_search.lease.REFRESH_S", 0.1)
+    with locked(run):
+        assert (run.path / LEASE).exists() == leases
+        assert is_locked(run)
+    assert not is_locked(run)
+
+
 def test_reports_have_a_row_each_in_their_order(tmp_path: Path) -> None:
     reports = open_run(write_run(tmp_path / "run")).reports
     assert list(reports["trial"]) == [1, 0, 0]
