@@ -25,9 +25,10 @@ PATIENCE_S = 300.0
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
 
 REFUSED = re.compile(
-    r"ACCESS_DENIED|NO_SUCH_BUCKET|Bucket '[^']*' not found|ACCESS_KEY|SIGNATURE|TOKEN|HTTP status 4(?!08|29)\d\d"
+    r"AWS Error (\w*(ACCESS_DENIED|NO_SUCH_BUCKET|ACCESS_KEY|SIGNATURE|TOKEN)|\w+ \(HTTP status 4(?!08|29)\d\d)"
+    r"|Bucket '[^']*' not found|google::cloud::Status\((PERMISSION_DENIED|UNAUTHENTICATED)\b"
 )
-"""What pyarrow says of a fault that stays; any other of an object store may pass."""
+"""What pyarrow says of a fault that stays; any other of an object store may pass. Names of objects stand there too."""
 
 
 class StoreError(OSError):

@@ -37,7 +37,7 @@ from lora_search.lease import LEASE, leased
 from lora_search.results import Row, run_rows
 from lora_search.rundir import RunDirectory, create_run, find_run, newest_run
 from lora_search.spec import load_spec
-from lora_search.storage import Folder, StoreError
+from lora_search.storage import REFUSED, Folder, StoreError
 from lora_search.sweep.prepare import DataSummary
 from lora_search.sweep.provenance import write_provenance
 from lora_search.sweep.run import Outcome, run_sweep
@@ -350,6 +350,38 @@ def test_store_that_refuses_is_not_asked_again(store: Store) -> None:
     with pytest.raises(StoreError, match="ACCESS_DENIED"):
         Folder(store.uri("refused")).write("a", b"")
     assert time.monotonic() - began < 30  # to ask again takes 300
+
+
+WRITING = "When initiating multiple part upload for key '{}/trials.jsonl' in bucket 'runs': "
+
+
+@pytest.mark.parametrize(
+    ("said", "stays"),
+    [
+        (WRITING + "AWS Error SLOW_DOWN during CreateMultipartUpload operation: reduce your request rate", False),
+        (
+            WRITING + "AWS Error UNKNOWN (HTTP status 500) during CreateMultipartUpload operation: No response body.",
+            False,
+        ),
+        (
+            WRITING + "AWS Error UNKNOWN (HTTP status 429) during CreateMultipartUpload operation: No response body.",
+            False,
+        ),
+        (WRITING + "AWS Error NETWORK_CONNECTION during CreateMultipartUpload operation: curlCode: 7", False),
+        (WRITING + "AWS Error SIGNATURE_DOES_NOT_MATCH during CreateMultipartUpload operation: the key", True),
+        (WRITING + "AWS Error INVALID_ACCESS_KEY_ID during CreateMultipartUpload operation: the key", True),
+        (WRITING + "AWS Error NO_SUCH_BUCKET during CreateMultipartUpload operation: it", True),
+        (WRITING + "AWS Error UNKNOWN (HTTP status 403) during CreateMultipartUpload operation: ExpiredToken", True),
+        ("Bucket 'runs' not found. To create buckets, enable the allow_bucket_creation option.", True),
+        ("google::cloud::Status(UNAVAILABLE: Retry policy exhausted, with a last message of no {})", False),
+        ("[Errno 13] google::cloud::Status(UNAUTHENTICATED: Permanent error, with a last message of who?)", True),
+        ("[Errno 13] google::cloud::Status(PERMISSION_DENIED: Permanent error, with a last message of no)", True),
+    ],
+)
+@pytest.mark.parametrize("name", ["TOKENIZER-lr", "ACCESS_KEY", "HTTP status 403", "lr"])
+def test_fault_passes_or_stays_whatever_the_sweep_is_called(said: str, stays: bool, name: str) -> None:
+    """As pyarrow 26 words them."""
+    assert bool(REFUSED.search(said.format(name))) == stays
 
 
 @pytest.mark.parametrize(
