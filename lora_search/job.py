@@ -1,4 +1,4 @@
-"""Whether a command runs inside of a Ray job (`ray job submit`): its cluster, and folders that go with the job."""
+"""The job that a command runs in: of Ray (`ray job submit`), whose folders go with it; of a scheduler, by its name."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ VARIABLE = "RAY_ADDRESS"
 
 LOCAL = "local"
 """The address that asks for a Ray of one's own, as in `ray.init`."""
+
+SCHEDULED = "LORA_SEARCH_JOB"
+"""Of the environment. Names the scheduler's job, as one that may be started again."""
 
 COPY = "_ray_pkg_"
 """How the folder's name begins into which Ray (2.60) unpacks a job's working directory, on every node."""
@@ -37,6 +40,11 @@ def cluster_address(given: str | None) -> tuple[str | None, str]:
             "from elsewhere, `ray job submit` runs a command there"
         )
     return (None if found == LOCAL else found), source
+
+
+def scheduled_job() -> str | None:
+    """What no other job is called, and this one again when it is started again; None where nobody has said so."""
+    return os.environ.get(SCHEDULED) or None
 
 
 def refuse_passing_output(output: str) -> None:

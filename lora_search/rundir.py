@@ -23,11 +23,13 @@ from lora_search.errors import InputError
 from lora_search.lease import LEASE, is_leased, leased
 from lora_search.spec.secret import refuse_secret
 from lora_search.spec.yaml import read_yaml
-from lora_search.storage import Folder, is_uri
+from lora_search.storage import Folder, StoreError, is_uri
 
 SWEEP_FILE = "sweep.yaml"
 
-RECORDS = (SWEEP_FILE, "provenance.json", "trials.jsonl", "study.journal")
+PROVENANCE = "provenance.json"
+
+RECORDS = (SWEEP_FILE, PROVENANCE, "trials.jsonl", "study.journal")
 """The small files of a run directory."""
 
 REPORT = "report.html"
@@ -75,7 +77,7 @@ class RunDirectory:
 
     @property
     def provenance(self) -> Path:
-        return self.path / "provenance.json"
+        return self.path / PROVENANCE
 
     @property
     def trials(self) -> Path:
@@ -163,6 +165,19 @@ def newest_run(output: str | Path, name: str, *, exact: bool = False) -> RunDire
     Raises:
         InputError: the object store cannot be read.
     """
+    return _newest(output, name, exact, lambda folder: True)
+
+
+def newest_run_of_job(output: str | Path, name: str, job: str, *, exact: bool = False) -> RunDirectory | None:
+    """The latest of them that a scheduler's job has begun, and no other has resumed since, or that it resumed last.
+
+    Raises:
+        InputError: the object store cannot be read.
+    """
+    return _newest(output, name, exact, lambda folder: _job(folder) == job)
+
+
+def _newest(output: str | Path, name: str, exact: bool, wanted: Callable[[Folder], bool]) -> RunDirectory | None:
     folder = Folder(output, patience_s=0)
     try:
         numbered = {
@@ -172,12 +187,23 @@ def newest_run(output: str | Path, name: str, *, exact: bool = False) -> RunDire
             and SWEEP_FILE in folder.below(found).names()
             and (found == name or _sweep_name(folder.below(found)) == name)
         }
+        latest_first = (numbered[number] for number in sorted(numbered, reverse=True))
+        newest = next((found for found in latest_first if wanted(folder.below(found))), None)
     except (OSError, ValueError) as error:
         raise InputError(f"output: found {str(output)!r}, which cannot be read: {error}") from None
-    if not numbered:
+    if newest is None:
         return None
-    newest = numbered[max(numbered)]
     return _stored_run(folder.below(newest)) if is_uri(output) else RunDirectory(Path(output) / newest)
+
+
+def _job(folder: Folder) -> str | None:
+    """The scheduler's job that has begun or resumed a run last; None where there was none, or nobody can tell."""
+    try:
+        return _fact(folder.read(PROVENANCE), "job")
+    except StoreError:
+        raise
+    except OSError:
+        return None
 
 
 def _sweep_name(folder: Folder) -> object:
@@ -220,8 +246,16 @@ def write_whole(file: Path, content: str | bytes) -> None:
 def run_identity(folder: Path) -> str | None:
     """What no other run directory is called, wherever it is moved; None where it has no provenance."""
     try:
-        found = json.loads((folder / "provenance.json").read_text(encoding="utf-8")).get("id")
-    except (OSError, ValueError, AttributeError, RecursionError):
+        return _fact((folder / PROVENANCE).read_bytes(), "id")
+    except OSError:
+        return None
+
+
+def _fact(provenance: bytes, key: str) -> str | None:
+    """A text in a provenance.json, which may be somebody else's; None where there is none."""
+    try:
+        found = json.loads(provenance).get(key)
+    except (ValueError, AttributeError, RecursionError):
         return None
     return found if isinstance(found, str) else None
 

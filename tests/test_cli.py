@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ import pytest
 from conftest import PATIENCE, ROOT, make_spec, shared
 
 from lora_search.cli import main
+from lora_search.errors import InputError
 from lora_search.rundir import RunDirectory, create_run, locked, newest_run, write_whole
-from lora_search.spec import dump_spec
+from lora_search.spec import dump_spec, parse_spec
+from lora_search.sweep.provenance import provenance, read_provenance, write_provenance
 from lora_search.tracking import RunRecord
 
 
@@ -287,6 +290,103 @@ def test_newest_run_of_a_sweep_is_no_other_sweeps_whose_name_ends_in_a_number(tm
     exact = newest_run(tmp_path, "demo", exact=True)
     assert exact is not None
     assert exact.name == "demo"
+
+
+def begun(output: Path, name: str, job: str | None, *before: str | None) -> RunDirectory:
+    """A run directory as a sweep begins it in a scheduler's job, and as those that resume it leave it."""
+    spec = parse_spec(f"name: {name}\noutput: {output}\n", source="sweep.yaml", folder=output)
+    run = create_run(output, name, exact=False)
+    run.spec.write_text(dump_spec(spec))
+    with pytest.MonkeyPatch.context() as patch:
+        for each in (*before, job):
+            patch.setenv("LORA_SEARCH_JOB", each or "")
+            write_provenance(run.provenance, provenance(spec, read_provenance(run.provenance)))
+    return run
+
+
+@pytest.fixture
+def taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, bool]]:
+    """Which run directory `lora-search run` takes in a job, and whether it goes on with it; a sweep `demo` is made."""
+    found: list[tuple[str, bool]] = []
+
+    def note(spec: Any, run: RunDirectory, observers: Any, *, resume: bool, **options: Any) -> None:
+        found.append((run.name, resume))
+        raise InputError("noted")
+
+    def take(job: str, *options: str) -> tuple[str, bool]:
+        monkeypatch.setenv("LORA_SEARCH_JOB", job)
+        assert main(["run", str(tmp_path / "demo.yaml"), *options]) == 2
+        return found.pop()
+
+    monkeypatch.setattr("lora_search.sweep.run.run_sweep", note)
+    (tmp_path / "demo.yaml").write_text(f"name: demo\noutput: {tmp_path / 'runs'}\n")
+    return take
+
+
+@pytest.mark.parametrize("options", [[], ["--resume"]], ids=["begins", "resumes"])
+def test_job_that_is_started_again_takes_its_own_run(
+    options: list[str], taken: Callable[..., tuple[str, bool]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, job in enumerate(("a", "b", "a", "c", None), start=1):  # None: by hand
+        assert begun(tmp_path / "runs", "demo", job).name == ("demo" if number == 1 else f"demo-{number}")
+    begun(tmp_path / "runs", "demo-7", "a")  # a sweep of its own
+    capsys.readouterr()
+    assert taken("a", *options) == ("demo-3", True)  # of its two the later
+    said = capsys.readouterr().err
+    assert f"lora-search: going on with {tmp_path / 'runs' / 'demo-3'}, the run of this job (a)\n" in said
+    assert taken("b", *options) == ("demo-2", True)
+    assert taken("c", *options) == ("demo-4", True)
+    capsys.readouterr()
+    assert taken("new", *options) == (("demo-5", True) if options else ("demo-6", False))
+    assert "of this job" not in capsys.readouterr().err
+    assert taken("", *options) == (("demo-5", True) if options else ("demo-8", False))
+
+
+def test_run_is_of_the_job_that_resumed_it_last(taken: Callable[..., tuple[str, bool]], tmp_path: Path) -> None:
+    begun(tmp_path / "runs", "demo", "b", "a")
+    begun(tmp_path / "runs", "demo", None, "b", "c")
+    assert taken("b") == ("demo", True)
+    assert taken("a") == ("demo-3", False)
+    assert taken("c") == ("demo-4", False)
+
+
+def test_job_that_is_started_again_takes_the_run_of_the_name_that_it_was_given(
+    taken: Callable[..., tuple[str, bool]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, job in (("demo", "a"), ("demo", "b"), ("other", "a")):
+        begun(tmp_path / "runs", name, job)
+    assert taken("a", "--name", "demo") == ("demo", True)
+    assert taken("a", "--name", "other") == ("other", True)
+    assert taken("b", "--name", "other", "--resume") == ("other", True)
+    main(["run", str(tmp_path / "demo.yaml"), "--name", "demo"])
+    assert main(["run", str(tmp_path / "demo.yaml"), "--name", "demo"]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+HOSTILE = {
+    "none": b"",
+    "not JSON": b"{",
+    "not text": b"\xff\xfe\xfd",
+    "a list": b'["a"]',
+    "another kind": b'{"job": ["a"]}',
+    "null": b'{"job": null}',
+    "deep": b'{"job": ' + b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_provenance_that_is_none_is_of_no_job(
+    content: bytes, taken: Callable[..., tuple[str, bool]], tmp_path: Path
+) -> None:
+    begun(tmp_path / "runs", "demo", "a")
+    begun(tmp_path / "runs", "demo", "a").provenance.write_bytes(content)
+    begun(tmp_path / "runs", "demo", "a").provenance.unlink()
+    unreadable = begun(tmp_path / "runs", "demo", "a").provenance
+    unreadable.unlink()
+    unreadable.mkdir()
+    assert taken("a") == ("demo", True)
+    assert taken("b", "--resume") == ("demo-4", True)
+    assert taken("b") == ("demo-5", False)
 
 
 def test_merge_refuses_what_it_cannot_do(

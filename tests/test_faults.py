@@ -642,7 +642,11 @@ def test_run_whose_files_are_links_is_not_written_to(tiny: Path, tmp_path: Path,
 OTHER = {"fingerprint": "0" * 64}
 
 
-def test_data_or_base_that_has_changed_is_not_resumed(ray: Any, tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("job", ["", "another"])
+def test_data_or_base_that_has_changed_is_not_resumed(
+    job: str, ray: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_SEARCH_JOB", job)
     spec = sequential(tiny, "changed-data", tmp_path)
     run = create_run(tmp_path, spec.name, exact=True)
     from lora_search.spec import dump_spec
@@ -650,7 +654,7 @@ def test_data_or_base_that_has_changed_is_not_resumed(ray: Any, tiny: Path, tmp_
     run.spec.write_text(dump_spec(spec))
     longer = spec.model_copy(update={"training": spec.training.model_copy(update={"steps": 120})})
     for changed in ("data", "base"):
-        run.provenance.write_text(known := json.dumps({changed: OTHER}))
+        run.provenance.write_text(known := json.dumps({changed: OTHER, "job": None}))
         with pytest.raises(InputError, match=f"the {changed} has changed since the sweep began: found .*, was 000"):
             run_sweep(longer, run, resume=True)
         assert run.provenance.read_text() == known  # a refusal leaves what it was refused for, and the sweep its steps

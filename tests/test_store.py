@@ -35,11 +35,11 @@ from lora_search.cli.main import main
 from lora_search.errors import InputError, SweepError
 from lora_search.lease import LEASE, leased
 from lora_search.results import Row, run_rows
-from lora_search.rundir import RunDirectory, create_run, find_run, newest_run
-from lora_search.spec import load_spec
+from lora_search.rundir import RunDirectory, create_run, find_run, newest_run, newest_run_of_job
+from lora_search.spec import dump_spec, load_spec
 from lora_search.storage import REFUSED, Folder, StoreError
 from lora_search.sweep.prepare import DataSummary
-from lora_search.sweep.provenance import write_provenance
+from lora_search.sweep.provenance import provenance, write_provenance
 from lora_search.sweep.run import Outcome, run_sweep
 from lora_search.sweep.upload import kept_uploaded
 from lora_search.tracking import Observer
@@ -294,6 +294,29 @@ def test_checkpoint_is_not_taken_for_damaged_because_the_store_fails(store: Stor
     saved = shelf.newest()
     assert saved is not None
     assert (saved.checkpoint, len(saved.damaged)) == (None, 2)
+
+
+def test_job_that_is_started_again_finds_its_run_in_a_store(store: Store, tiny: Path) -> None:
+    output = store.uri("jobs")
+    spec = make_spec(tiny, name="ours", output=output)
+    for number, job in enumerate(("a", "b", "a", "b", ""), start=1):
+        run = create_run(output, spec.name, exact=False)
+        assert run.name == ("ours" if number == 1 else f"ours-{number}")
+        run.folder.write("sweep.yaml", dump_spec(spec).encode())
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LORA_SEARCH_JOB", job)
+            write_provenance(run.provenance, provenance(spec, {}))
+        if number != 4:
+            run.folder.write("provenance.json", run.provenance.read_bytes())  # which the fourth had not done yet
+    found = {job: newest_run_of_job(output, spec.name, job) for job in ("a", "b", "c")}
+    assert {job: run and run.name for job, run in found.items()} == {"a": "ours-3", "b": "ours-2", "c": None}
+    exact = newest_run_of_job(output, spec.name, "a", exact=True)
+    assert exact is not None
+    assert exact.name == "ours"
+
+    store.fault = lambda request: status(500)(request) if "provenance.json" in request.path else ""
+    with pytest.raises(InputError, match="cannot be read"):  # it may well be ours
+        newest_run_of_job(output, spec.name, "a")
 
 
 def test_opening_a_store_is_tried_again_too(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from noted_steps import noted, saved_steps
 from optuna.trial import TrialState
 from trained_run import train_run
 
+from lora_search.cli import main
 from lora_search.errors import InputError, Interrupted, SweepError
 from lora_search.journal import open_study
 from lora_search.results import read_events, run_rows
@@ -253,6 +254,54 @@ def test_sigterm_before_there_is_a_ray_leaves_what_can_be_resumed(tiny: Path, tm
     left.spec.touch()
     with pytest.raises(InputError, match="exists already"):
         create_run(tmp_path, "early", exact=True)
+
+
+class Preempted(Observer):
+    """Slurm warns the driver when a trial has come to a step."""
+
+    def trial_reported(self, trial: int, report: Mapping[str, Any]) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def job_of(run: RunDirectory) -> object:
+    return json.loads(run.provenance.read_text())["job"]
+
+
+@pytest.mark.usefixtures("ray", "unverified_merge")
+def test_job_that_is_started_again_goes_on_with_its_own_run_whatever_others_have_begun(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search = {"trials": 2, "scheduler": {"name": "none"}}
+    spec = make_spec(tiny, name="again", hosts=ONE, search=search, output=str(tmp_path))
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(spec.model_dump(mode="json")))
+    runs = []
+    for job in ("first", "second"):
+        monkeypatch.setenv("LORA_SEARCH_JOB", job)
+        runs.append(create_run(tmp_path, spec.name, exact=False))
+        with pytest.raises(Interrupted):
+            run_sweep(spec, runs[-1], [Preempted()])
+    own, others = runs
+    assert (job_of(own), job_of(others)) == ("first", "second")
+    left = others.provenance.read_bytes(), others.trials.read_bytes()
+
+    monkeypatch.setenv("LORA_SEARCH_JOB", "first")
+    assert main(["run", str(tmp_path / "sweep.yaml")]) == 0
+    assert f"going on with {own.path}, the run of this job (first)\n" in capsys.readouterr().err
+    facts = json.loads(own.provenance.read_text())
+    assert (facts["job"], len(facts["resumed"]), "conclusion" in facts) == ("first", 1, True)
+    assert len(run_rows(own)) == 2
+    assert (others.provenance.read_bytes(), others.trials.read_bytes()) == left
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "again-2", "sweep.yaml"]
+
+    def preempt(*arguments: Any) -> None:
+        raise Interrupted("preempted")
+
+    monkeypatch.setattr("lora_search.sweep.run.Hosts", preempt)
+    for job in ("third", ""):  # the latter: by hand
+        monkeypatch.setenv("LORA_SEARCH_JOB", job)
+        with pytest.raises(Interrupted):
+            run_sweep(spec, others, resume=True)
+        assert job_of(others) == (job or None)  # from the moment in which it was taken up
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lora_search.errors import harmless
-from lora_search.job import cluster_address, lasting, refuse_passing_output
-from lora_search.rundir import create_run, newest_run
+from lora_search.job import cluster_address, lasting, refuse_passing_output, scheduled_job
+from lora_search.rundir import create_run, newest_run, newest_run_of_job
 from lora_search.space import planned_trials
 from lora_search.spec import load_spec
 from lora_search.sweep.signals import sigterm_as_sigint
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 def run(sweep: str, overrides: Sequence[str], *, name: str | None, address: str | None, resume: bool) -> None:
     """Check the sweep file, then run it, showing its progress on standard error and its result on standard output.
+
+    In a scheduler's job that was started again, go on with the run that it has begun or resumed.
 
     Args:
         resume: go on with the newest run of that name, where there is one.
@@ -35,10 +37,15 @@ def _run(sweep: str, overrides: Sequence[str], name: str | None, address: str | 
     spec = load_spec(sweep, [*overrides, *([f"name={json.dumps(name)}"] if name else [])])
     refuse_passing_output(spec.output)
     cluster, said_by = cluster_address(address)
-    left = newest_run(spec.output, spec.name, exact=name is not None) if resume else None
+    exact, job = name is not None, scheduled_job()
+    left = newest_run_of_job(spec.output, spec.name, job, exact=exact) if job else None
+    if job and left:
+        print(f"lora-search: going on with {left.place}, the run of this job ({harmless(job)})", file=sys.stderr)
+    elif resume:
+        left = newest_run(spec.output, spec.name, exact=exact)
     if resume and left is None:
         print(f"lora-search: {spec.output} has no run named {spec.name} to resume; starting one", file=sys.stderr)
-    directory = left or create_run(spec.output, spec.name, exact=name is not None)
+    directory = left or create_run(spec.output, spec.name, exact=exact)
     print(f"lora-search: {spec.name} -> {directory.place}", file=sys.stderr)
     if cluster is not None and address is None:
         print(f"lora-search: on the Ray cluster {cluster} ({said_by})", file=sys.stderr)

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from lora_search.job import scheduled_job
 from lora_search.rundir import write_whole
 from lora_search.spec import SweepSpec
 from lora_search.versions import versions
@@ -20,7 +21,7 @@ KINDS = {"id": str, "started": str, "resumed": list, "data": dict, "base": dict,
 
 
 def provenance(spec: SweepSpec, before: Mapping[str, Any]) -> dict[str, Any]:
-    """Versions, commit, seeds and machine, as known when a sweep starts; nothing of the user's environment.
+    """Versions, commit, seeds and machine, as known when a sweep starts; of the environment, the scheduler's job alone.
 
     Args:
         before: what was written when the sweep was started, where it is resumed; kept are the sweep's id and the
@@ -31,6 +32,7 @@ def provenance(spec: SweepSpec, before: Mapping[str, Any]) -> dict[str, Any]:
         "id": before.get("id") or uuid.uuid4().hex[:12],
         "started": before.get("started", now),
         "resumed": [*before.get("resumed", ()), *([now] if before else [])],
+        "job": scheduled_job(),
         "git_commit": _git_commit(),
         "platform": platform.platform(),
         "packages": versions(),

@@ -24,6 +24,7 @@ from lora_search.best import Conclusion, write_card
 from lora_search.checkpoint import trial_folder
 from lora_search.errors import InputError, Interrupted, SweepError
 from lora_search.imports import import_libraries
+from lora_search.job import scheduled_job
 from lora_search.journal import JOURNAL, JOURNAL_LOCK
 from lora_search.report import document, page
 from lora_search.results import Row, Run, best_row, ended_count, run_rows
@@ -153,6 +154,27 @@ def _discarded_unused(run: RunDirectory) -> Iterator[None]:
         raise
 
 
+@contextmanager
+def _taken_up(run: RunDirectory, before: Mapping[str, Any]) -> Iterator[None]:
+    """Have the scheduler's job that resumes a run in its provenance at once: preempted, the job goes on with this one.
+
+    Where it may not be resumed, its provenance is as it was.
+    """
+    job = scheduled_job()
+    if not before or before.get("job") == job:
+        yield
+        return
+    was = run.provenance.read_bytes()
+    write_provenance(run.provenance, {**before, "job": job})
+    taken = run.provenance.read_bytes()
+    try:
+        yield
+    except InputError:
+        if run.provenance.read_bytes() == taken:
+            write_whole(run.provenance, was)
+        raise
+
+
 def _run(
     spec: SweepSpec,
     run: RunDirectory,
@@ -182,7 +204,7 @@ def _run(
         write_provenance(run.provenance, facts)
     left = planned_trials(spec) - ended_count(run_rows(run)) if resume else planned_trials(spec)
     grown = asked_of_autoscaler(spec.hosts, max(1, left)) if address else nullcontext(None)
-    with cluster(address, say), ended_without_head(run.place), grown as ask_again:
+    with _taken_up(run, before), cluster(address, say), ended_without_head(run.place), grown as ask_again:
         say("preparing the data and the hosts")
         hosts = Hosts(spec, build_engine, say, run.folder)
         try:
