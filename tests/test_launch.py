@@ -317,7 +317,8 @@ QUANTITIES = {"type": "object", "additionalProperties": QUANTITY}
 # What Kubernetes' core/v1 and KubeRay's ray.io/v1 (ray-operator/apis/ray/v1/raycluster_types.go and rayjob_types.go,
 # whose fields are those of the CRDs of v1.6) say of the fields that our files use; Kubernetes refuses any other.
 _SECRET_KEY = _object({"name": STRING, "key": STRING, "optional": BOOLEAN}, ("key",))
-_ENV = _object({"name": STRING, "value": STRING, "valueFrom": _object({"secretKeyRef": _SECRET_KEY})}, ("name",))
+_VALUE_FROM = _object({"secretKeyRef": _SECRET_KEY, "fieldRef": _object({"fieldPath": STRING}, ("fieldPath",))})
+_ENV = _object({"name": STRING, "value": STRING, "valueFrom": _VALUE_FROM}, ("name",))
 _CONTAINER = _object(
     {
         "name": STRING,
@@ -638,6 +639,10 @@ def ports() -> Iterator[list[socket.socket]]:
         yield [one, other]
 
 
+NOTE_JOB = 'echo "job $LORA_SEARCH_JOB" >> "$CALLED"'
+"""What stands for lora-search: it notes in which job it runs."""
+
+
 def skypilot_task(
     rank: int, ports: list[socket.socket], folder: Path, *, failing: str = "", patience: int = 600
 ) -> subprocess.Popen[str]:
@@ -647,7 +652,7 @@ def skypilot_task(
     """
     tools, called = folder / "tools", folder / "called"
     tools.mkdir()
-    does = {"sleep": 'until [ -e "$CALLED.go" ]; do /bin/sleep 0.05; done', failing: "exit 1"}
+    does = {"sleep": 'until [ -e "$CALLED.go" ]; do /bin/sleep 0.05; done', "lora-search": NOTE_JOB, failing: "exit 1"}
     for name in ("ray", "python3", "lora-search", "sleep"):
         (tools / name).write_text(f'#!/bin/sh\necho "{name} $*" >> "$CALLED"\n{does.get(name, "")}\n', encoding="utf-8")
         (tools / name).chmod(0o755)
@@ -664,6 +669,7 @@ def skypilot_task(
         "WANDB_API_KEY": "",
         "LIMIT": "60",
         "RUN_OPTIONS": "--set output=s3://b/runs --resume",
+        "SKYPILOT_TASK_ID": "sky-managed-1_tiny_1-0",
         "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.2",
         "SKYPILOT_NODE_RANK": str(rank),
         "SKYPILOT_NUM_NODES": "2",
@@ -701,6 +707,7 @@ def test_skypilot_task_on_machines_that_are_still_up_takes_the_ray_that_is_there
     assert all(f"--node-manager-port={number} " in line for line in started)
     ran = [line for line in lines if line.startswith("lora-search run ")]
     assert [line.partition(" --set ")[2] for line in ran] == ["output=s3://b/runs --resume"] * (rank == 0)
+    assert [line for line in lines if line.startswith("job ")] == ["job sky-managed-1_tiny_1-0"] * (rank == 0)
 
 
 def test_skypilot_task_goes_on_without_a_node_that_never_comes(ports: list[socket.socket], tmp_path: Path) -> None:
@@ -990,12 +997,18 @@ class Job:
     """Something listens there, as Ray's head would."""
 
     def start(
-        self, restarts: str, *, script: Path = CLUSTER / "slurm.sbatch", preempted: bool = False, missing: bool = False
-    ) -> tuple[int, str, list[str]]:
-        """Run its script; the status, what was said, and with what lora-search was called."""
+        self, *, script: Path = CLUSTER / "slurm.sbatch", preempted: bool = False, missing: bool = False, **more: str
+    ) -> tuple[int, str, list[str], list[str]]:
+        """Run its script; the status, what was said, with what lora-search was called, and in which job.
+
+        Args:
+            preempted: while it waits for its nodes.
+            missing: whether some of its nodes do not come.
+            more: variables of the environment.
+        """
         tools, called = self.folder / "tools", self.folder / "called"
         tools.mkdir(exist_ok=True)
-        does = {"scontrol": "echo localhost", "srun": "exec /bin/sleep 60", "python3": WAITS, "lora-search": ""}
+        does = {"scontrol": "echo localhost", "srun": "exec /bin/sleep 60", "python3": WAITS, "lora-search": NOTE_JOB}
         for name, then in does.items():
             (tools / name).write_text(f'#!/bin/sh\necho "{name} $*" >> "$CALLED"\n{then}\n', encoding="utf-8")
             (tools / name).chmod(0o755)
@@ -1011,14 +1024,16 @@ class Job:
             "SLURM_JOB_NODELIST": "localhost",
             "SLURM_JOB_NUM_NODES": "2",
             "SLURM_CPUS_PER_TASK": "1",
-            "SLURM_RESTART_COUNT": restarts,
-        }
+            "SLURM_CLUSTER_NAME": "here",
+            "SLURM_SUBMIT_HOST": "login",
+        } | more
         command = ["bash", str(script)]
         done = subprocess.run(
             command, env=environment, cwd=self.folder, stderr=subprocess.PIPE, text=True, timeout=60, check=False
         )
-        ran = re.findall(r"^lora-search (.*)$", called.read_text(encoding="utf-8"), re.MULTILINE)
-        return done.returncode, done.stderr, ran
+        noted = called.read_text(encoding="utf-8")
+        ran, jobs = (re.findall(rf"^{what} (.*)$", noted, re.MULTILINE) for what in ("lora-search", "job"))
+        return done.returncode, done.stderr, ran, jobs
 
 
 @pytest.fixture
@@ -1027,30 +1042,35 @@ def job(tmp_path: Path) -> Iterator[Job]:
         yield Job(tmp_path, head.getsockname()[1])
 
 
-@pytest.mark.parametrize("first", ["", "0"])
-def test_slurm_job_that_was_preempted_goes_on_with_the_run_that_it_began(first: str, job: Job) -> None:
-    """Slurm starts it again, and counts. The newest run may be an earlier job's, where this one has begun none."""
-    begins, goes_on = (f"run sweeps/demo.yaml {more}--address 127.0.0.1:{job.port}" for more in ("", "--resume "))
-    status, _, ran = job.start(first, preempted=True)
-    assert (status, ran) == (-signal.SIGTERM, [])
-    assert job.start("1") == (0, "", [begins])
-    assert job.start("2") == (0, "", [goes_on])
-    assert job.start("3", preempted=True)[2] == []
-    assert job.start("4") == (0, "", [goes_on])
-    assert job.start(first) == (0, "", [begins])  # another job, where Slurm counts anew
-
-
-def test_slurm_job_that_resumes_goes_on_with_the_newest_run_whenever_it_is_preempted(
-    job: Job, sweep: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("arguments", [[], ["--resume"]], ids=["begins", "resumes"])
+def test_slurm_job_that_was_preempted_does_the_same_again_by_the_same_name(
+    arguments: list[str], job: Job, sweep: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    launched(capsys, "slurm", sweep, "--resume")
-    goes_on = f"run {Path(sweep).resolve()} --resume --address 127.0.0.1:{job.port}"
-    assert job.start("0", script=Path("launched.slurm"), preempted=True)[2] == []
-    assert job.start("1", script=Path("launched.slurm")) == (0, "", [goes_on])
+    """By which lora-search finds the run that it has begun or resumed, where there is one: that is not for the script.
+
+    Nor does it look at what Slurm has counted: it may have preempted the job before it began any.
+    """
+    launched(capsys, "slurm", sweep, *arguments)
+    script = Path("launched.slurm")
+    does = " ".join(["run", str(Path(sweep).resolve()), *arguments, f"--address 127.0.0.1:{job.port}"])
+    name = f"slurm-here-login-{job.port - 20_000}"
+    for restarts in ("", "0", "1", "3"):
+        status, _, *ran = job.start(script=script, preempted=True, SLURM_RESTART_COUNT=restarts)
+        assert (status, ran) == (-signal.SIGTERM, [[], []])
+        assert job.start(script=script, SLURM_RESTART_COUNT=restarts) == (0, "", [does], [name])
+    assert not list(job.folder.glob("*.begun"))
+
+
+def test_slurm_job_has_a_name_of_its_own(job: Job) -> None:
+    """Among those of other clusters that see the same folder, and of one whose numbers have begun anew."""
+    places: list[dict[str, str]] = [{}, {"SLURM_CLUSTER_NAME": "there"}, {"SLURM_SUBMIT_HOST": "login-2"}]
+    names = [job.start(**place)[3] for place in places]
+    names.append(job.start(SLURM_JOB_ID=str(job.port - 20_000 + 12_000))[3])  # of an array, say
+    assert len({name for (name,) in names}) == 4
 
 
 def test_slurm_job_goes_on_without_a_node_that_never_comes(job: Job) -> None:
-    status, said, ran = job.start("0", missing=True)
+    status, said, ran, _ = job.start(missing=True)
     assert (status, len(ran)) == (0, 1)
     assert "WARNING: the sweep begins without the other nodes" in said
 
