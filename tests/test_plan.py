@@ -159,6 +159,31 @@ def test_plan_says_what_fits_and_what_it_takes(tiny: Path) -> None:
     assert found.refused is None
 
 
+def test_trials_of_a_host_are_reckoned_as_they_are_trained(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With recomputed activations where the sweep file says so: more of them fit."""
+    place = HostPlace("host-0", "here", cpus=2, gpus=0)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    keeping, recomputing = (
+        make_spec(
+            tiny,
+            base={"gradient_checkpointing": on},
+            search={"space": {"target_modules": "all-linear"}},
+            training={"batch_size": 64},
+            hosts={"count": 1, "gpus_per_host": 0},
+        )
+        for on in (False, True)
+    )
+    _, data = prepare(keeping, place)
+    memory = capacity.memory_of(recomputing, place, 2, data)
+    usable = memory.host([corners(recomputing, memory.tree, capacity._rows(data))[-1].shape] * 3).total
+    monkeypatch.setattr("lora_search.plan.devices.usable_bytes", lambda device, hosts: usable)
+    for spec in (keeping, recomputing):
+        found = plan_sweep(spec)
+        here = found.devices[0]
+        assert 1 <= here.largest < here.largest_recomputed == 3
+        assert found.trials_per_host == found.sweep.schedule.seats == (3 if spec is recomputing else here.largest)
+
+
 def test_plan_goes_on_without_a_tokenizer_and_says_so(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = make_spec(tiny, base={"model": str(shared("configs") / "qwen2.5-0.5b"), "compute_dtype": "auto"})
     (tiny / "untokenised.yaml").write_text(dump_spec(spec))

@@ -87,7 +87,7 @@ def plan_sweep(spec: SweepSpec, gpus: int | None = None) -> Plan:
     here = replace(here, lanes=min(here.lanes, per_host))
     gpus = max(1, spec.hosts.gpus_per_host if gpus is None else gpus)
     memories = _Memories(spec, rows, gpus)
-    memory = memories.of(here, checkpointing=False)
+    memory = memories.of(here, checkpointing=spec.base.gradient_checkpointing)
     found = corners(spec, memory.tree, rows.longest)
     shown = here if here.kind == "cuda" or _fits(memories, here, found) else GPUS[-1]
     if spec.hosts.trials_per_host == "auto":
