@@ -374,18 +374,23 @@ class Host:
         outcomes = self._engine.step(behind) if behind else {}
         self._hold_at_most(self._engine.pack_limit)
         for trial, outcome in outcomes.items():
-            if isinstance(outcome, TrialFailed):
+            if isinstance(outcome, TrialFailed | HostFailed):
                 self._answer(trial, outcome)
         there = [t for t in goals if t in self._goals and self._engine.position(t) >= goals[t].until]
         if not there:
             return
-        for trial, report in self._engine.report(there).items():
+        reports = self._engine.report(there)
+        self._hold_at_most(self._engine.pack_limit)
+        for trial, report in reports.items():
             self._answer(trial, report)
 
     def _answer(self, trial: str, outcome: Any) -> None:
+        """Tell a trial's seat what became of it; one that is to go on elsewhere leaves its memory to the others."""
         with self._wake:
             goal = self._goals.pop(trial)
-        if isinstance(outcome, TrialFailed):
+        if isinstance(outcome, HostFailed):
+            self._bytes_left = self._let_go(trial)
+        if isinstance(outcome, TrialFailed | HostFailed):
             goal.report.set_exception(outcome)
         else:
             goal.report.set_result(outcome.to_dict() | {"host": self.name})

@@ -305,6 +305,55 @@ def test_one_trials_failure_reaches_its_seat_alone() -> None:
     assert good["step"] == 10
 
 
+class Crowded(CountingEngine):
+    """Finds out at a trial's second step, or report, that its memory is for one trial less."""
+
+    def __init__(self, asked: str) -> None:
+        super().__init__()
+        self._asked = asked
+
+    def step(self, trials: Sequence[str]) -> dict[str, Any]:
+        outcomes = super().step(trials)
+        return outcomes | self._short(trials) if self._asked == "step" else outcomes
+
+    def report(self, trials: Sequence[str]) -> dict[str, Any]:
+        reports: dict[str, Any] = dict(super().report(trials))
+        return reports | self._short(trials) if self._asked == "report" else reports
+
+    def _short(self, trials: Sequence[str]) -> dict[str, Any]:
+        if "large" not in trials or self.steps["large"] < 2:
+            return {}
+        self.pack_limit = len(self.steps) - 1
+        return {"large": HostFailed("out of memory at step 2, with 3 trials resident")}
+
+
+@pytest.mark.parametrize("asked", ["step", "report"])
+def test_trial_that_finds_no_memory_beside_others_leaves_them_its_own_and_goes_on_elsewhere(asked: str) -> None:
+    engine = Crowded(asked)
+
+    async def story() -> None:
+        host = await make_host(engine)
+        alive = asyncio.ensure_future(host.live())
+        for trial in ("large", "a", "b"):
+            await host.admit(trial, CONFIG)
+        until = {"large": 2, "a": 10, "b": 10}
+        large, *others = await asyncio.gather(
+            *(host.advance(trial, step) for trial, step in until.items()), return_exceptions=True
+        )
+        assert isinstance(large, HostFailed)
+        assert [report["step"] for report in others] == [10, 10]
+        assert sorted(engine.steps) == ["a", "b"]
+        assert await host.holds_fewer(4) == 2
+        assert not await host.admit("large", CONFIG, {"step": b"1"})
+        await host.release("a")
+        assert await host.admit("large", CONFIG, {"step": b"0"})
+        assert (await host.advance("b", 11))["step"] == 11
+        assert not alive.done()
+        alive.cancel()
+
+    asyncio.run(story())
+
+
 def test_refused_trial_takes_no_room() -> None:
     async def story() -> int:
         host = await make_host(CountingEngine(), capacity=1)

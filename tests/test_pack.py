@@ -391,6 +391,50 @@ def test_trial_too_large_alone_fails_with_that_reason_and_no_other(
     assert losses_of(engine.step(["a"]))  # the engine lives on
 
 
+@pytest.mark.parametrize("run", ["train", "measure", "optimiser"])
+@pytest.mark.parametrize("flat", [True, False], ids=["together", "one-by-one"])
+def test_trials_that_find_no_memory_beside_others_are_sent_away_one_at_a_time(
+    engine: Engine,
+    spec: SweepSpec,
+    monkeypatch: pytest.MonkeyPatch,
+    short_of_memory: Callable[[int], None],
+    run: str,
+    flat: bool,
+) -> None:
+    """Also on bases that train one by one, where each is alone in its pass, but not on the host."""
+    monkeypatch.setattr(engine._packed, "flat", flat)
+    module, name = (finish_module, "step_together") if run == "optimiser" else (engine._packed, run)
+    whole, fits = getattr(module, name), 2
+
+    def short(given: Any) -> Any:
+        if len(engine.residents) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return whole(given)
+
+    for index in range(4):
+        engine.admit(str(index), trial_config(spec, {"rank": 4 + index, "seed": index}))
+    monkeypatch.setattr(module, name, short)
+    ask = engine.report if run == "measure" else engine.step
+    for residents in (4, 3):
+        before = {trial: engine.position(trial) for trial in engine.residents}
+        ((trial, outcome),) = ask(engine.residents).items()
+        assert isinstance(outcome, HostFailed)
+        assert str(outcome).startswith(f"{OUT_OF_MEMORY} at step {int(run != 'measure')}, with {residents} trials")
+        assert engine.pack_limit is not None
+        assert 1 <= engine.pack_limit <= residents - 1
+        assert {trial: engine.position(trial) for trial in engine.residents} == before
+        engine.release(trial)
+    assert flat or run == "measure" or engine.pack_limit == 2
+    outcomes = ask(engine.residents)
+    assert len(outcomes) == 2
+    assert not [outcome for outcome in outcomes.values() if isinstance(outcome, TrialFailed | HostFailed)]
+    engine.release(engine.residents[0])
+    fits = 0
+    (outcome,) = ask(engine.residents).values()
+    assert isinstance(outcome, TrialFailed)
+    assert str(outcome).startswith(OUT_OF_MEMORY)
+
+
 def test_optimiser_that_finds_no_memory_for_all_steps_some_at_a_time(
     engine: Engine, spec: SweepSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 
 from lora_search.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, Shelf, verify
-from lora_search.errors import InputError, SweepError, TrialFailed
+from lora_search.errors import HostFailed, InputError, SweepError, TrialFailed
 from lora_search.results import PLANNED, sampled
 from lora_search.rundir import RunDirectory
 from lora_search.space import TrialConfig
@@ -90,7 +90,7 @@ def train_again(config: TrialConfig, checkpoint: Checkpoint | None, until: int, 
         try:
             while engine.position(TESTED) < until:
                 outcome = engine.step([TESTED])[TESTED]
-                if isinstance(outcome, TrialFailed):
+                if isinstance(outcome, TrialFailed | HostFailed):
                     raise outcome
             return engine.snapshot(TESTED)
         finally:

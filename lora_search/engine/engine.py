@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import time
 from collections.abc import Sequence
 
@@ -28,8 +29,8 @@ from lora_search.engine.products import working_dtype
 from lora_search.engine.random import seeded
 from lora_search.engine.sites import attach_sites, introduce_siblings
 from lora_search.engine.trial import ResidentTrial, lora_config
-from lora_search.engine.trouble import device_fails_host, free_memory, require_finite, trouble_of
-from lora_search.errors import SweepError, TrialFailed
+from lora_search.engine.trouble import Failure, Trouble, device_fails_host, free_memory, require_finite, trouble_of
+from lora_search.errors import HostFailed, SweepError, TrialFailed
 from lora_search.memory.gauge import Gauge
 from lora_search.model import FrozenBase
 from lora_search.space import TrialConfig
@@ -63,6 +64,9 @@ class Engine:
         """Whether some modules may be in training mode and others not, as those of a new adapter."""
         self.pack_limit: int | None = None
         """Most trials that go into one pass; None until memory has run out for the first time."""
+        self._sent_away = False
+        """Whether this step, or report, has told a trial already that there is too little memory for all residents."""
+        self._judging = threading.Lock()
         self._lanes = Lanes(base.device, lanes)
         sites = attach_sites(base, self._tree)
         self._places = {name: site.place for name, site in sites.items()}
@@ -160,11 +164,14 @@ class Engine:
         """
         return self._trials[trial].snapshot()
 
-    def step(self, trials: Sequence[str]) -> dict[str, StepMetrics | TrialFailed]:
+    def step(self, trials: Sequence[str]) -> dict[str, StepMetrics | Failure]:
         """One optimiser step of each named trial, all in one pass where memory allows it.
 
-        One trial's failure is its own value here, never an exception.
+        One trial's failure is its own value here, never an exception. Where memory is short even for one in a pass, and
+        more are resident, one is told HostFailed, and is to be released; others that find none make no step, and have
+        no outcome.
         """
+        self._sent_away = False
         self._set_training(True)
         groups = self._groups(trials)
         in_turn = self._has_active_experts  # PEFT's active adapters are the same for all threads
@@ -201,7 +208,7 @@ class Engine:
         """
         return self._packed.flat and not self._trials[trial].adapts_experts
 
-    def _step_group(self, names: list[str]) -> dict[str, StepMetrics | TrialFailed]:
+    def _step_group(self, names: list[str]) -> dict[str, StepMetrics | Failure]:
         group = {name: self._trials[name] for name in names}
         start = time.perf_counter()
         try:
@@ -210,13 +217,13 @@ class Engine:
         except Exception as error:
             trouble = trouble_of(error)
         else:
-            return finish(group, shares, losses, time.perf_counter() - start, self._limit)
+            return finish(group, shares, losses, time.perf_counter() - start, self._limit, self._judge)
         finally:
             for trial in group.values():
                 trial.adapter.clear_gradients()
         free_memory(self.base.device)
         if len(names) == 1:
-            return {names[0]: trouble.failure(group[names[0]].step + 1)}
+            return dict(self._judge(names[0], trouble, group[names[0]].step + 1))
         half = (len(names) + 1) // 2
         if trouble.memory:
             self._limit(len(names), half)
@@ -224,9 +231,21 @@ class Engine:
             logger.warning("%s with %d trials in one pass; they are tried apart", trouble.words, len(names))
         return self._step_group(names[:half]) | self._step_group(names[half:])
 
-    def _limit(self, together: int, most: int) -> None:
+    def _limit(self, together: int, most: int, where: str = "in one pass") -> None:
         self.pack_limit = min(most, self.pack_limit or most)
-        logger.warning("out of memory with %d trials in one pass; from now on at most %d", together, self.pack_limit)
+        logger.warning("out of memory with %d trials %s; from now on at most %d", together, where, self.pack_limit)
+
+    def _judge(self, trial: str, trouble: Trouble, step: int) -> dict[str, Failure]:
+        """What becomes of a trial that had trouble by itself: where memory is short, the company may be to blame."""
+        residents = len(self._trials)
+        if not trouble.memory or residents == 1:
+            return {trial: trouble.failure(step)}
+        with self._judging:
+            if self._sent_away:  # what that one holds may be enough
+                return {}
+            self._sent_away = True
+        self._limit(residents, residents - 1, "resident")
+        return {trial: trouble.of_company(step, residents)}
 
     def _accumulate(self, shares: dict[str, list[Share]]) -> dict[str, float]:
         """All forward and backward passes of a step; the trials' losses."""
@@ -239,17 +258,21 @@ class Engine:
                 losses[name] += loss
         return losses
 
-    def report(self, trials: Sequence[str]) -> dict[str, Report | TrialFailed]:
-        """Evaluate resident trials on the validation split, together, and close their windows."""
+    def report(self, trials: Sequence[str]) -> dict[str, Report | Failure]:
+        """Evaluate resident trials on the validation split, together, and close their windows.
+
+        Where memory is short, it is as in a step.
+        """
+        self._sent_away = False
         start = time.perf_counter()
         evaluations = self._evaluate_apart(trials)
         seconds = (time.perf_counter() - start) / max(1, len(trials))
-        reports: dict[str, Report | TrialFailed] = {}
+        reports: dict[str, Report | Failure] = {}
         for name, evaluation in evaluations.items():
             resident = self._trials[name]
             resident.evaluated(seconds)
             try:
-                if isinstance(evaluation, TrialFailed):
+                if isinstance(evaluation, TrialFailed | HostFailed):
                     raise evaluation
                 require_finite("validation loss", evaluation.loss, resident.step)
                 reports[name] = resident.report(
@@ -257,13 +280,13 @@ class Engine:
                     peak_memory_bytes=peak_memory_bytes(self.base.devices),
                     trial_memory_bytes=None if self._gauge is None else self._gauge.trial_bytes(resident.config),
                 )
-            except TrialFailed as failure:
+            except (TrialFailed, HostFailed) as failure:
                 reports[name] = failure
         if self._gauge is not None:
             self._gauge.saw([trial.config for trial in self._trials.values()], peak_memory_bytes(self.base.devices))
         return reports
 
-    def _evaluate_apart(self, trials: Sequence[str]) -> dict[str, Evaluation | TrialFailed]:
+    def _evaluate_apart(self, trials: Sequence[str]) -> dict[str, Evaluation | Failure]:
         """Evaluate together, and each by itself where that fails: one trial's fault is no other's."""
         try:
             return dict(self.evaluate(trials))
@@ -272,7 +295,7 @@ class Engine:
         free_memory(self.base.device)
         if len(trials) > 1:
             return {name: outcome for trial in trials for name, outcome in self._evaluate_apart([trial]).items()}
-        return {trials[0]: trouble.failure(self._trials[trials[0]].step)}
+        return dict(self._judge(trials[0], trouble, self._trials[trials[0]].step))
 
     def evaluate(
         self, trials: Sequence[str], split: str = "validation", *, by_row: bool = False

@@ -9,11 +9,14 @@ from lora_search.engine.adamw import clip_together, norms_together, step_togethe
 from lora_search.engine.metrics import StepMetrics
 from lora_search.engine.pack import Share
 from lora_search.engine.trial import ResidentTrial
-from lora_search.engine.trouble import Trouble, free_memory, is_out_of_memory, require_finite
+from lora_search.engine.trouble import Failure, Trouble, free_memory, is_out_of_memory, require_finite
 from lora_search.errors import TrialFailed
 
 Limit = Callable[[int, int], None]
 """Is told that memory ran out for so many trials together, and how many are tried from now on."""
+
+Judge = Callable[[str, Trouble, int], Mapping[str, Failure]]
+"""What becomes of a trial that had trouble by itself, in a step."""
 
 
 def finish(
@@ -22,7 +25,8 @@ def finish(
     losses: Mapping[str, float],
     seconds: float,
     limit: Limit,
-) -> dict[str, StepMetrics | TrialFailed]:
+    judge: Judge,
+) -> dict[str, StepMetrics | Failure]:
     """Check each trial's loss and gradient, and step its optimiser.
 
     Args:
@@ -31,7 +35,7 @@ def finish(
     start = time.perf_counter()
     norms = dict(zip(group, norms_together([trial.adapter.gradients for trial in group.values()]), strict=True))
     tokens = {name: sum(len(share.rows.tokens_N) for share in of_trial) for name, of_trial in shares.items()}
-    outcomes: dict[str, StepMetrics | TrialFailed] = {}
+    outcomes: dict[str, StepMetrics | Failure] = {}
     for name, trial in group.items():
         try:
             require_finite("loss", losses[name], trial.step + 1)
@@ -45,7 +49,7 @@ def finish(
         [trial.config.training.max_grad_norm for trial in sound.values()],
     )
     for name in _step_optimizers(sound, list(sound), limit):
-        outcomes[name] = Trouble("in its optimiser", memory=True).failure(sound.pop(name).step + 1)
+        outcomes |= judge(name, Trouble("in its optimiser", memory=True), sound.pop(name).step + 1)
     for name, trial in sound.items():
         outcomes[name] = trial.stepped(losses[name], norms[name], tokens[name])
     seconds += time.perf_counter() - start

@@ -30,6 +30,10 @@ LASTING = ("no kernel image", "kernel image is invalid", "invalid device functio
 """What such an error says where the device is sound, and cannot do what is asked: no other would."""
 
 
+Failure = TrialFailed | HostFailed
+"""What a trial may be told in place of a result: the second where it may go on elsewhere, or here a little later."""
+
+
 def require_finite(what: str, value: float, step: int) -> None:
     if not math.isfinite(value):
         raise TrialFailed(f"{what} is {value} at step {step}")
@@ -47,6 +51,10 @@ class Trouble:
         if self.memory:
             return TrialFailed(f"{OUT_OF_MEMORY} at step {step}, with no other trial in the pass: {self.words}")
         return TrialFailed(f"{self.words} at step {step}")
+
+    def of_company(self, step: int, residents: int) -> HostFailed:
+        """Of a trial that finds too little memory beside others: by itself it may find enough."""
+        return HostFailed(f"{OUT_OF_MEMORY} at step {step}, with {residents} trials resident: {self.words}")
 
 
 def trouble_of(error: Exception) -> Trouble:
