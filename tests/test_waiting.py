@@ -48,6 +48,17 @@ def test_no_trial_waits_for_ever_behind_smaller_ones() -> None:
     assert ask(room, f"small {PATIENCE}", 1, fits=True, now=now)  # the next that came
 
 
+def test_trial_is_not_overtaken_for_ever_where_each_ask_takes_minutes() -> None:
+    """An ask is answered between two steps: those of a large base on cores, or an evaluation, may take long."""
+    room, let_in, now = WaitingRoom(), 0, 0.0
+    while not ask(room, "large", 9, fits=let_in >= PATIENCE, now=now):
+        now += 120
+        let_in += ask(room, f"small {now}", 1, fits=True, now=now)
+        now += 120
+        assert now < 3600
+    assert let_in == PATIENCE
+
+
 def test_trial_that_found_room_elsewhere_holds_nobody_up() -> None:
     room = WaitingRoom()
     assert not ask(room, "large", 9, fits=False, now=0.0)
