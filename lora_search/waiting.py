@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FORGOTTEN_S = 600.0
-"""A trial that has not asked for so long will not come any more: its seat is lost, and no other has it. From one ask to the
-next it may take some steps, and evaluations, of every host that is asked between."""
+"""A trial that has not asked for so long will not come any more: its seat is lost, and no other has it. From one ask to
+the next it may take some steps, and evaluations, of every host that is asked between."""
 
 PATIENCE = 4
 """So many later trials may be let in before a trial; then it goes before all others."""

@@ -1,11 +1,13 @@
 """How a sweep's own costs grow with its trials: orchestration, the searcher, the driver's memory, resuming.
 
-    python analysis/benchmarks/scale.py [--trials 125 250 500 1000] [--gpus 16] [--json FILE]
+    python analysis/benchmarks/scale.py [--trials 125 250 500 1000] [--gpus 16] [--rounds 1] [--json FILE]
 
 Each size is a sweep of its own over so many logical GPUs, a host a GPU with an engine that does nothing, one trial a
 host; a trial has three reports and three checkpoints of 16 KiB. The searcher is also timed by itself, for every
-sampler, with nothing of Ray around it. Then the finished sweep is opened again, as --resume does. The exponent is that
-of the total over the number of trials, fitted on logarithms: 1 is linear.
+sampler, with nothing of Ray around it. Then the finished sweep is opened again, as --resume does. Time counts from the
+first trial's end on: what the seats take to start is told apart. The exponent is that of the total over the number of
+trials, fitted on logarithms: 1 is linear. With several rounds all sizes are measured in turn, medians are shown, and of
+the exponents also the least and the greatest of a round.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from lora_search.spec import SweepSpec, parse_spec
 from lora_search.sweep.hosts import Hosts
 from lora_search.sweep.resume import reconcile
 from lora_search.sweep.run import search
-from lora_search.tracking import RunRecord
+from lora_search.tracking import Observer, RunRecord
 
 CHECKPOINT_BYTES = 16 << 10
 
@@ -57,6 +59,8 @@ class Size:
     """What a sweep of so many trials cost."""
 
     trials: int
+    start_seconds: float
+    """Until the first trial had ended; not in the next."""
     seconds: float
     driver_cpu_seconds: float
     """Of the driver's own process, all of its threads: what stays on one machine, wherever the hosts are."""
@@ -68,6 +72,16 @@ class Size:
     """Of the queue, all its proposals and what is told of them, by sampler."""
     asha_seconds: float
     """Of ASHA's decisions, two reports a trial."""
+
+
+class FirstEnd(Observer):
+    """When the first trial had ended, by the clock and by the process's own time."""
+
+    def __init__(self) -> None:
+        self.at: tuple[float, float] | None = None
+
+    def trial_ended(self, trial: int, state: str, reason: str | None) -> None:
+        self.at = self.at or (time.perf_counter(), time.process_time())
 
 
 def build(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> IdleEngine:
@@ -86,15 +100,17 @@ def measure(trials: int, folder: Path) -> Size:
     hosts = Hosts(spec, build)
     try:
         hosts.load()
-        start, computed = time.perf_counter(), time.process_time()
-        search(spec, run, hosts)
-        seconds, computed = time.perf_counter() - start, time.process_time() - computed
+        start, first = time.perf_counter(), FirstEnd()
+        search(spec, run, hosts, [first])
+        end, computed = time.perf_counter(), time.process_time()
     finally:
         hosts.end()
+    assert first.at is not None  # noqa: S101 - all have ended
     return Size(
         trials=trials,
-        seconds=seconds,
-        driver_cpu_seconds=computed,
+        start_seconds=first.at[0] - start,
+        seconds=end - first.at[0],
+        driver_cpu_seconds=computed - first.at[1],
         driver_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
         run_mib=sum(file.stat().st_size for file in run.path.rglob("*") if file.is_file()) / 2**20,
         resume_seconds=resume(spec, run),
@@ -153,6 +169,40 @@ def asha_alone(trials: int) -> float:
     return time.perf_counter() - start
 
 
+def median(rounds: Sequence[Size]) -> Size:
+    """Of one size; memory is that of the first round, since it is the most so far."""
+    found = {
+        field.name: statistics.median(getattr(size, field.name) for size in rounds)
+        for field in fields(Size)
+        if field.name not in ("trials", "driver_mib", "searcher_seconds")
+    }
+    alone = {name: statistics.median(size.searcher_seconds[name] for size in rounds) for name in SAMPLERS}
+    return Size(trials=rounds[0].trials, driver_mib=rounds[0].driver_mib, searcher_seconds=alone, **found)
+
+
+def exponents(sizes: Sequence[Size]) -> dict[str, float]:
+    """By what it is of."""
+    counts = [size.trials for size in sizes]
+    return {
+        "orchestration with random": exponent(counts, [size.seconds for size in sizes]),
+        "random alone": exponent(counts, [size.searcher_seconds["random"] for size in sizes]),
+        "TPE alone": exponent(counts, [size.searcher_seconds["tpe"] for size in sizes]),
+        "grid alone": exponent(counts, [size.searcher_seconds["grid"] for size in sizes]),
+        "ASHA alone": exponent(counts, [size.asha_seconds for size in sizes]),
+        "orchestration with TPE": exponent(
+            counts, [s.seconds + s.searcher_seconds["tpe"] - s.searcher_seconds["random"] for s in sizes]
+        ),
+        "resume": exponent(counts, [size.resume_seconds for size in sizes]),
+        "driver's CPU": exponent(counts, [size.driver_cpu_seconds for size in sizes]),
+        "driver's memory": exponent(counts, [size.driver_mib for size in sizes]),
+        "driver's memory beyond the first size's": exponent(
+            [size.trials - sizes[0].trials for size in sizes[1:]],
+            [max(1, size.driver_mib - sizes[0].driver_mib) for size in sizes[1:]],
+        ),
+        "run directory": exponent(counts, [size.run_mib for size in sizes]),
+    }
+
+
 def exponent(sizes: Sequence[int], totals: Sequence[float]) -> float:
     if len(sizes) < 2:
         return math.nan
@@ -164,6 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, nargs="+", default=[125, 250, 500, 1000])
     parser.add_argument("--gpus", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     os.environ["WANDB_MODE"] = "disabled"
@@ -178,11 +229,16 @@ def main() -> None:
         log_to_driver=False,
     )
     with tempfile.TemporaryDirectory() as folder:
-        sizes = [measure(trials, Path(folder)) for trials in arguments.trials]
+        rounds = [
+            [measure(trials, Path(folder) / str(number)) for trials in arguments.trials]
+            for number in range(arguments.rounds)
+        ]
+    sizes = [median(of_size) for of_size in zip(*rounds, strict=True)]
     ray.shutdown()
     table = Table(title=f"{arguments.gpus} logical GPUs, {os.cpu_count()} cores", title_justify="left")
     columns = (
         "trials",
+        "start s",
         "ms a trial",
         "CPU ms",
         "of it random",
@@ -199,6 +255,7 @@ def main() -> None:
         alone = {name: 1000 * seconds / size.trials for name, seconds in size.searcher_seconds.items()}
         table.add_row(
             f"{size.trials:,}",
+            f"{size.start_seconds:.1f}",
             f"{1000 * size.seconds / size.trials:.0f}",
             f"{1000 * size.driver_cpu_seconds / size.trials:.0f}",
             f"{alone['random']:.1f}",
@@ -209,30 +266,15 @@ def main() -> None:
             f"{size.run_mib:.1f}",
             f"{size.resume_seconds:.2f}",
         )
-    counts = [size.trials for size in sizes]
-    fitted = {
-        "orchestration with random": exponent(counts, [size.seconds for size in sizes]),
-        "random alone": exponent(counts, [size.searcher_seconds["random"] for size in sizes]),
-        "TPE alone": exponent(counts, [size.searcher_seconds["tpe"] for size in sizes]),
-        "grid alone": exponent(counts, [size.searcher_seconds["grid"] for size in sizes]),
-        "ASHA alone": exponent(counts, [size.asha_seconds for size in sizes]),
-        "orchestration with TPE": exponent(
-            counts, [s.seconds + s.searcher_seconds["tpe"] - s.searcher_seconds["random"] for s in sizes]
-        ),
-        "resume": exponent(counts, [size.resume_seconds for size in sizes]),
-        "driver's CPU": exponent(counts, [size.driver_cpu_seconds for size in sizes]),
-        "driver's memory": exponent(counts, [size.driver_mib for size in sizes]),
-        "driver's memory beyond the first size's": exponent(
-            [size.trials - sizes[0].trials for size in sizes[1:]],
-            [size.driver_mib - sizes[0].driver_mib for size in sizes[1:]],
-        ),
-        "run directory": exponent(counts, [size.run_mib for size in sizes]),
-    }
+    fitted = exponents(sizes)
+    of_rounds = [exponents(of_round) for of_round in rounds]
     Console().print(table)
     for name, found in fitted.items():
-        print(f"exponent, {name}: {found:.2f}")
+        low, high = (of([of_round[name] for of_round in of_rounds]) for of in (min, max))
+        print(f"exponent, {name}: {found:.2f}" + (f" ({low:.2f} to {high:.2f})" if len(rounds) > 1 else ""))
     if arguments.json:
         report = {"gpus": arguments.gpus, "sizes": [asdict(size) for size in sizes], "exponents": fitted}
+        report |= {"rounds": [[asdict(size) for size in of_round] for of_round in rounds]}
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
