@@ -142,11 +142,14 @@ class Shelf:
         """
         self._path = f"tune/{trial_folder(trial)}"
         self._folder = run.below(self._path)
+        self._damaged: set[str] = set()
+        """Checkpoints that `newest` has passed over, and that are there still."""
 
     def put(self, checkpoint: Checkpoint, parameters: Mapping[str, Any], reports: Sequence[Mapping[str, Any]]) -> str:
         """Keep the checkpoint of a report; its path in the run directory.
 
-        Old ones go, and so do those of later steps: they were damaged, or the trial would have gone on from them.
+        Old ones go, and so do those of later steps that `newest` has found damaged. Others of later steps stay: the
+        trial has gone on elsewhere, as where this seat is cut off from the cluster, but not from the run directory.
 
         Args:
             parameters: of the trial, as it was proposed.
@@ -157,7 +160,7 @@ class Shelf:
         """
         name = _checkpoint_folder(step_of(checkpoint))
         path = self._write(name, checkpoint, parameters, reports)
-        self._let_go(_place(name), later=True)
+        self._let_go(_place(name), self._damaged)
         return path
 
     def put_unreported(self, checkpoint: Checkpoint, parameters: Mapping[str, Any] | None) -> str:
@@ -175,7 +178,7 @@ class Shelf:
             return f"{self._path}/{name}"
         _, reports = self._told_by(step)
         path = self._write(name, checkpoint, parameters, reports)
-        self._let_go(_place(name), later=False)
+        self._let_go(_place(name))
         return path
 
     def newest(self) -> Saved | None:
@@ -185,6 +188,7 @@ class Shelf:
             OSError: they cannot be read now, which says nothing of them.
         """
         damaged: list[str] = []
+        self._damaged.clear()
         for name in reversed(self._names()):
             folder = self._folder.below(name)
             try:
@@ -196,6 +200,7 @@ class Shelf:
                     parameters, reports = self._told_by(step_of(checkpoint))
             except (SweepError, *MISSING, ValueError) as error:
                 damaged.append(str(error))
+                self._damaged.add(name)
             else:
                 return Saved(checkpoint, parameters, reports, tuple(damaged))
         return Saved(None, None, (), tuple(damaged)) if damaged else None
@@ -226,17 +231,18 @@ class Shelf:
         write_checkpoint({REPORTS: content, **checkpoint}, self._folder.below(name))
         return f"{self._path}/{name}"
 
-    def _let_go(self, new: tuple[int, str], *, later: bool) -> None:
-        """All but the new checkpoint, those before it that KEPT allows, and those of later steps, unless they go too.
+    def _let_go(self, new: tuple[int, str], damaged: Collection[str] = ()) -> None:
+        """All but the new checkpoint, those before it that KEPT allows, and those of later steps that are not damaged.
 
         One that cannot go stays until the next time: NFS keeps a file that somebody reads, in its folder.
         """
         names = self._names()
-        gone = [name for name in names if later and _place(name) > new]
+        gone = [name for name in names if name in damaged and _place(name) > new]
         gone += [name for name in names if _place(name) < new][: 1 - KEPT]
         for name in gone:
             with suppress(OSError):
                 self._folder.remove(name)
+                self._damaged.discard(name)
 
     def _told_by(self, step: int) -> tuple[Mapping[str, Any] | None, Sequence[dict[str, Any]]]:
         """What the newest checkpoint that tells anything does of the trial as it stood at a step.

@@ -870,12 +870,41 @@ def test_new_checkpoint_is_not_let_go_for_damaged_ones_of_later_steps(tmp_path: 
     for step in (30, 40):
         shelf.put(seal({"weights.bin": b"good"}, {"step": step}), {}, [{"step": step}])
         (tmp_path / "tune" / "trial-0000" / f"checkpoint_{step:06d}" / "weights.bin").write_bytes(b"gone")
+    saved = shelf.newest()  # as every seat asks first
+    assert saved is not None
+    assert (saved.checkpoint, len(saved.damaged)) == (None, 2)
     for step in (10, 20):
         shelf.put(seal({"weights.bin": b"anew"}, {"step": step}), {}, [{"step": step}])
         saved = shelf.newest()
         assert saved is not None
         assert saved.checkpoint is not None
         assert (step_of(saved.checkpoint), saved.damaged) == (step, ())
+
+
+def test_seat_that_is_cut_off_takes_nothing_from_the_one_that_has_gone_on_elsewhere(tmp_path: Path) -> None:
+    """Both had found the checkpoint of step 30 damaged, and begun from 20."""
+
+    def put(shelf: Shelf, step: int) -> None:
+        reports = [{"step": before} for before in range(10, step + 1, 10)]
+        shelf.put(seal({"weights.bin": b"good"}, {"step": step}), {"rank": 4}, reports)
+
+    before, cut_off, other = (Shelf(Folder(tmp_path), 0) for _ in range(3))
+    for step in (10, 20, 30):
+        put(before, step)
+    (tmp_path / "tune" / "trial-0000" / "checkpoint_000030" / "weights.bin").write_bytes(b"gone")
+    for shelf in (cut_off, other):
+        shelf.newest()
+    for step in (30, 40, 50):
+        put(other, step)
+    for step in (30, 40):
+        put(cut_off, step)
+        saved = Shelf(Folder(tmp_path), 0).newest()
+        assert saved is not None
+        assert saved.checkpoint is not None
+        assert (step_of(saved.checkpoint), saved.damaged, len(saved.reports)) == (50, (), 5)
+    put(other, 60)
+    names = sorted(path.name for path in (tmp_path / "tune" / "trial-0000").iterdir())
+    assert names == ["checkpoint_000050", "checkpoint_000060"]
 
 
 def test_checkpoint_between_two_reports_tells_none_that_is_yet_to_come_and_is_kept(tmp_path: Path) -> None:
