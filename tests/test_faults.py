@@ -669,3 +669,23 @@ def test_second_run_on_one_run_directory_is_refused(tiny: Path, tmp_path: Path) 
     with locked(run), pytest.raises(InputError, match="another lora-search run is writing to it"):
         run_sweep(spec, run)
     assert run.path.is_dir()  # it is the other's
+
+
+@pytest.mark.parametrize("options", [[], ["--resume"]], ids=["anew", "resumed"])
+def test_second_process_on_one_run_directory_is_refused(tiny: Path, tmp_path: Path, options: list[str]) -> None:
+    """As where a job is submitted twice: the first has begun, and may have written."""
+    from lora_search.rundir import locked
+
+    spec = sequential(tiny, "twice", tmp_path)
+    run = create_run(tmp_path, spec.name, exact=True)
+    if options:
+        run.spec.write_text(dump_spec(spec))
+    with locked(run):
+        before = contents(run.path)
+        second = subprocess.run(command(spec, *options), capture_output=True, text=True, timeout=PATIENCE)
+        assert contents(run.path) == before
+    assert second.returncode == 2
+    assert second.stderr.splitlines() == [
+        f"lora-search: twice -> {run.path}",
+        f"lora-search: {run.path}: another lora-search run is writing to it",
+    ]

@@ -98,6 +98,21 @@ def test_every_trial_is_in_the_study_the_record_and_the_results_once(
     assert [states[row["state"]] for row in rows] == [trial.state for trial in study.trials]
 
 
+def test_finished_sweep_that_is_resumed_again_and_again_stays_as_it_is(
+    finished: tuple[SweepSpec, Outcome, Witness],
+) -> None:
+    def contents() -> dict[Path, bytes]:
+        return {file: file.read_bytes() for file in outcome.run.path.rglob("*") if file.is_file()}
+
+    spec, outcome, witness = finished
+    before, said = contents(), list[str]()
+    for _ in range(2):
+        again = run_sweep(spec, outcome.run, [witness], resume=True, say=said.append)
+        assert (again.rows, again.best, again.conclusion) == (outcome.rows, outcome.best, outcome.conclusion)
+    assert said == ["the sweep is finished; nothing is left to do"] * 2
+    assert contents() == before
+
+
 def test_study_and_record_agree_on_every_report(finished: tuple[SweepSpec, Outcome, Witness]) -> None:
     _, outcome, _ = finished
     study = open_study(outcome.run.path)
