@@ -555,3 +555,18 @@ def test_gauge_admits_by_bytes_and_learns_from_what_it_sees(tiny_spec: SweepSpec
     assert 1 <= gauge.together() < 3
     gauge.saw([large], int(1.5 * memory.host([largest] * 2).total))  # a peak never falls, nor does what explains it
     assert gauge.correction == pytest.approx(1.5, rel=0.05)
+
+
+def test_gauge_explains_a_peak_by_the_passes_that_there_were(tiny_spec: SweepSpec) -> None:
+    """A trial that is resident and in no pass keeps no activations: what was measured is not put down to it."""
+    from lora_search.memory.gauge import Gauge
+    from lora_search.space import trial_config
+
+    memory = BaseMemory(skeleton(tiny_spec.base.model), CPU)
+    large = trial_config(tiny_spec, {"rank": 8, "target_modules": "all-linear"})
+    largest = corners(tiny_spec, memory.tree, 32)[-1].shape
+    truth = memory.host([largest] * 4, [largest] * 2).total
+    assert memory.host([largest] * 2).total < truth < memory.host([largest] * 4).total
+    gauge = Gauge(tiny_spec, memory, memory.host([largest] * 4).total, longest=32, most=8)
+    gauge.saw([large] * 4, int(1.2 * truth), [large] * 2)
+    assert gauge.correction == pytest.approx(1.2, rel=0.01)

@@ -453,6 +453,54 @@ def test_optimiser_that_finds_no_memory_for_all_steps_some_at_a_time(
     engine.pack_limit = None
 
 
+class Noting:
+    """A gauge that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[list[int], list[int]]] = []
+
+    def trial_bytes(self, config: TrialConfig) -> int:
+        return 0
+
+    def saw(self, configs: Sequence[TrialConfig], peak: int, passing: Sequence[TrialConfig]) -> None:
+        assert peak > 0
+        self.told.append(([config.lora.rank for config in configs], [config.lora.rank for config in passing]))
+
+
+def test_gauge_is_told_which_residents_were_in_a_pass_at_once(
+    engine: Engine, spec: SweepSpec, monkeypatch: pytest.MonkeyPatch, short_of_memory: Callable[[int], None]
+) -> None:
+    gauge = Noting()
+    monkeypatch.setattr(engine, "_gauge", gauge)
+    for rank in (1, 2, 3, 4):
+        engine.admit(str(rank), trial_config(spec, {"rank": rank, "batch_size": 1 if rank < 4 else 2}))
+
+    def told(*trials: str) -> list[tuple[list[int], list[int]]]:
+        for _ in range(2):
+            losses_of(engine.step(trials))
+        gauge.told.clear()
+        engine.report(trials)
+        return gauge.told
+
+    losses_of(engine.step(["1"]))
+    assert told("1", "2") == [([1, 2, 3, 4], [1]), ([1, 2, 3, 4], [1, 2])]
+    assert told("3") == [([1, 2, 3, 4], [3])]
+    gauge.told.clear()
+    engine.report(["3"])
+    assert not gauge.told  # nothing was trained since
+    engine.release("3")
+    short_of_memory(1)
+    lanes = engine._lanes.count
+    ((residents, passing),) = told("1", "2", "4")
+    assert residents == [1, 2, 4]
+    assert len(passing) == lanes
+    assert passing[-1] == 4  # who has most rows
+    short_of_memory(8)
+    engine.pack_limit = None
+    monkeypatch.setattr(engine._packed, "flat", False)
+    assert told("1", "2", "4") == [([1, 2, 4], [1, 2, 4])]  # one by one: memory knows
+
+
 def test_optimisers_step_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that runs out for the last parameter has changed none of the others."""
     parameters = [torch.nn.Parameter(torch.ones(size)) for size in (3, 4)]

@@ -67,6 +67,10 @@ class Engine:
         self._sent_away = False
         """Whether this step, or report, has told a trial already that there is too little memory for all residents."""
         self._judging = threading.Lock()
+        self._passes: list[list[str]] = []
+        """The passes of this step that came through."""
+        self._passed: dict[tuple[tuple[str, ...], tuple[str, ...]], tuple[list[TrialConfig], list[TrialConfig]]] = {}
+        """Since the gauge was told last: who was resident, and who of them was in a pass at once."""
         self._lanes = Lanes(base.device, lanes)
         sites = attach_sites(base, self._tree)
         self._places = {name: site.place for name, site in sites.items()}
@@ -176,7 +180,27 @@ class Engine:
         groups = self._groups(trials)
         in_turn = self._has_active_experts  # PEFT's active adapters are the same for all threads
         done = map(self._step_group, groups) if in_turn else self._lanes.map(self._step_group, groups)
-        return {name: outcome for outcomes in done for name, outcome in outcomes.items()}
+        found = {name: outcome for outcomes in done for name, outcome in outcomes.items()}
+        self._note(1 if in_turn else self._lanes.count)
+        return found
+
+    def _note(self, at_once: int) -> None:
+        """Note by which passes the gauge is to explain a peak: of those that trials share, the largest at once."""
+        passes, self._passes = self._passes, []
+        if self._gauge is None or not passes:
+            return
+
+        def size(names: list[str]) -> tuple[int, list[str]]:
+            """In rows; by the names among equals, for lanes end in any order."""
+            return sum(self._trials[name].config.training.batch_size for name in names), names
+
+        shared = sorted((names for names in passes if self._shares_passes(names[0])), key=size)[-at_once:]
+        alone = [names for names in passes if not self._shares_passes(names[0])]
+        counted = {name for names in (*shared, *alone) for name in names}
+        who = self.residents, tuple(name for name in self.residents if name in counted)
+        if who not in self._passed:
+            residents, passing = ([self._trials[name].config for name in names] for names in who)
+            self._passed[who] = residents, passing
 
     def gradients(self, trials: Sequence[str]) -> dict[str, torch.Tensor]:
         """What the next step of each named trial would follow, before clipping: a vector of its parameters' size.
@@ -217,6 +241,7 @@ class Engine:
         except Exception as error:
             trouble = trouble_of(error)
         else:
+            self._passes.append(names)
             return finish(group, shares, losses, time.perf_counter() - start, self._limit, self._judge)
         finally:
             for trial in group.values():
@@ -283,7 +308,10 @@ class Engine:
             except (TrialFailed, HostFailed) as failure:
                 reports[name] = failure
         if self._gauge is not None:
-            self._gauge.saw([trial.config for trial in self._trials.values()], peak_memory_bytes(self.base.devices))
+            peak = peak_memory_bytes(self.base.devices)
+            for residents, passing in self._passed.values():
+                self._gauge.saw(residents, peak, passing)
+            self._passed.clear()
         return reports
 
     def _evaluate_apart(self, trials: Sequence[str]) -> dict[str, Evaluation | Failure]:

@@ -121,15 +121,19 @@ class BaseMemory:
             passing=max(0, math.ceil(held.peak * shape.batch_size) - activations) + self._experts_delta(shape),
         )
 
-    def host(self, shapes: Sequence[TrialShape]) -> HostBytes:
+    def host(self, shapes: Sequence[TrialShape], passing: Sequence[TrialShape] | None = None) -> HostBytes:
         """A host that trains these trials together; of one with several GPUs, the fullest.
+
+        Args:
+            passing: those of them that are in a pass at once, the others being resident alone; None for all.
 
         All rows of a pass count as if their adapters stood where the largest one stands: a layer that one trial
         adapts keeps its input for all of them.
         """
-        return max((self._host(shapes, piece) for piece in self._pieces), key=lambda host: host.total)
+        passing = shapes if passing is None else passing
+        return max((self._host(shapes, passing, piece) for piece in self._pieces), key=lambda host: host.total)
 
-    def _host(self, shapes: Sequence[TrialShape], piece: _Piece) -> HostBytes:
+    def _host(self, residents: Sequence[TrialShape], shapes: Sequence[TrialShape], piece: _Piece) -> HostBytes:
         counts = Counter(shapes)
         trials = {shape: self._trial(shape, piece) for shape in counts}
         lanes = max(1, min(self.setup.lanes, len(shapes)))
@@ -143,7 +147,7 @@ class BaseMemory:
         return HostBytes(
             runtime=RUNTIME_BYTES if self.setup.device == "cpu" else 0,
             base=piece.base,
-            trials=sum(trial.state * counts[shape] for shape, trial in trials.items()),
+            trials=sum(self._trial(shape, piece).state * count for shape, count in Counter(residents).items()),
             activations=math.ceil(kept),
             passing=math.ceil(back) if back >= logits else 0,
             logits=logits if logits > back else 0,

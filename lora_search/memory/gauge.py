@@ -91,19 +91,23 @@ class Gauge:
             self._trial_bytes[shape] = self._memory.trial(shape).total
         return self._trial_bytes[shape]
 
-    def saw(self, configs: Sequence[TrialConfig], peak: int) -> None:
+    def saw(self, configs: Sequence[TrialConfig], peak: int, passing: Sequence[TrialConfig] | None = None) -> None:
         """Learn from the most bytes that the host has ever taken, the last time with these trials.
 
         The peak is compared with the largest prediction so far: neither ever falls.
+
+        Args:
+            passing: those of the trials that were in a pass at once; None for all.
         """
         if 2 * self._memory.host([self._largest] * len(configs)).total <= self.capacity:
             return  # there is room enough, however wrong a prediction is
-        self._most_predicted = max(self._most_predicted, self._predicted(configs))
+        self._most_predicted = max(self._most_predicted, self._predicted(configs, passing))
         low, high = BOUNDS
         self.correction = min(high, max(low, peak / self._most_predicted))
 
-    def _predicted(self, configs: Sequence[TrialConfig]) -> int:
-        return self._memory.host([self._shape(config) for config in configs]).total
+    def _predicted(self, configs: Sequence[TrialConfig], passing: Sequence[TrialConfig] | None = None) -> int:
+        shapes = None if passing is None else [self._shape(config) for config in passing]
+        return self._memory.host([self._shape(config) for config in configs], shapes).total
 
     def _shape(self, config: TrialConfig) -> TrialShape:
         return TrialShape(
