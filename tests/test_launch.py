@@ -21,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
+import psutil
 import pytest
 import yaml
 from conftest import ROOT
@@ -31,6 +32,8 @@ from lora_search.launch.machines import MACHINES, NAMES, SKYPILOT, find_gpu
 from lora_search.launch.size import WORKING_DAY, Size, Wishes, parse_limit, size_cluster
 from lora_search.launch.template import FOLDER, MARK, Template, left_to_edit
 from lora_search.plan import Plan, plan_sweep
+from lora_search.results import read_events
+from lora_search.rundir import RunDirectory, create_run
 from lora_search.spec import load_spec, parse_spec
 
 CLUSTER = ROOT / "cluster"
@@ -1101,6 +1104,18 @@ class Slurm:
     """A controller and two nodes on this machine."""
 
     environment: dict[str, str]
+    nodes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    """Their daemons."""
+
+    def start_node(self, name: str) -> None:
+        command, quiet = ["slurmd", "-D", "-N", name], subprocess.DEVNULL
+        self.nodes[name] = subprocess.Popen(command, env=self.environment, stdout=quiet, stderr=quiet)
+
+    def wait_for_nodes(self) -> None:
+        end = time.monotonic() + 30
+        while (found := self.run("sinfo", "--noheader", "--format=%T %D").split()) != ["idle", "2"]:
+            assert time.monotonic() < end, found
+            time.sleep(0.5)
 
     def run(self, *command: str, cwd: Path | None = None) -> str:
         done = subprocess.run(command, env=self.environment, cwd=cwd, capture_output=True, text=True, timeout=60)
@@ -1126,7 +1141,7 @@ SlurmctldPort=17000
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
@@ -1139,6 +1154,8 @@ JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 MpiDefault=none
+KillWait=5
+SchedulerParameters=bf_interval=1
 SlurmdParameters=config_overrides
 ReturnToService=2
 GresTypes=gpu
@@ -1174,25 +1191,23 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     daemons = [
         ["munged", "--force", "--foreground", *munge, f"--pid-file={folder}/munge.pid", f"--seed-file={folder}/seed"],
         ["slurmctld", "-D"],
-        ["slurmd", "-D", "-N", "node1"],
-        ["slurmd", "-D", "-N", "node2"],
     ]
+    cluster = Slurm(environment)
     started: list[subprocess.Popen[bytes]] = []
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     try:
         for daemon in daemons:
             started.append(subprocess.Popen(daemon, env=environment, **quiet))  # type: ignore[call-overload]
             time.sleep(1)
-        cluster = Slurm(environment)
-        end = time.monotonic() + 30
-        while cluster.run("sinfo", "--noheader", "--format=%T %D").split() != ["idle", "2"]:
-            assert time.monotonic() < end, (folder / "slurmctld.log").read_text(encoding="utf-8")
-            time.sleep(0.5)
+        for node in ("node1", "node2"):
+            cluster.start_node(node)
+        cluster.wait_for_nodes()
         yield cluster
     finally:
-        for daemon_process in reversed(started):
+        processes = [*started, *cluster.nodes.values()]
+        for daemon_process in reversed(processes):
             daemon_process.terminate()
-        for daemon_process in started:
+        for daemon_process in processes:
             daemon_process.wait(30)
 
 
@@ -1285,3 +1300,73 @@ def test_slurm_job_that_is_told_to_stop_keeps_its_trials(slurm: Slurm, tmp_path:
     assert job["ExitCode"] == "130:0", log(tmp_path, number)
     assert "eval_loss" in trials.read_text(encoding="utf-8")
     require_gone(number)
+
+
+def wait_for_reports(slurm: Slurm, number: str, folder: Path, hosts: int) -> None:
+    """Until so many hosts have told how a trial of theirs fares."""
+    record = folder / "runs/small/trials.jsonl"
+    end = time.monotonic() + 120
+    while not record.exists() or len({event["host"] for event in read_events(record) if "eval_loss" in event}) < hosts:
+        assert time.monotonic() < end, log(folder, number)
+        assert slurm.job(number)["JobState"] in ("PENDING", "RUNNING"), log(folder, number)
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+def test_slurm_job_that_is_queued_again_goes_on_with_its_own_run(slurm: Slurm, tmp_path: Path) -> None:
+    """Though it was submitted twice, so that the newest run is another job's."""
+    number = submitted(slurm, tmp_path, SMALL.replace("STEPS", "60"))
+    wait_for_reports(slurm, number, tmp_path, 1)
+    own, newer = RunDirectory(tmp_path / "runs/small"), create_run(tmp_path / "runs", "small", exact=False)
+    facts = json.loads(own.provenance.read_text(encoding="utf-8"))
+    assert facts["job"].startswith("slurm-test-")
+    assert facts["job"].endswith(f"-{number}")
+    newer.spec.write_bytes(own.spec.read_bytes())
+    newer.provenance.write_text(others := json.dumps(facts | {"job": f"{facts['job']}1"}), encoding="utf-8")
+
+    slurm.run("scontrol", "requeue", number)
+    while slurm.job(number)["Restarts"] == "0" or not processes_of(number):
+        time.sleep(0.5)
+    job = slurm.ended(number, 120)
+    said = log(tmp_path, number)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), said
+    now = json.loads(own.provenance.read_text(encoding="utf-8"))
+    assert (now["id"], now["job"], len(now["resumed"])) == (facts["id"], facts["job"], 1)
+    assert f"going on with runs/small, the run of this job ({facts['job']})\n" in said
+    assert (own.best / "merged/model.safetensors").exists()
+    assert (newer.provenance.read_text(encoding="utf-8"), newer.trials.exists()) == (others, False)
+    assert {path.name for path in own.path.parent.iterdir()} == {"small", "small-2"}
+    require_gone(number)
+
+
+@pytest.fixture
+def node_that_fails(slurm: Slurm) -> Iterator[str]:
+    """The second, where the script does not run; afterwards it is there again."""
+    yield "node2"
+    slurm.nodes["node2"].kill()
+    slurm.nodes["node2"].wait()
+    slurm.start_node("node2")
+    slurm.wait_for_nodes()
+
+
+@pytest.mark.slow
+def test_slurm_node_that_fails_does_not_end_the_job(slurm: Slurm, node_that_fails: str, tmp_path: Path) -> None:
+    number = submitted(slurm, tmp_path, SMALL.replace("[4, 8]", "[4, 8, 12]").replace("STEPS", "60"))
+    wait_for_reports(slurm, number, tmp_path, 2)
+    there = [pid for pid, (_, seen) in processes_of(number).items() if seen.get("SLURMD_NODENAME") == node_that_fails]
+    keepers = {parent for pid in there for parent in psutil.Process(pid).parents() if "slurmstepd" in parent.name()}
+    assert len(keepers) == 1
+    for process in (slurm.nodes[node_that_fails], *keepers):
+        process.kill()
+    for pid in there:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    slurm.nodes[node_that_fails].wait()
+    slurm.run("scontrol", "update", f"NodeName={node_that_fails}", "State=DOWN", "Reason=it does not answer")
+
+    job = slurm.ended(number, 150)
+    said = log(tmp_path, number)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "0"), said
+    ends = [event for event in read_events(tmp_path / "runs/small/trials.jsonl") if event["event"] == "end"]
+    assert sorted(event["trial"] for event in ends) == [0, 1, 2]
+    assert (tmp_path / "runs/small/best/merged/model.safetensors").exists()
