@@ -54,6 +54,10 @@ class TrainsTrials(Protocol):
         """Bytes that a trial takes by itself."""
         ...
 
+    def fits(self, config: TrialConfig) -> bool:
+        """Whether a trial would fit with no other beside it, as far as is known."""
+        ...
+
     def release(self, trial: str) -> None: ...
     def position(self, trial: str) -> int: ...
     def snapshot(self, trial: str) -> Checkpoint: ...
@@ -190,14 +194,18 @@ class Host:
         checkpoint: Checkpoint | None = None,
         parameters: Mapping[str, Any] | None = None,
         alone: bool = False,
-    ) -> bool:
+        anyway: bool = False,
+    ) -> bool | None:
         """Make a trial resident, at its start or where a checkpoint left it; False where it has to wait, and ask again.
+
+        None where another host is to have it, if there is one with more memory: here it would not fit even by itself.
 
         A trial that is resident already (its seat was lost) starts over from the checkpoint.
 
         Args:
             parameters: as they were proposed; its checkpoint tells them, where it is kept here.
             alone: no other that has not reported may be beside it before it has.
+            anyway: try it, with no other beside it, however large it seems.
 
         Raises:
             TrialFailed: it does not fit, with no other beside it, or is none for this base.
@@ -212,8 +220,10 @@ class Host:
             left = await self._ask(lambda: self._engine.room(config)) if has_place else -1
             fits = has_place and (left >= 0 or not self._residents)
             size = 0  # known from when it first asked, or of no matter: nobody else waits
-            if not (self._waiting.knows(trial) or (fits and self._waiting.empty)):
-                size = await self._ask(lambda: self._engine.size(config))
+            if not (self._waiting.knows(trial) or (left >= 0 and self._waiting.empty)):
+                size, can = await self._ask(lambda: (self._engine.size(config), anyway or self._engine.fits(config)))
+                if not can:
+                    return None
             if not self._waiting.may_enter(trial, size, fits=fits, judged=judged, now=time.monotonic()):
                 return False
             beside = await self._ask(lambda: self._let_in(trial, config, checkpoint))

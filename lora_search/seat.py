@@ -200,20 +200,25 @@ class Lobby:
         """
         given = None if checkpoint is None else ray.put(checkpoint)
         asked: set[str] = set()
+        anyway = False
         while True:
             names = self._names()
+            too_small: set[str] = set()
             for name in self._as_asked(names):
                 asked.add(name)
                 try:
-                    admitted = _get(self._known[name].admit.remote(trial, config, given, parameters, alone))
+                    admitted = _get(self._known[name].admit.remote(trial, config, given, parameters, alone, anyway))
                 except GONE:
                     continue  # lost meanwhile, or out of reach for a moment
+                if admitted is None:
+                    too_small.add(name)
                 if admitted:
                     for other in (names if again else asked) - {name}:  # it waits there, or is resident
                         if (host := self._host(other)) is not None:
                             host.release.remote(trial)
                     self._last = name
                     return self._known[name]
+            anyway = bool(too_small) and not names - self._silent.keys() - too_small
             time.sleep(ADMISSION_RETRY_S * max(1.0, len(names) / ASKED_AT_ONCE))
 
     def _names(self) -> set[str]:

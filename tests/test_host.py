@@ -58,6 +58,9 @@ class CountingEngine:
     def size(self, config: TrialConfig) -> int:
         return config.lora.rank
 
+    def fits(self, config: TrialConfig) -> bool:
+        return config.lora.rank <= 100
+
     def release(self, trial: str) -> None:
         del self.ranks[trial]
         del self.steps[trial]
@@ -236,7 +239,7 @@ def test_trials_are_admitted_by_the_bytes_they_take() -> None:
 
 
 def test_largest_goes_first_though_all_came_to_a_full_host() -> None:
-    async def story() -> list[bool]:
+    async def story() -> list[bool | None]:
         host = await make_host(CountingEngine(), capacity=1)
         await host.admit("first", ranked(10))
         waiting = [("small", ranked(5)), ("large", ranked(50))]
@@ -256,7 +259,7 @@ def test_trial_that_was_judged_while_another_left_is_let_in() -> None:
         let_go.wait(5)
         leave(trial)
 
-    async def story() -> list[bool]:
+    async def story() -> list[bool | None]:
         host = await make_host(engine, capacity=1)
         await host.admit("first", ranked(10))
         engine.release = slow_release  # type: ignore[method-assign]
@@ -272,7 +275,7 @@ def test_trial_that_was_judged_while_another_left_is_let_in() -> None:
 
 
 def test_trial_that_ends_while_it_waits_holds_nobody_up() -> None:
-    async def story() -> bool:
+    async def story() -> bool | None:
         host = await make_host(CountingEngine(), capacity=1)
         await host.admit("first", ranked(10))
         assert not await host.admit("large", ranked(50))
@@ -283,12 +286,15 @@ def test_trial_that_ends_while_it_waits_holds_nobody_up() -> None:
     assert asyncio.run(story())
 
 
-def test_trial_larger_than_the_estimate_allows_is_tried_alone() -> None:
-    async def story() -> list[bool]:
+def test_trial_larger_than_the_estimate_allows_is_tried_alone_where_no_host_has_more_memory() -> None:
+    async def story() -> list[bool | None]:
         host = await make_host(CountingEngine(), capacity=8)
-        return [await host.admit("a", ranked(200)), await host.admit("b", ranked(2))]
+        said = [await host.admit("a", ranked(200)), await host.admit("small", ranked(2))]
+        said += [await host.admit("a", ranked(200)), await host.admit("a", ranked(200), anyway=True)]
+        await host.release("small")
+        return [*said, await host.admit("a", ranked(200)), await host.admit("b", ranked(2))]
 
-    assert asyncio.run(story()) == [True, False]
+    assert asyncio.run(story()) == [None, True, None, False, True, False]
 
 
 def test_one_trials_failure_reaches_its_seat_alone() -> None:

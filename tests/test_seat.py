@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import PATIENCE, make_spec, wait_until
-from test_host import CONFIG, CountingEngine
+from test_host import CONFIG, CountingEngine, ranked
 
 from lora_search.checkpoint import REPORTS, TRIAL, Checkpoint, Shelf, seal, step_of
 from lora_search.doctor import _hosts
@@ -153,6 +153,44 @@ def test_trial_that_lost_its_seat_leaves_the_host_that_it_was_on(hosts: Hosts) -
     Lobby(PREFIX).admit("lost", CONFIG, None, again=True)  # its place there is taken, by itself
     wait_until(lambda: before not in hosts.of("lost"))
     assert len(hosts.of("lost")) == 1
+
+
+@pytest.mark.parametrize("larger", [True, False])
+def test_trial_too_large_for_one_host_waits_for_a_larger_one_where_there_is_one(started: Hosts, larger: bool) -> None:
+    """Such as cards of two kinds: it is tried on the small one only where there is no other."""
+    ray, prefix = started.ray, f"lora-search-kinds-{larger}-"
+    builds = {"small": lambda data: CountingEngine()} | ({"large": lambda data: RoomyEngine()} if larger else {})
+    hosts = {
+        name: ray.remote(Host).options(num_cpus=0, name=prefix + name).remote(name, 1, build)
+        for name, build in builds.items()
+    }
+    try:
+        ray.get([host.load.remote(None) for host in hosts.values()])
+        if larger:
+            assert ray.get(hosts["large"].admit.remote("there", CONFIG))
+        waiting = threading.Thread(target=Lobby(prefix).admit, args=("waiting", ranked(200), None))
+        waiting.start()
+        if larger:
+            waiting.join(1.0)
+            assert waiting.is_alive()
+            ray.get(hosts["large"].release.remote("there"))
+        waiting.join(PATIENCE)
+        assert not waiting.is_alive()
+        places = {name: ray.get(host.room.remote())[0] for name, host in hosts.items()}
+        assert places == ({"small": 1, "large": 0} if larger else {"small": 0})
+    finally:
+        for host in hosts.values():
+            ray.kill(host)
+
+
+class RoomyEngine(CountingEngine):
+    """Has memory for any trial."""
+
+    def room(self, config: TrialConfig | None = None) -> int:
+        return 1
+
+    def fits(self, config: TrialConfig) -> bool:
+        return True
 
 
 @dataclass

@@ -59,6 +59,9 @@ class IdleEngine:
     def size(self, config: TrialConfig) -> int:
         return 0
 
+    def fits(self, config: TrialConfig) -> bool:
+        return True
+
     def ever(self) -> int | None:
         return None
 

@@ -93,6 +93,10 @@ class Engine:
         """Bytes that a trial takes by itself, as far as is known."""
         return 0 if self._gauge is None else self._gauge.size(config)
 
+    def fits(self, config: TrialConfig) -> bool:
+        """Whether a trial would fit with no other beside it, as far as is known."""
+        return self._gauge is None or self._gauge.room([config]) >= 0
+
     def together(self) -> int:
         """How many of the largest trials of the space fit at once.
 
