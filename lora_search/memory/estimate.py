@@ -133,7 +133,29 @@ class BaseMemory:
         passing = shapes if passing is None else passing
         return max((self._host(shapes, passing, piece) for piece in self._pieces), key=lambda host: host.total)
 
-    def _host(self, residents: Sequence[TrialShape], shapes: Sequence[TrialShape], piece: _Piece) -> HostBytes:
+    def _host(self, residents: Sequence[TrialShape], passing: Sequence[TrialShape], piece: _Piece) -> HostBytes:
+        state = sum(self._trial(shape, piece).state * count for shape, count in Counter(residents).items())
+        hosts = [self._at_work(state, shapes, piece) for shapes in self._at_once(passing)]
+        return max(hosts, key=lambda host: host.work)
+
+    def _at_once(self, shapes: Sequence[TrialShape]) -> list[Sequence[TrialShape]]:
+        """Which of these trials are in passes at the same time, where that may take most: all, but those that the
+        engine trains one by one."""
+        alone = [shape for shape in shapes if not self._shares_passes(shape)]
+        if not alone:
+            return [shapes]
+        in_turn = any(map(_adapts_experts, shapes))
+        trials = {shape: self._trial(shape, self._whole) for shape in set(alone)}
+        alone.sort(key=lambda shape: trials[shape].activations + trials[shape].passing)
+        together = [shape for shape in shapes if self._shares_passes(shape)]
+        return [alone[-1 if in_turn else -self.setup.lanes :], *([together] if together else [])]
+
+    def _shares_passes(self, shape: TrialShape) -> bool:
+        """As the engine has it."""
+        return self._replay.flat and not _adapts_experts(shape)
+
+    def _at_work(self, state: int, shapes: Sequence[TrialShape], piece: _Piece) -> HostBytes:
+        """A host whose residents take so much, with these trials in a pass, or each in one of its own."""
         counts = Counter(shapes)
         trials = {shape: self._trial(shape, piece) for shape in counts}
         lanes = max(1, min(self.setup.lanes, len(shapes)))
@@ -144,14 +166,15 @@ class BaseMemory:
         targets = max((shape.tokens for shape in shapes), default=0) if alone else tokens
         logits = lanes * self._logits(targets) if piece.gpu == 0 else 0  # where the output head is
         back = passing + lanes * self._dense  # the logits have gone when the first gradient comes
+        measured = shapes if all(map(self._shares_passes, shapes)) else shapes[-1:]
         return HostBytes(
             runtime=RUNTIME_BYTES if self.setup.device == "cpu" else 0,
             base=piece.base,
-            trials=sum(self._trial(shape, piece).state * count for shape, count in Counter(residents).items()),
+            trials=state,
             activations=math.ceil(kept),
             passing=math.ceil(back) if back >= logits else 0,
             logits=logits if logits > back else 0,
-            evaluation=self._evaluation(shapes, piece),
+            evaluation=self._evaluation(measured, piece),
             allocator=ALLOCATOR[self.setup.device],
         )
 
@@ -195,6 +218,11 @@ class BaseMemory:
             if module.name in shape.targets.parameters
         ]
         return 2 * 4 * max(sizes, default=0)
+
+
+def _adapts_experts(shape: TrialShape) -> bool:
+    """Whether weights are adapted that see but the tokens that their router sends them."""
+    return any(".experts" in name for name in (*shape.targets.modules, *shape.targets.parameters))
 
 
 def _replay(model: PreTrainedModel, setup: Setup) -> Replay:

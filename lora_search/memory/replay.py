@@ -90,6 +90,15 @@ class Replay:
         return self._remembered(Pass(self.setup, 1, length, 0, False, frozenset()), None, backward=False)
 
     @cached_property
+    def flat(self) -> bool:
+        """Whether trials share passes, as flat sequences that stay apart.
+
+        Taken for granted where nothing runs here; nor is it seen on shapes alone that a recurrent state mixes them.
+        """
+        self.evaluation(PROBE)
+        return self._flat or self.by_rule
+
+    @cached_property
     def in_turns(self) -> bool:
         """Whether the engine takes logits in turns, within its head and loss, or leaves them to the model's code."""
         output_head = self._model.get_output_embeddings()
