@@ -26,7 +26,9 @@ from transformers import (
 
 from lora_search.errors import InputError
 from lora_search.memory import BaseMemory, Setup, TrialShape, corners, refuse_what_never_fits, weigh
+from lora_search.memory.corners import largest, smallest
 from lora_search.memory.familiar import familiar_figures
+from lora_search.memory.gauge import Gauge
 from lora_search.memory.live import LiveBytes
 from lora_search.memory.plain import plain_step
 from lora_search.memory.values import RULE_WIDTH
@@ -476,6 +478,21 @@ def test_corners_are_the_extremes_of_what_takes_memory(tiny_spec: SweepSpec) -> 
     assert {c.shape.batch_size for c in found} == {4}
 
 
+def test_largest_trial_is_the_one_with_most_bytes(tiny: Path) -> None:
+    """Adapters of the last layer alone have more parameters here, and keep next to nothing of the layers before."""
+    upper = r"re:.*layers\.7\..*proj"
+    spec = make_spec(tiny, search={"space": {"target_modules": {"choice": ["attention-qv", upper]}}, "enqueue": []})
+    sizes = {"hidden_size": 64, "intermediate_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 4}
+    memory = BaseMemory(built(**sizes, vocab_size=100), replace(GPU, validation_tokens=100))
+    found = corners(spec, memory.tree, 256)
+    assert found[-1].target == upper
+    assert memory.trial(found[-1].shape).trainable > memory.trial(found[0].shape).trainable
+    assert largest(found, memory).target == "attention-qv"
+    assert smallest(found, memory).target == upper
+    gauge = Gauge(spec, memory, memory.host([largest(found, memory).shape] * 4).total, longest=256, most=16)
+    assert gauge.together() == 4
+
+
 @pytest.mark.parametrize(
     ("space", "training", "length", "key"),
     [
@@ -550,7 +567,7 @@ def test_peak_on_a_gpu_is_predicted(tmp_path: Path) -> None:
 
 
 def test_gauge_admits_by_bytes_and_learns_from_what_it_sees(tiny_spec: SweepSpec) -> None:
-    from lora_search.memory.gauge import HOPE, Gauge
+    from lora_search.memory.gauge import HOPE
     from lora_search.space import trial_config
 
     memory = BaseMemory(skeleton(tiny_spec.base.model), CPU)
@@ -580,7 +597,6 @@ def test_gauge_admits_by_bytes_and_learns_from_what_it_sees(tiny_spec: SweepSpec
 
 def test_gauge_explains_a_peak_by_the_passes_that_there_were(tiny_spec: SweepSpec) -> None:
     """A trial that is resident and in no pass keeps no activations: what was measured is not put down to it."""
-    from lora_search.memory.gauge import Gauge
     from lora_search.space import trial_config
 
     memory = BaseMemory(skeleton(tiny_spec.base.model), CPU)

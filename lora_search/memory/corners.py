@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_search.memory.values import TrialShape
 from lora_search.space import FIRST_GUESS
 from lora_search.spec import SweepSpec
 from lora_search.spec.schema import Lora, Training
 from lora_search.targets import ModuleTree, resolve, trainable_parameters
+
+if TYPE_CHECKING:
+    from lora_search.memory.estimate import BaseMemory
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Corner:
 
 
 def corners(spec: SweepSpec, tree: ModuleTree, length: int) -> tuple[Corner, ...]:
-    """Smallest, common and largest trial on each target set, in the order of the sets' sizes.
+    """Smallest, common and largest trial on each target set, in the order of the sets' parameters.
 
     Raises:
         InputError: a target set is none of this base.
@@ -52,14 +55,15 @@ def corners(spec: SweepSpec, tree: ModuleTree, length: int) -> tuple[Corner, ...
     return tuple(found)
 
 
-def smallest(found: Sequence[Corner]) -> Corner:
-    """The corner on the smallest target set, with the smallest rank and batch."""
-    return found[0]
+def smallest(found: Sequence[Corner], memory: BaseMemory) -> Corner:
+    """The corner that takes the fewest bytes."""
+    return min(found, key=lambda corner: memory.host([corner.shape]).total)
 
 
-def largest(found: Sequence[Corner]) -> Corner:
-    """The corner on the largest target set, with the largest rank and batch."""
-    return found[-1]
+def largest(found: Sequence[Corner], memory: BaseMemory) -> Corner:
+    """The corner that takes the most bytes: not always the one with most parameters, for what counts as much is how far
+    down a gradient goes."""
+    return max(found, key=lambda corner: memory.host([corner.shape]).total)
 
 
 def values(spec: SweepSpec, name: str) -> tuple[Any, ...]:

@@ -48,7 +48,7 @@ class Gauge:
         self._longest = longest
         self._most = most
         found = corners(spec, memory.tree, longest)
-        self._smallest, self._largest = smallest(found).shape, largest(found).shape
+        self._smallest, self._largest = smallest(found, memory).shape, largest(found, memory).shape
         self._most_predicted = 0
         self._trial_bytes: dict[TrialShape, int] = {}
 

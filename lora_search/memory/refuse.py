@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from lora_search.errors import InputError
-from lora_search.memory.corners import Corner
+from lora_search.memory.corners import Corner, smallest
 from lora_search.memory.estimate import BaseMemory
 from lora_search.memory.values import TrialShape
 from lora_search.spec import SweepSpec
@@ -50,7 +50,7 @@ def refuse_what_never_fits(
         raise InputError(
             f"base.model: {spec.base.model} alone takes {_gb(base)}, and {device} has {_gb(capacity)} to give; {advice}"
         )
-    for corner in reversed(corners):  # the largest first: what holds for it holds for the others
+    for corner in reversed(corners):
         needed = memory.host([corner.shape]).total
         if needed > capacity:
             raise InputError(_message(spec, memory, corners, corner, needed, capacity, device))
@@ -120,7 +120,7 @@ def _knobs(
         shown = spec.data.max_length if rows else found
         least = min(found, SHORTEST) if rows else 1
         yield _Knob(key, str(shown), lowered(least), partial(at_most, found, lowered))
-    smaller = corners[0]
+    smaller = smallest(corners, memory)
     if smaller.target != corner.target:
         yield _Knob(
             _key(spec, "target_modules"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_search.errors import InputError
 from lora_search.memory import BaseMemory, Corner, Setup, corners
-from lora_search.memory.corners import values
+from lora_search.memory.corners import largest, smallest, values
 from lora_search.memory.familiar import Familiar, familiar_figures
 from lora_search.memory.refuse import refuse_what_never_fits
 from lora_search.placement import Node, most_trials, place_hosts
@@ -91,7 +91,7 @@ def plan_sweep(spec: SweepSpec, gpus: int | None = None) -> Plan:
     found = corners(spec, memory.tree, rows.longest)
     shown = here if here.kind == "cuda" or _fits(memories, here, found) else GPUS[-1]
     if spec.hosts.trials_per_host == "auto":
-        per_host = max(1, min(per_host, memory.together(found[-1].shape, here.usable)))
+        per_host = max(1, min(per_host, memory.together(largest(found, memory).shape, here.usable)))
     work = base_work(model.config, memory.tree, memory.weights.vocabulary)
     sweep = _sweep(spec, rows, work, memory, found, schedule(spec, hosts * per_host))
     plain = memories.of(shown, checkpointing=spec.base.gradient_checkpointing)
@@ -107,7 +107,7 @@ def plan_sweep(spec: SweepSpec, gpus: int | None = None) -> Plan:
         by_rule=memory.by_rule,
         corner_device=shown.name if shown.here else "a GPU in bfloat16",
         corners=tuple(_corner(memories, shown, corner) for corner in found),
-        host=plain.host([found[-1].shape]),
+        host=plain.host([largest(found, plain).shape]),
         devices=tuple(_device(memories, device, found, sweep, hosts, per_host) for device in (here, *GPUS)),
         hosts=hosts,
         gpus_per_host=gpus,
@@ -139,7 +139,8 @@ def _refused(spec: SweepSpec, memories: _Memories, found: Sequence[Corner], devi
 
 
 def _fits(memories: _Memories, device: Device, found: Sequence[Corner]) -> bool:
-    return memories.of(device, checkpointing=False).host([found[-1].shape]).total <= device.usable
+    memory = memories.of(device, checkpointing=False)
+    return memory.host([largest(found, memory).shape]).total <= device.usable
 
 
 def _base(memories: _Memories, device: Device) -> BasePlan:
@@ -164,11 +165,12 @@ def _corner(memories: _Memories, device: Device, corner: Corner) -> CornerPlan:
 def _device(
     memories: _Memories, device: Device, found: Sequence[Corner], sweep: SweepPlan, hosts: int, per_host: int
 ) -> DevicePlan:
-    smallest, largest = found[0].shape, found[-1].shape
     plain, recomputing = (memories.of(device, checkpointing=on) for on in (False, True))
-    counts = [m.together(shape, device.usable) for m in (plain, recomputing) for shape in (smallest, largest)]
+    counts = [
+        m.together(pick(found, m).shape, device.usable) for m in (plain, recomputing) for pick in (smallest, largest)
+    ]
     rate = device.flops * UTILISATION[device.kind] * (hosts if device.here else 1)
-    kernels = LAYER_KERNELS * sweep.layers / per_host + SITE_KERNELS * len(largest.targets.modules)
+    kernels = LAYER_KERNELS * sweep.layers / per_host + SITE_KERNELS * len(largest(found, plain).shape.targets.modules)
     launching = sweep.passes * kernels * PASS_SECONDS[device.kind]
     return DevicePlan(
         name=device.name,
