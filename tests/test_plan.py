@@ -184,6 +184,19 @@ def test_trials_of_a_host_are_reckoned_as_they_are_trained(tiny: Path, monkeypat
         assert found.trials_per_host == found.sweep.schedule.seats == (3 if spec is recomputing else here.largest)
 
 
+def test_time_on_other_devices_is_not_of_this_machine(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for cores, trials in ((1, "auto"), (16, "auto"), (16, 1)):
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr("lora_search.plan.devices._measured_flops", lambda dtype: 1e11)
+        found.append(plan_sweep(make_spec(tiny, hosts={"trials_per_host": trials})))
+    few, many, one_by_one = found
+    assert few.hosts * few.trials_per_host < many.hosts * many.trials_per_host
+    assert few.devices[1:] == many.devices[1:]
+    gpu, slow = many.devices[-1], one_by_one.devices[-1]
+    assert slow.seconds == pytest.approx(16 * gpu.seconds, rel=0.2)  # it waits for launches, which packs share
+
+
 def test_plan_goes_on_without_a_tokenizer_and_says_so(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = make_spec(tiny, base={"model": str(shared("configs") / "qwen2.5-0.5b"), "compute_dtype": "auto"})
     (tiny / "untokenised.yaml").write_text(dump_spec(spec))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from lora_search.errors import InputError
@@ -13,7 +13,7 @@ from lora_search.memory import BaseMemory, Corner, Setup, corners
 from lora_search.memory.corners import largest, smallest, values
 from lora_search.memory.familiar import Familiar, familiar_figures
 from lora_search.memory.refuse import refuse_what_never_fits
-from lora_search.placement import Node, most_trials, place_hosts
+from lora_search.placement import HostPlace, Node, most_trials, place_hosts
 from lora_search.plan.devices import (
     GPUS,
     LAYER_KERNELS,
@@ -45,6 +45,17 @@ class _Memories:
         """
         self._spec, self._rows, self._gpus = spec, rows, gpus
         self._made: dict[Setup, BaseMemory] = {}
+
+    def trials_of_host(self, kept: int, recomputed: int) -> int:
+        """Trials that a host elsewhere holds.
+
+        Args:
+            kept: of the largest, those that fit.
+            recomputed: the same with gradient checkpointing.
+        """
+        hosts, fit = self._spec.hosts, recomputed if self._spec.base.gradient_checkpointing else kept
+        most = most_trials(HostPlace("host", "elsewhere", 1, self._gpus), hosts)
+        return max(1, min(most, fit)) if hosts.trials_per_host == "auto" else most
 
     def of(self, device: Device, *, checkpointing: bool) -> BaseMemory:
         tokens = self._rows.validation_tokens if self._rows.measured else None
@@ -93,7 +104,11 @@ def plan_sweep(spec: SweepSpec, gpus: int | None = None) -> Plan:
     if spec.hosts.trials_per_host == "auto":
         per_host = max(1, min(per_host, memory.together(largest(found, memory).shape, here.usable)))
     work = base_work(model.config, memory.tree, memory.weights.vocabulary)
-    sweep = _sweep(spec, rows, work, memory, found, schedule(spec, hosts * per_host))
+
+    @cache
+    def sweep_over(seats: int) -> SweepPlan:
+        return _sweep(spec, rows, work, memory, found, schedule(spec, seats))
+
     plain = memories.of(shown, checkpointing=spec.base.gradient_checkpointing)
     return Plan(
         name=spec.name,
@@ -108,11 +123,14 @@ def plan_sweep(spec: SweepSpec, gpus: int | None = None) -> Plan:
         corner_device=shown.name if shown.here else "a GPU in bfloat16",
         corners=tuple(_corner(memories, shown, corner) for corner in found),
         host=plain.host([largest(found, plain).shape]),
-        devices=tuple(_device(memories, device, found, sweep, hosts, per_host) for device in (here, *GPUS)),
+        devices=(
+            _device(memories, here, found, sweep_over, hosts, per_host),
+            *(_device(memories, device, found, sweep_over, 1, None) for device in GPUS),
+        ),
         hosts=hosts,
         gpus_per_host=gpus,
         trials_per_host=per_host,
-        sweep=sweep,
+        sweep=sweep_over(hosts * per_host),
         refused=_refused(spec, memories, found, here),
         advice=advice,
     )
@@ -163,15 +181,28 @@ def _corner(memories: _Memories, device: Device, corner: Corner) -> CornerPlan:
 
 
 def _device(
-    memories: _Memories, device: Device, found: Sequence[Corner], sweep: SweepPlan, hosts: int, per_host: int
+    memories: _Memories,
+    device: Device,
+    found: Sequence[Corner],
+    sweep_over: Callable[[int], SweepPlan],
+    hosts: int,
+    per_host: int | None,
 ) -> DevicePlan:
+    """
+    Args:
+        sweep_over: the sweep's work, over so many seats.
+        per_host: trials; None for as many as such a host holds.
+    """
     plain, recomputing = (memories.of(device, checkpointing=on) for on in (False, True))
     counts = [
         m.together(pick(found, m).shape, device.usable) for m in (plain, recomputing) for pick in (smallest, largest)
     ]
+    if per_host is None:
+        per_host = memories.trials_of_host(counts[1], counts[3])
+    sweep = sweep_over(hosts * per_host)
     rate = device.flops * UTILISATION[device.kind] * (hosts if device.here else 1)
-    kernels = LAYER_KERNELS * sweep.layers / per_host + SITE_KERNELS * len(largest(found, plain).shape.targets.modules)
-    launching = sweep.passes * kernels * PASS_SECONDS[device.kind]
+    kernels = LAYER_KERNELS * sweep.layers + SITE_KERNELS * len(largest(found, plain).shape.targets.modules)
+    launching = sweep.passes / per_host * kernels * PASS_SECONDS[device.kind]
     return DevicePlan(
         name=device.name,
         here=device.here,

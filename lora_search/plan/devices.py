@@ -22,7 +22,8 @@ PASS_SECONDS = {"cuda": 8e-6, "cpu": 0.0}
 """From one kernel to the next at best: small models wait for launches, not for products."""
 
 LAYER_KERNELS, SITE_KERNELS = 120, 14
-"""Kernels of a pass for each layer, and for each layer that a trial adapts, forward and backward."""
+"""Kernels of a pass for each layer, and for each layer that trials adapt, forward and backward: all trials of a pack
+share them."""
 
 PRODUCT_SIZE = 1024
 MEASURE_SECONDS = 0.25
