@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+import ray
 from ray._private import worker as ray_worker
 
 ASK_EVERY_S = 5.0
@@ -21,7 +21,7 @@ RAY_WAITS = "RAY_gcs_rpc_server_reconnect_timeout_s"
 """Ray ends a process, in the words of its parts, when it has not reached the head for so long; 60 s (2.60)."""
 
 BEFORE_RAY_S = 25.0
-"""So much less than Ray we wait, from our first failed try on, which may come later than Ray's; and try every 10 s."""
+"""So much less than Ray we wait, from our first failed call on, which may come later than Ray's; and ask every 10 s."""
 
 
 @contextmanager
@@ -59,11 +59,9 @@ def _watch(place: str, ended: threading.Event) -> None:
 
 
 def _answers() -> bool:
-    """Whether the head can be reached at all, as Ray asks itself: one with much to do may take long over a call."""
-    host, _, port = ray_worker.global_worker.gcs_client.address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
-    except OSError:
+        ray_worker.global_worker.gcs_client.check_alive([], ANSWER_S)
+    except ray.exceptions.RpcError:
         return False
     return True
 
