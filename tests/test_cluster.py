@@ -408,7 +408,7 @@ def test_sweep_whose_head_is_lost_ends_with_a_word_and_goes_on_in_another_cluste
         _, said = driver.communicate(timeout=50)  # Ray would have ended it by 60
     assert driver.returncode == 1, said
     last = said.splitlines()[-1]
-    assert last.startswith("lora-search: the head of the Ray cluster has not answered for 5 s; the sweep is in "), said
+    assert last.startswith("lora-search: the Ray cluster's head has been out of reach for 5 s; the sweep is in "), said
     assert f"{run.path}, and the same command with --resume goes on" in last
     kill_all(second)
 
@@ -422,32 +422,51 @@ def test_sweep_whose_head_is_lost_ends_with_a_word_and_goes_on_in_another_cluste
     assert min(resumed) >= 50
 
 
-def test_head_that_answers_again_in_time_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor does the sweep's own standing still, after which the head does not answer once."""
-    answers, said, finished = [True, False, False, True, False, True], list[str](), threading.Event()
+def test_head_that_is_reached_again_in_time_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does the sweep's own standing still, after which the head is not reached once."""
+    reached, said, finished = [True, False, False, True, False, True], list[str](), threading.Event()
     now = itertools.count(step=7.0)  # seconds between two looks at the clock: two failures are not yet 10 apart
 
-    def answered() -> bool:
-        if not answers:
+    def is_reached() -> bool:
+        if not reached:
             finished.set()
             return True
-        return answers.pop(0)
+        return reached.pop(0)
 
     monkeypatch.setenv(RAY_WAITS, "35")
     monkeypatch.setattr(head, "ASK_EVERY_S", 0.001)
     monkeypatch.setattr(head, "time", SimpleNamespace(monotonic=lambda: next(now)))
-    monkeypatch.setattr(head, "_answers", answered)
+    monkeypatch.setattr(head, "_is_reached", is_reached)
     monkeypatch.setattr(head, "_end", said.append)
     with head.ended_without_head("runs/a"):
         assert finished.wait(PATIENCE)
         assert said == []
         finished.clear()
-        answers += [False, False, False]
+        reached += [False, False, False]
         assert finished.wait(PATIENCE)
     assert said == [
-        "the head of the Ray cluster has not answered for 10 s; the sweep is in runs/a, and the same command with "
+        "the Ray cluster's head has been out of reach for 10 s; the sweep is in runs/a, and the same command with "
         "--resume goes on when there is a cluster again"
     ]
+
+
+REACHED = """
+import psutil
+from lora_search.sweep import head
+from lora_search.sweep.cluster import cluster
+head.ANSWER_S = 1.0
+with cluster(None):
+    gcs = next(child for child in psutil.Process().children(recursive=True) if child.name() == "gcs_server")
+    for happens in (gcs.cpu_times, gcs.suspend, gcs.resume, gcs.kill):
+        happens()
+        print(head._is_reached())
+"""
+
+
+@pytest.mark.slow
+def test_head_that_is_slow_to_answer_is_not_out_of_reach() -> None:
+    answer = subprocess.run([sys.executable, "-c", REACHED], capture_output=True, text=True, timeout=PATIENCE)
+    assert answer.stdout.split() == ["True", "True", "True", "False"], answer.stderr
 
 
 @pytest.fixture

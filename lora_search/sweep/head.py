@@ -15,7 +15,9 @@ from ray._private import worker as ray_worker
 ASK_EVERY_S = 5.0
 
 ANSWER_S = 5.0
-"""An answer that takes longer is none."""
+
+UNREACHED = "waiting for GCS to become available"
+"""What Ray says where it has no connection to the head, as of one that is slow to answer it does not (2.60)."""
 
 RAY_WAITS = "RAY_gcs_rpc_server_reconnect_timeout_s"
 """Ray ends a process, in the words of its parts, when it has not reached the head for so long; 60 s (2.60)."""
@@ -26,12 +28,12 @@ BEFORE_RAY_S = 25.0
 
 @contextmanager
 def ended_without_head(place: str) -> Iterator[None]:
-    """End this process, with exit status 1, where the cluster's head does not answer for long; not where it pauses.
+    """End this process, with exit status 1, where the cluster's head is out of reach for long; not where it is slow.
 
     No exception would do: the thread that is to raise it waits in a call of Ray's, which nothing ends.
 
     Args:
-        place: of the run directory. An object store has all there is by then: what was told before the silence.
+        place: of the run directory. One in an object store is left as by SIGKILL; nothing was told for a while by then.
     """
     ended = threading.Event()
     thread = threading.Thread(target=_watch, args=(place, ended), name="head", daemon=True)
@@ -45,24 +47,24 @@ def ended_without_head(place: str) -> Iterator[None]:
 
 def _watch(place: str, ended: threading.Event) -> None:
     patience_s = max(ASK_EVERY_S, float(os.environ.get(RAY_WAITS, 60)) - BEFORE_RAY_S)
-    silent_since: float | None = None  # from a first answer that failed: this process may have stood still before
+    silent_since: float | None = None  # from a first call that failed: this process may have stood still before
     while not ended.wait(ASK_EVERY_S):
-        if _answers():
+        if _is_reached():
             silent_since = None
         elif silent_since is None:
             silent_since = time.monotonic()
         elif time.monotonic() - silent_since > patience_s and not ended.is_set():
             _end(
-                f"the head of the Ray cluster has not answered for {patience_s:.0f} s; the sweep is in {place}, and "
+                f"the Ray cluster's head has been out of reach for {patience_s:.0f} s; the sweep is in {place}, and "
                 "the same command with --resume goes on when there is a cluster again"
             )
 
 
-def _answers() -> bool:
+def _is_reached() -> bool:
     try:
         ray_worker.global_worker.gcs_client.check_alive([], ANSWER_S)
-    except ray.exceptions.RpcError:
-        return False
+    except ray.exceptions.RpcError as error:
+        return UNREACHED not in str(error)
     return True
 
 
