@@ -16,8 +16,10 @@ from safetensors.torch import load as load_tensors
 from lora_search.checkpoint import ADAPTER_WEIGHTS, OPTIMIZER, TRIAL, read_checkpoint, seal, write_checkpoint
 from lora_search.data import TokenizedData, TokenSplit
 from lora_search.engine import Engine, Report, StepMetrics
+from lora_search.engine.layers import LinearSite
 from lora_search.errors import HostFailed, InputError, SweepError, TrialFailed
 from lora_search.model import load_base
+from lora_search.model.precision import quantised_linears
 from lora_search.space import TrialConfig, trial_config
 from lora_search.storage import Folder
 
@@ -102,6 +104,29 @@ def test_trial_is_the_same_alone_and_in_company(engine: Engine, tiny_spec: Sweep
             engine.release("before")
     assert losses == alone
     assert engine.snapshot("mine")[ADAPTER_WEIGHTS] == weights
+
+
+def test_dense_weights_are_kept_where_they_are_small_and_change_no_bit(
+    tiny_data: TokenizedData, tiny_spec: SweepSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def losses_and_calls() -> tuple[list[float], float, int]:
+        calls.clear()
+        engine = Engine(load_base(tiny_spec.base, "cpu"), tiny_data)
+        engine.admit("a", config(tiny_spec, target_modules="all-linear"))
+        losses = train(engine, "a", 3)
+        loss = report_of(engine, "a").eval_loss
+        assert len(quantised_linears(engine.base.model)) == 14
+        return losses, loss, len(calls)
+
+    calls: list[str] = []
+    dequantised = LinearSite._dequantised
+    monkeypatch.setattr(LinearSite, "_dequantised", lambda site: calls.append("") or dequantised(site))
+    *kept, few = losses_and_calls()
+    monkeypatch.setattr("lora_search.engine.sites.KEPT_DENSE_BYTES", 1000)
+    *anew, many = losses_and_calls()
+    assert kept == anew
+    assert few == 14
+    assert many > 6 * 14
 
 
 def test_training_leaves_the_global_random_state_alone(engine: Engine, tiny_spec: SweepSpec) -> None:

@@ -24,6 +24,7 @@ from transformers import (
     OPTConfig,
 )
 
+from lora_search.engine.layers import LinearSite
 from lora_search.errors import InputError
 from lora_search.memory import BaseMemory, Setup, TrialShape, corners, refuse_what_never_fits, weigh
 from lora_search.memory.corners import largest, smallest
@@ -161,6 +162,9 @@ def step_bytes(spec: SweepSpec, lora: Lora, trials: int, batch: int, length: int
     known = [*model.parameters(), *model.buffers()]
     for trial in engine._trials.values():
         known += [*trial.adapter.vectors, *trial.adapter.gradients]
+    sites = [getattr(module.forward, "__self__", None) for module in model.modules()]
+    kept = [dense for site in sites if isinstance(site, LinearSite) and (dense := site._dense_OI) is not None]
+    known += kept
     shares = {name: engine._trials[name].next_shares(engine.data.train) for name in names}
     with LiveBytes(known) as live:
         for group in engine._groups(names):
@@ -170,6 +174,7 @@ def step_bytes(spec: SweepSpec, lora: Lora, trials: int, batch: int, length: int
     )
     shape = TrialShape(resolve(memory.tree, lora.target_modules), lora.rank, lora.dropout > 0, batch, length)
     host = memory.host([shape] * trials)
+    assert memory._kept_dense == sum(dense.numel() * dense.element_size() for dense in kept)
     assert memory._replay.flat or not engine._packed.flat
     # Inside a kernel nobody sees what logsumexp takes; a cap's damping is seen.
     bend = engine._packed.bend

@@ -77,9 +77,18 @@ class LinearSite:
         self._dtype = base.compute_dtype
         self._working = working_dtype(base)
         self._alone: Callable[[torch.Tensor], torch.Tensor] = module.forward
+        self.keeps_dense = False
+        """Whether the de-quantised weight stays, once there."""
+        self._dense_OI: torch.Tensor | None = None
 
     def attach(self) -> None:
         self._module.forward = self.forward
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of the weight, once de-quantised; 0 where it is not quantised."""
+        state = getattr(self._module.weight, "quant_state", None)
+        return 0 if state is None else state.shape.numel() * self._dtype.itemsize
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pack = running()
@@ -99,7 +108,16 @@ class LinearSite:
         return last
 
     def weight_OI(self) -> torch.Tensor:
-        """The frozen weight in the dtype of the products, de-quantised straight into it as bitsandbytes does."""
+        """The frozen weight in the dtype of the products."""
+        if self._dense_OI is not None:
+            return self._dense_OI
+        dense_OI = self._dequantised()
+        if self.keeps_dense:
+            self._dense_OI = dense_OI
+        return dense_OI
+
+    def _dequantised(self) -> torch.Tensor:
+        """Straight into that dtype, as bitsandbytes does."""
         weight: torch.Tensor = self._module.weight  # type: ignore[assignment]
         state = getattr(weight, "quant_state", None)
         if state is None:

@@ -8,6 +8,7 @@ from torch import nn
 
 from lora_search.engine.adapter import Places
 from lora_search.engine.layers import DropoutSite, LinearSite
+from lora_search.memory.values import KEPT_DENSE_BYTES
 from lora_search.model import FrozenBase
 from lora_search.targets import ModuleTree
 
@@ -19,6 +20,9 @@ def attach_sites(base: FrozenBase, tree: ModuleTree) -> dict[str, LinearSite]:
         if module.kind != "experts":
             sites[module.name] = LinearSite(place, base.model.get_submodule(module.name), base)
             sites[module.name].attach()
+    if base.device.type == "cpu" and sum(site.dense_bytes for site in sites.values()) <= KEPT_DENSE_BYTES:
+        for site in sites.values():
+            site.keeps_dense = site.dense_bytes > 0
     dropouts = [module for module in base.model.modules() if isinstance(module, nn.Dropout) and module.p > 0]
     for index, dropout in enumerate(dropouts):
         DropoutSite(len(tree.modules) + index, dropout).attach()

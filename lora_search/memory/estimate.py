@@ -14,6 +14,7 @@ from lora_search.memory.values import (
     ALLOCATOR,
     DTYPE_BYTES,
     EVALUATION_TOKENS,
+    KEPT_DENSE_BYTES,
     LOGIT_BYTES,
     LOGIT_COPIES,
     RUNTIME_BYTES,
@@ -72,7 +73,7 @@ class BaseMemory:
         self.tree: ModuleTree = module_tree(model)
         self._model = model
         self._set(setup)
-        self._dense = _largest_dense(model, setup)
+        self._dense, self._kept_dense = _dense(model, setup)
         self._replay = _replay(model, setup)
 
     def _set(self, setup: Setup) -> None:
@@ -169,7 +170,7 @@ class BaseMemory:
         measured = shapes if all(map(self._shares_passes, shapes)) else shapes[-1:]
         return HostBytes(
             runtime=RUNTIME_BYTES if self.setup.device == "cpu" else 0,
-            base=piece.base,
+            base=piece.base + self._kept_dense,
             trials=state,
             activations=math.ceil(kept),
             passing=math.ceil(back) if back >= logits else 0,
@@ -231,10 +232,13 @@ def _replay(model: PreTrainedModel, setup: Setup) -> Replay:
     return Replay(model, setup)
 
 
-def _largest_dense(model: PreTrainedModel, setup: Setup) -> int:
-    """Bytes of the largest quantised weight as one product needs it: the weight, and its scales in float32."""
+def _dense(model: PreTrainedModel, setup: Setup) -> tuple[int, int]:
+    """Bytes of quantised weights as products need them: of the largest, with its scales in float32, while a product is
+    made; of all of them, where they are kept."""
     if not setup.quantised:
-        return 0
-    names = quantised_names(model)
-    largest = max((model.get_submodule(name).weight.numel() for name in names), default=0)
-    return largest * DTYPE_BYTES[setup.compute] + 4 * nf4_constants(largest)
+        return 0, 0
+    sizes = [model.get_submodule(name).weight.numel() for name in quantised_names(model)]
+    largest, whole = max(sizes, default=0), sum(sizes) * DTYPE_BYTES[setup.compute]
+    if setup.device == "cpu" and whole <= KEPT_DENSE_BYTES:
+        return 0, whole
+    return largest * DTYPE_BYTES[setup.compute] + 4 * nf4_constants(largest), 0

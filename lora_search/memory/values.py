@@ -14,6 +14,10 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 LOGIT_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 """Float32 logits that the engine holds at once (engine/forward.py)."""
 
+KEPT_DENSE_BYTES = 32 << 20
+"""A base on a CPU whose quantised weights take no more once de-quantised keeps them so beside the quantised ones: to
+de-quantise them for every product would take up to a tenth of a step (analysis/benchmarks/NOTES.md)."""
+
 EVALUATION_TOKENS = {"cpu": 2048, "cuda": 32_768}
 """Tokens of a pass without gradients, over all trials in it (engine/measure.py)."""
 
