@@ -142,6 +142,14 @@ def test_replay_holds_what_the_engine_holds(tiny: Path, target: str, dropout: fl
     assert predicted == pytest.approx(measured, rel=0.05)
 
 
+def test_replay_recomputes_nothing_below_the_lowest_adapted_layer(tiny: Path) -> None:
+    torch.set_num_threads(1)
+    spec = make_spec(tiny, base={"gradient_checkpointing": True})
+    lora = Lora(rank=8, dropout=0.0, target_modules=r"re:.*layers\.1\..*")
+    measured, predicted = step_bytes(spec, lora, 3, 4, 33)
+    assert predicted == pytest.approx(measured, rel=0.05)
+
+
 def test_replay_holds_what_the_engine_holds_on_the_demo(tiny: Path) -> None:
     torch.set_num_threads(1)
     spec = make_spec(tiny, base={"model": "builtin:demo"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +28,7 @@ from lora_search.engine import forward as forward_module
 from lora_search.engine import fused as fused_module
 from lora_search.engine.adamw import step_together
 from lora_search.engine.attention import PackedAttention
+from lora_search.engine.layers import LinearSite
 from lora_search.engine.pack import build_pack
 from lora_search.engine.table import tables
 from lora_search.errors import OUT_OF_MEMORY, HostFailed, InputError, TrialFailed
@@ -200,6 +202,34 @@ def test_order_in_the_pack_changes_no_bit(
     configs = [guest.config for guest in as_stays(spec, drawn)]
     order = data.draw(st.permutations(range(len(configs))))
     assert five_losses(engine, configs, order) == five_losses(engine, configs, range(len(configs)))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_nothing_goes_back_below_the_lowest_adapted_layer(
+    tiny: Path, tiny_data: TokenizedData, monkeypatch: pytest.MonkeyPatch, quantization: str, checkpointing: bool
+) -> None:
+    spec = make_spec(tiny, base={"quantization": quantization, "gradient_checkpointing": checkpointing})
+    base = load_base(spec.base, "cpu")
+    engine = Engine(base, tiny_data)
+    for rank in (4, 8):
+        engine.admit(str(rank), trial_config(spec, {"rank": rank, "target_modules": r"re:.*layers\.1\..*"}))
+    names = {module: name for name, module in base.model.named_modules()}
+    products: Counter[str] = Counter()
+    weight = LinearSite.weight_OI
+
+    def counted(site: LinearSite) -> torch.Tensor:
+        products[names[site._module].replace(".base_layer", "")] += 1
+        return weight(site)
+
+    monkeypatch.setattr(LinearSite, "weight_OI", counted)
+    losses_of(engine.step(engine.residents))
+    again = int(checkpointing)
+    for name, count in products.items():
+        below = ".layers.0." in name
+        entrance = name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj")
+        assert count == (1 if below else 1 + again + (not entrance)), name
+    assert len(products) == 14
 
 
 @property_settings

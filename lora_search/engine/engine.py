@@ -131,6 +131,7 @@ class Engine:
             with seeded(config.training.seed, self.base.devices):
                 if self._peft is None:
                     self._peft = get_peft_model(self.base.model, adapter, adapter_name=name)
+                    self.base.model.disable_input_require_grads()  # PEFT's; see `load_base`
                 else:
                     self._peft.add_adapter(name, adapter)
             for module in self._peft.modules():

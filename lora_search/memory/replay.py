@@ -72,7 +72,7 @@ class Replay:
                 "context_fn": lambda: (nullcontext(), Stands(setup)),
             }
             self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-            self._model.enable_input_require_grads()
+            self._model.disable_input_require_grads()
 
     def training(
         self, modules: Sequence[str], rank: int, dropout: bool, length: int, span: range | None = None

@@ -82,7 +82,8 @@ def load_base(
     """The base on one device, or its decoder blocks over several, quantised as the sweep file says, ready for adapters.
 
     What `peft.prepare_model_for_kbit_training` does holds here too: every parameter frozen, what is not quantised in
-    float32, input gradients on where activations are recomputed.
+    float32. Where activations are recomputed, inputs ask for no gradient: only re-entrant checkpointing needs that, and
+    it would send every gradient down to the embedding.
 
     Args:
         others: further devices.
@@ -103,7 +104,7 @@ def load_base(
         model.requires_grad_(False)
     if base.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
+        model.disable_input_require_grads()
     model.config.use_cache = False
     if split is not None:
         _own_borders(model, devices)
