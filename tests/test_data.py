@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -200,6 +202,27 @@ AS_WRITTEN = [
     " spaced ",
     "",
 ]
+
+
+@pytest.mark.parametrize("lines", [True, False])
+def test_plain_json_is_read_without_a_library_for_other_data(
+    lines: bool, tmp_path: Path, rows_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` is imported by nobody else on a host: that would be a third of a second, and 80 MB."""
+    file = Path(rows_file)
+    if not lines:
+        file = tmp_path / "list.json"
+        file.write_text(json.dumps([json.loads(line) for line in Path(rows_file).read_text().splitlines()]))
+    expected = tokenize_data(Data(path=rows_file), tokenizer()).fingerprint
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert tokenize_data(Data(path=str(file)), tokenizer()).fingerprint == expected
+
+
+def test_compressed_file_is_read_by_its_content(tmp_path: Path, rows_file: str) -> None:
+    packed = tmp_path / "packed.jsonl"
+    packed.write_bytes(gzip.compress(Path(rows_file).read_bytes()))
+    found = tokenize_data(Data(path=str(packed)), tokenizer())
+    assert found.fingerprint == tokenize_data(Data(path=rows_file), tokenizer()).fingerprint
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "folder of csv", "folder of jsonl"])

@@ -155,9 +155,6 @@ def _encodable(row: Row) -> Row:
 
 def _read(data: Data, path: str, columns: Sequence[str]) -> Source:
     """The data set at a path."""
-    from datasets.utils import disable_progress_bars
-
-    disable_progress_bars()
     file = Path(str(data_file(path.removeprefix("builtin:"))) if path.startswith("builtin:") else path)
     if file.is_file() and file.suffix not in READERS:
         raise InputError(f"data.path: {path} is no known kind of file; allowed: {', '.join(READERS)}")

@@ -5,6 +5,7 @@ Its guesses rewrite text: `001` in a CSV becomes 1, `None` a missing value, "202
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,10 +55,13 @@ def read_source(place: Path | str, name: str | None, split: str, wanted: Sequenc
         ValueError: the files hold no such split, or are no JSON or CSV.
         Exception: whatever `datasets` raises, of a different class for every reader and hub failure.
     """
-    from datasets import Dataset, load_dataset_builder
+    if isinstance(place, Path) and READERS.get(place.suffix) == "json" and _is_json(place):
+        return _source(list(_json(place)))
+    from datasets import Dataset, disable_progress_bars, load_dataset_builder
     from datasets.packaged_modules.csv.csv import Csv
     from datasets.packaged_modules.json.json import Json
 
+    disable_progress_bars()
     if isinstance(place, Path) and place.is_file():
         builder, split = load_dataset_builder(READERS[place.suffix], data_files=str(place)), "train"
     elif isinstance(place, Path) and (place / "state.json").is_file():
@@ -90,10 +94,21 @@ def _of_files(builder: DatasetBuilder, split: str, read: Any) -> Source:
         raise ValueError(f"it has no split {split!r}; it has {', '.join(map(str, builder.config.data_files))}")
     lengths = {known: len(rows) for known, rows in splits.items()}
     parts = ReadInstruction.from_spec(split).to_absolute(lengths)
-    rows = [row for part in parts for row in splits[part.splitname][part.from_ : part.to]]
+    return _source([row for part in parts for row in splits[part.splitname][part.from_ : part.to]])
+
+
+def _source(rows: Sequence[Mapping[str, Any]]) -> Source:
     if not rows:
         raise ValueError("it holds no rows")
     return Source(list(dict.fromkeys(key for row in rows for key in row)), rows)
+
+
+def _is_json(place: Path) -> bool:
+    """Whether a file begins as JSON, which no archive does: it is read without `datasets`, slow to import."""
+    if not place.is_file():
+        return False
+    with place.open("rb") as file:
+        return file.read(64).removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"[")
 
 
 def _csv(file: Path, options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
