@@ -4,6 +4,7 @@ from lora_search.best.card import interval, merge_line, merged_loss, signed, wri
 from lora_search.best.conclude import (
     Conclusion,
     export_adapter,
+    merge_ahead,
     merge_best,
     merge_trial,
     merge_trials,
@@ -16,6 +17,7 @@ __all__ = [
     "Conclusion",
     "export_adapter",
     "interval",
+    "merge_ahead",
     "merge_best",
     "merge_line",
     "merge_trial",

@@ -13,6 +13,7 @@ import yaml
 
 from lora_search.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, Shelf, verify
 from lora_search.errors import HostFailed, InputError, SweepError, TrialFailed
+from lora_search.machine import free_memory_bytes
 from lora_search.results import PLANNED, sampled
 from lora_search.rundir import RunDirectory
 from lora_search.space import TrialConfig
@@ -158,6 +159,18 @@ def loss_interval(evaluation: Evaluation, draws: int = 2000) -> tuple[float, flo
     return float(low), float(high)
 
 
+def merge_ahead() -> None:
+    """Have the process that verifies a merge import its libraries, before `merge_best` in this same process.
+
+    Not where it would take memory that trials may need yet.
+    """
+    from lora_search.merge import BESIDE, begin_ahead
+
+    free = free_memory_bytes()
+    if free is None or free >= BESIDE:
+        begin_ahead()
+
+
 def merge_best(
     spec: SweepSpec, run: RunDirectory, checkpoint: Checkpoint, adapter_loss: float, gpu: bool, data: TokenizedData
 ) -> dict[str, Any]:
@@ -177,11 +190,13 @@ def merge_best(
     import torch
 
     from lora_search.engine.trouble import device_fails_host
-    from lora_search.merge import Options, lack_of_memory, merge_adapter
+    from lora_search.merge import Options, end_ahead, lack_of_memory, merge_adapter
 
     with device_fails_host(), tempfile.TemporaryDirectory() as folder:
         device = _merging_device(spec) if gpu else torch.device("cpu")
-        lack = lack_of_memory(spec.base, device)
+        if (lack := lack_of_memory(spec.base, device)) is not None:
+            end_ahead()  # it may be what is lacking
+            lack = lack_of_memory(spec.base, device)
         trained_on: Literal["dequantized", "original"] = (
             "dequantized" if spec.base.quantization == "nf4" else "original"
         )

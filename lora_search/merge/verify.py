@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -129,24 +129,60 @@ def ask_adapted(
     return Answers(loss, logits, [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in made])
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """A process that imports what loads a model, and then waits to be asked; it ends with this one."""
+
+    process: subprocess.Popen[str]
+    log: IO[str]
+
+    @classmethod
+    def now(cls) -> _Begun:
+        log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it is the process's for as long as that lives
+        process = subprocess.Popen(
+            [sys.executable, "-P", reloaded.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "TRANSFORMERS_VERBOSITY": "error"},
+        )
+        return cls(process, log)
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.log.close()
+
+
+_ahead: list[_Begun] = []
+"""One at most. What a host does at one time can leave it nowhere else for what it does later."""
+
+
+def begin_ahead() -> None:
+    """Begin what the next FreshProcess of this process is, which imports while other work is done."""
+    if not _ahead:
+        _ahead.append(_Begun.now())
+
+
+def end_ahead() -> None:
+    """End what was begun ahead: nobody will ask it."""
+    while _ahead:
+        _ahead.pop().end()
+
+
 class FreshProcess:
     """A process that loads saved models with transformers alone; it starts at once, and imports while others work."""
 
     def __init__(self, base: Base, device: torch.device) -> None:
         self._base = base
         self._device = device
+        if _ahead and _ahead[0].process.poll() is not None:
+            end_ahead()
+        self._begun = _ahead.pop() if _ahead else _Begun.now()
+        self._process = self._begun.process
         self._folder = tempfile.TemporaryDirectory(prefix="lora-search-verify-")
-        self._log = (Path(self._folder.name) / "log").open("w+")
-        threads = torch.get_num_threads()
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", reloaded.__file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "TRANSFORMERS_VERBOSITY": "error"},
-        )
-        self._threads = threads
+        self._threads = torch.get_num_threads()
 
     def __enter__(self) -> FreshProcess:
         return self
@@ -154,9 +190,7 @@ class FreshProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._log.close()
+        self._begun.end()
         self._folder.cleanup()
 
     def ask(self, model: Path, probe: Probe) -> Answers:
@@ -211,8 +245,8 @@ class FreshProcess:
         line = self._process.stdout.readline()
         if not line:
             status = self._process.wait()
-            self._log.seek(0)
-            last = (self._log.read().strip().splitlines() or ["no message"])[-1]
+            self._begun.log.seek(0)
+            last = (self._begun.log.read().strip().splitlines() or ["no message"])[-1]
             raise SweepError(f"the merged model cannot be verified: its process ended with status {status}: {last}")
         answer: dict[str, Any] = json.loads(line)
         return answer

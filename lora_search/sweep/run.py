@@ -35,6 +35,7 @@ from lora_search.seat import SEAT_BYTES
 from lora_search.space import planned_trials
 from lora_search.spec import SweepSpec, dump_spec
 from lora_search.storage import StoreError
+from lora_search.sweep.ahead import MergeAhead
 from lora_search.sweep.answers import HostLost
 from lora_search.sweep.build import build_engine
 from lora_search.sweep.cluster import Say, asked_of_autoscaler, cluster
@@ -231,7 +232,7 @@ def _run(
             write_provenance(
                 run.provenance, facts | {"data": asdict(summary), "base": {"fingerprint": base}, "hosts": hosts.facts}
             )
-            rows = search(spec, run, hosts, observers, say)
+            rows = search(spec, run, hosts, [*observers, MergeAhead(spec, hosts)], say)
             best = best_row(rows, spec.search.metric, spec.search.mode)
             if best is None:
                 raise SweepError(_why_nothing(rows))
