@@ -8,7 +8,6 @@ that trials join and leave a running host.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import gc
 import logging
 import os
@@ -21,16 +20,12 @@ from typing import Any, Protocol, TypeVar
 
 from lora_search.checkpoint import Checkpoint, Shelf, step_of
 from lora_search.errors import OUT_OF_MEMORY, HostFailed, InputError, TrialFailed
+from lora_search.machine import share_heaps
 from lora_search.space import TrialConfig
 from lora_search.storage import Folder, StoreError
 from lora_search.waiting import WaitingRoom
 
 T = TypeVar("T")
-
-M_ARENA_MAX = -8
-"""Of glibc's mallopt(3)."""
-
-HEAPS = 2
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +98,7 @@ class Host:
         self._wake = threading.Condition()
         self._end: Future[None] = Future()
         self._build = build
-        _share_heaps()
+        share_heaps()
         self._engine: TrainsTrials
         self._thread = threading.Thread(target=self._train_for_ever, name="training", daemon=True)
         self._thread.start()
@@ -404,11 +399,3 @@ class Host:
             goal.report.set_exception(outcome)
         else:
             goal.report.set_result(outcome.to_dict() | {"host": self.name})
-
-
-def _share_heaps() -> None:
-    """Let this process's threads share two heaps: glibc gives each its own, and what one has free no other can use."""
-    try:
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, HEAPS)
-    except (OSError, AttributeError):  # another C library
-        return

@@ -5,6 +5,7 @@ Of Linux's control groups, version 1 and 2 (Linux, Documentation/admin-guide/cgr
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,11 @@ from pathlib import Path, PurePosixPath
 GROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
 MEMINFO = Path("/proc/meminfo")
+M_ARENA_MAX = -8
+"""Of glibc's mallopt(3)."""
+
+HEAPS = 2
+
 LOGICAL_GPUS = "LORA_SEARCH_LOGICAL_GPUS"
 
 
@@ -92,3 +98,11 @@ def _limit(group: Path, most: str, used: str, cache: str) -> _Limit | None:
 
 def _number(file: Path) -> int:
     return int(file.read_text(encoding="ascii"))
+
+
+def share_heaps() -> None:
+    """Let this process's threads share two heaps: glibc gives each its own, and what one has free no other can use."""
+    try:
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, HEAPS)
+    except (OSError, AttributeError):  # another C library
+        return

@@ -27,7 +27,7 @@ from lora_search.rundir import create_run
 from lora_search.seat import SEAT_BYTES
 from lora_search.sweep.controller import _Controller, _Seats
 from lora_search.sweep.hosts import Hosts
-from lora_search.sweep.run import TUNE_ENV, search
+from lora_search.sweep.trials import TUNE_ENV, search
 from lora_search.tracking import Observer
 
 

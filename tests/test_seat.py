@@ -1018,7 +1018,7 @@ def test_seats_are_started_once_each_though_trials_end_while_others_start(
     from ray._private.state import actors
 
     from lora_search.sweep.hosts import Hosts as SweepHosts
-    from lora_search.sweep.run import search
+    from lora_search.sweep.trials import search
 
     def seats() -> int:
         return sum(actor["ActorClassName"] == "Seat" for actor in actors().values())

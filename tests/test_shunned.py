@@ -94,7 +94,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def searched(ray: Any, tiny: Path, output: Path, build: Any, hosts: Mapping[str, Any], trials: int) -> tuple[Any, ...]:
     """Rows, how often each trial went on, what was said."""
     from lora_search.sweep.hosts import Hosts
-    from lora_search.sweep.run import search
+    from lora_search.sweep.trials import search
 
     spec = make_spec(
         tiny,

@@ -30,7 +30,7 @@ from lora_search.space import TrialConfig
 from lora_search.spec import SweepSpec, parse_spec
 from lora_search.sweep.cluster import cluster
 from lora_search.sweep.hosts import Hosts
-from lora_search.sweep.run import search
+from lora_search.sweep.trials import search
 from lora_search.tracking import Observer
 from lora_search.tracking.wandb import WandbRuns
 

@@ -37,7 +37,7 @@ from lora_search.search.asha import StepAsha
 from lora_search.spec import SweepSpec, parse_spec
 from lora_search.sweep.hosts import Hosts
 from lora_search.sweep.resume import reconcile
-from lora_search.sweep.run import search
+from lora_search.sweep.trials import search
 from lora_search.tracking import Observer, RunRecord
 
 CHECKPOINT_BYTES = 16 << 10
