@@ -8,8 +8,9 @@ Ways, alternating in one run, each in a process of its own that is set up once (
     apart N        on a GPU: the same with products for each trial's adapters, and not kernels for all
     PEFT 1x2       the plain loop a user would write: one process, all threads, padded batches, one trial after another
     PEFT 2x1       the same in one process a core, side by side
-    floor          the frozen base alone with dense weights, forward and backward to its input, no adapters, on the
-                   flat tokens that the largest pack has
+    floor N        the frozen base alone with dense weights, forward and backward to its input, no adapters, on the
+                   flat tokens that the largest pack, of N, has; products and all else in the engine's dtypes
+    floor N 2x1    on a CPU: the same over a process a core, as hosts are
 Tokens are real ones; padding is computed by whoever pads, and not counted. Imports neither Ray, Optuna nor W&B.
 """
 
@@ -24,6 +25,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -164,10 +166,13 @@ def floor_step(setting: Setting, trials: int) -> Callable[[], int]:
             dense = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
             weight = LinearSite(0, module, base).weight_OI()
             dense.weight = nn.Parameter(weight, requires_grad=False)
+            if setting.device == "cpu":  # where autocast would do more than products in bfloat16, and slowly
+                dense.forward = partial(_product, weight_OI=weight)
             parent, _, last = path.rpartition(".")
             setattr(base.model.get_submodule(parent), last, dense)
     base.model.get_input_embeddings().register_forward_hook(lambda module, given, out: out.requires_grad_())
-    with base.autocast:
+    autocast = base.autocast if setting.device == "cuda" else nullcontext()
+    with autocast:
         packed = PackedBase(base, data.pad_token_id)
     base.model.train()
     done = 0
@@ -179,13 +184,20 @@ def floor_step(setting: Setting, trials: int) -> Callable[[], int]:
             for seed in range(trials)
         ]
         done += setting.batch_size
-        with base.autocast:
+        with autocast:
             packed.train(packed.pack([Share(row, None, None, 1 / len(row.targets_M)) for row in rows]))
         if setting.device == "cuda":
             torch.cuda.synchronize()
         return sum(len(row.tokens_N) for row in rows)
 
     return step
+
+
+def _product(x: Any, weight_OI: Any) -> Any:
+    """x W^T in the weight's dtype, in that of x."""
+    from torch.nn import functional
+
+    return functional.linear(x.to(weight_OI.dtype), weight_OI).to(x.dtype)
 
 
 def worker(pipe: Connection, setting: Setting, ways: Sequence[str], threads: int) -> None:
@@ -195,14 +207,14 @@ def worker(pipe: Connection, setting: Setting, ways: Sequence[str], threads: int
 
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore", FutureWarning)  # what libraries tell each other
-    counts = [way.partition(" ")[2] for way in ways]
+    counts = [way.split()[1] for way in ways]
     most = max((int(count) for count in counts if count.isdigit()), default=1)
-    on_gpu = setting.device == "cuda"
+    on_gpu, cores = setting.device == "cuda", os.cpu_count() or 1
     make: dict[str, Callable[[], Callable[[str], Callable[[], int]]]] = {
         "pack": lambda: partial(_pack_step, Packs(setting, most)),
         "hosts": lambda: partial(_pack_step, Packs(setting, most)),
         "PEFT": lambda: _always(peft_step(setting)),
-        "floor": lambda: _always(floor_step(setting, most)),
+        "floor": lambda: _always(floor_step(setting, most // (cores if ways[0].endswith("2x1") else 1))),
     }
     choose = make[ways[0].partition(" ")[0]]()
     pipe.send("ready")
@@ -274,7 +286,8 @@ def measure(setting: Setting, packs: list[int], rounds: int) -> list[Round]:
     if setting.device == "cpu":
         given = [(["PEFT 1x2"], 1, cores), (["PEFT 2x1"], cores, 1)]
         given += [([f"pack {n}"], 1, cores) for n in packs]
-        given += [([f"hosts {n}"], cores, 1) for n in packs if n >= cores] + [([floor], 1, cores)]
+        given += [([f"hosts {n}"], cores, 1) for n in packs if n >= cores]
+        given += [([floor], 1, cores), ([f"{floor} 2x1"], cores, 1)]
     else:
         apart = [f"apart {max(packs)}"]
         given = [(["PEFT 1x2"], 1, cores), ([*(f"pack {n}" for n in packs), *apart], 1, cores), ([floor], 1, cores)]
@@ -302,7 +315,7 @@ def show(setting: Setting, rounds: list[Round]) -> dict[str, Any]:
     speed = {n: statistics.median(r.tokens_per_second for r in rounds if r.way == n) for n in names}
     used = {n: max(r.bytes for r in rounds if r.way == n) for n in names}
     plain = max(speed[name] for name in names if name.startswith("PEFT"))
-    floor = next((speed[name] for name in names if name.startswith("floor")), math.nan)
+    floor = max((speed[name] for name in names if name.startswith("floor")), default=math.nan)
     title = (
         f"{setting.base}, batch {setting.batch_size}, rank {setting.rank}, dropout {setting.dropout}, {setting.dtype}"
         f"{', gradient checkpointing' if setting.checkpointing else ''}, {device_name(setting.device)}"
