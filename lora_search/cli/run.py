@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lora_search.errors import harmless
+from lora_search.imports import uncollected
 from lora_search.job import cluster_address, lasting, refuse_passing_output, scheduled_job
 from lora_search.rundir import create_run, newest_run, newest_run_of_job
 from lora_search.space import planned_trials
@@ -56,9 +57,10 @@ def _run(sweep: str, overrides: Sequence[str], name: str | None, address: str | 
             file=sys.stderr,
         )
     # Only now: Ray and Optuna take seconds to import, and a wrong sweep file has been told of by now.
-    from lora_search.sweep.run import run_sweep
-    from lora_search.tracking.live import LiveView
-    from lora_search.tracking.wandb import WandbRuns
+    with uncollected():
+        from lora_search.sweep.run import run_sweep
+        from lora_search.tracking.live import LiveView
+        from lora_search.tracking.wandb import WandbRuns
 
     view = LiveView(spec.name, planned_trials(spec), spec.max_steps, spec.search.metric, spec.search.mode)
     with view:
