@@ -26,14 +26,14 @@ class HostFailed(SweepError):
 
 
 class HostGone(SweepError):
-    """A trial was lost with its host, whose name this has."""
+    """A trial cannot go on with its host, whose name this has: it is lost, fails, or has no memory for it."""
 
     def __init__(self, host: str, why: str) -> None:
         super().__init__(host, why)
         self.host, self.why = host, why
 
     def __str__(self) -> str:
-        return f"{self.host} was lost: {self.why}"
+        return f"{self.host}: {self.why}"
 
 
 class Interrupted(SweepError):

@@ -249,10 +249,11 @@ class Host:
         return None
 
     def _hold_at_most(self, trials: int | None) -> None:
-        if trials and trials < self._capacity:
-            self._capacity = trials
-            lowered, self._lowered = self._lowered, Future()
-            lowered.set_result(None)
+        with self._wake:  # the loop and the training thread both find out
+            if trials and trials < self._capacity:
+                self._capacity = trials
+                lowered, self._lowered = self._lowered, Future()
+                lowered.set_result(None)
 
     async def advance(self, trial: str, until: int) -> dict[str, Any]:
         """Train a resident trial up to a step, evaluate it, and return its report.
@@ -267,11 +268,13 @@ class Host:
         with self._wake:
             self._goals[trial] = goal
             self._wake.notify()
-        report = await asyncio.wrap_future(goal.report)
-        self._is_new_no_more(trial)
-        return report
+        try:
+            return await asyncio.wrap_future(goal.report)
+        finally:
+            self._is_new_no_more(trial)
 
     def _is_new_no_more(self, trial: str) -> None:
+        """It has reported, or is to be here no longer."""
         if trial in self._new:
             self._new.remove(trial)
             self._alone = None if trial == self._alone else self._alone
@@ -313,6 +316,7 @@ class Host:
         """Let a trial go, whether it is resident, or waits; nothing happens where it does neither."""
         self._waiting.forget(trial)
         if trial not in self._residents:
+            self._is_new_no_more(trial)
             return
         self._bytes_left = await self._ask(lambda: self._let_go(trial))
         self._is_new_no_more(trial)

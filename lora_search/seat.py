@@ -36,6 +36,9 @@ Two Choices in Randomized Load Balancing, 2001), and costs the same whatever the
 ANSWER_S = 5.0
 """A host that takes longer to say whether it has room is passed over, this time."""
 
+LARGER_S = 60.0
+"""Until a trial that seems too large for any host is tried: one that is large enough may be about to begin anew."""
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Where one node finds no room, no other will."""
 
@@ -193,6 +196,8 @@ class Lobby:
     ) -> ActorHandle:
         """A host that admits the trial, of a few at a time the one with most room; waits while all are full.
 
+        Where it seems to be too large for any, it is tried all the same, when no larger one has come for LARGER_S.
+
         Args:
             parameters: of the trial, as it was proposed.
             again: the trial may be resident somewhere, from when it had another seat.
@@ -200,7 +205,7 @@ class Lobby:
         """
         given = None if checkpoint is None else ray.put(checkpoint)
         asked: set[str] = set()
-        anyway = False
+        anyway, large_since = False, time.monotonic()
         while True:
             names = self._names()
             too_small: set[str] = set()
@@ -210,6 +215,8 @@ class Lobby:
                     admitted = _get(self._known[name].admit.remote(trial, config, given, parameters, alone, anyway))
                 except GONE:
                     continue  # lost meanwhile, or out of reach for a moment
+                except HostFailed as error:
+                    raise HostGone(name.removeprefix(self._prefix), str(error)) from None
                 if admitted is None:
                     too_small.add(name)
                 if admitted:
@@ -218,7 +225,9 @@ class Lobby:
                             host.release.remote(trial)
                     self._last = name
                     return self._known[name]
-            anyway = bool(too_small) and not names - self._silent.keys() - too_small
+            if not too_small or names - self._silent.keys() - too_small:
+                large_since = time.monotonic()
+            anyway = time.monotonic() - large_since > LARGER_S
             time.sleep(ADMISSION_RETRY_S * max(1.0, len(names) / ASKED_AT_ONCE))
 
     def _names(self) -> set[str]:

@@ -360,6 +360,22 @@ def test_trial_that_finds_no_memory_beside_others_leaves_them_its_own_and_goes_o
     asyncio.run(story())
 
 
+@pytest.mark.parametrize("asked", ["step", "report"])
+def test_trial_on_its_last_try_that_is_sent_away_leaves_its_place_to_others(asked: str) -> None:
+    async def story() -> list[bool | None]:
+        host = await make_host(Crowded(asked))
+        await host.admit("proven", CONFIG)
+        await host.advance("proven", 1)
+        assert await host.admit("large", CONFIG, alone=True)
+        gone = await asyncio.gather(host.advance("large", 2), return_exceptions=True)
+        assert isinstance(gone[0], HostFailed)
+        await host.release("large")
+        await host.release("proven")
+        return [await host.admit("next", CONFIG), await host.admit("last", CONFIG, alone=True)]
+
+    assert asyncio.run(story()) == [True, False]  # the host holds one now
+
+
 def test_refused_trial_takes_no_room() -> None:
     async def story() -> int:
         host = await make_host(CountingEngine(), capacity=1)

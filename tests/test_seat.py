@@ -17,7 +17,7 @@ from test_host import CONFIG, CountingEngine, ranked
 
 from lora_search.checkpoint import REPORTS, TRIAL, Checkpoint, Shelf, seal, step_of
 from lora_search.doctor import _hosts
-from lora_search.errors import HostFailed, InputError, SweepError
+from lora_search.errors import HostFailed, HostGone, InputError, SweepError
 from lora_search.host import Host
 from lora_search.placement import HostPlace, Node
 from lora_search.rundir import RunDirectory, create_run
@@ -156,8 +156,11 @@ def test_trial_that_lost_its_seat_leaves_the_host_that_it_was_on(hosts: Hosts) -
 
 
 @pytest.mark.parametrize("larger", [True, False])
-def test_trial_too_large_for_one_host_waits_for_a_larger_one_where_there_is_one(started: Hosts, larger: bool) -> None:
-    """Such as cards of two kinds: it is tried on the small one only where there is no other."""
+def test_trial_too_large_for_one_host_waits_for_a_larger_one_where_there_is_one(
+    started: Hosts, larger: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as cards of two kinds: it is tried on the small one only where there is no other, nor comes one."""
+    monkeypatch.setattr("lora_search.seat.LARGER_S", 0.5)
     ray, prefix = started.ray, f"lora-search-kinds-{larger}-"
     builds = {"small": lambda data: CountingEngine()} | ({"large": lambda data: RoomyEngine()} if larger else {})
     hosts = {
@@ -181,6 +184,25 @@ def test_trial_too_large_for_one_host_waits_for_a_larger_one_where_there_is_one(
     finally:
         for host in hosts.values():
             ray.kill(host)
+
+
+class FailingEngine(CountingEngine):
+    """Fails as soon as it is to hold a trial."""
+
+    def admit(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None = None) -> None:
+        raise HostFailed("CUDA error: an illegal memory access was encountered")
+
+
+def test_host_that_fails_as_it_admits_a_trial_is_told_by_its_name(started: Hosts) -> None:
+    ray, prefix = started.ray, "lora-search-failing-"
+    host = ray.remote(Host).options(num_cpus=0, name=prefix + "host-7").remote("h", 1, lambda data: FailingEngine())
+    try:
+        ray.get(host.load.remote(None))
+        with pytest.raises(HostGone, match="host-7: CUDA error: an illegal memory access") as lost:
+            Lobby(prefix).admit("a", CONFIG, None)
+        assert lost.value.host == "host-7"
+    finally:
+        ray.kill(host)
 
 
 class RoomyEngine(CountingEngine):
@@ -789,8 +811,10 @@ def test_node_that_cannot_use_the_run_directory_gets_no_seat_until_it_can(
             hosts.unsaved(0, "No space left on device", None)
         assert said[1:] == [f"node {node[:8]} is of use by now"]
         assert [hosts.excuses(0), hosts.excuses(0)] == [True, False]  # it is not the trial's fault
+        hosts.lost(2, "host-0", "out of memory at step 3, with 4 trials resident")
+        assert [hosts.excuses(2), hosts.excuses(2)] == [True, False]
         hosts.unsaved(1, "Input/output error", node)
-        hosts.reported(1)
+        hosts.reported(1, "host-0")
         for _ in range(UNSAVED):
             hosts.unsaved(1, "Input/output error", node)
         with pytest.raises(SweepError, match=r"cannot be written to: Input/output error; mend it, then --resume"):

@@ -200,9 +200,10 @@ def _device(
     if per_host is None:
         per_host = memories.trials_of_host(counts[1], counts[3])
     sweep = sweep_over(hosts * per_host)
-    rate = device.flops * UTILISATION[device.kind] * (hosts if device.here else 1)
+    side_by_side = hosts if device.here else 1
+    rate = device.flops * UTILISATION[device.kind] * side_by_side
     kernels = LAYER_KERNELS * sweep.layers + SITE_KERNELS * len(largest(found, plain).shape.targets.modules)
-    launching = sweep.passes / per_host * kernels * PASS_SECONDS[device.kind]
+    launching = sweep.passes / (per_host * side_by_side) * kernels * PASS_SECONDS[device.kind]
     return DevicePlan(
         name=device.name,
         here=device.here,

@@ -42,8 +42,8 @@ class SeatsTrials(Protocol):
         """The nodes on which no seat may be, as it stands."""
         ...
 
-    def lost(self, trial: int, host: str) -> None:
-        """A trial was lost with the host of that name."""
+    def lost(self, trial: int, host: str, why: str) -> None:
+        """A trial cannot go on with the host of that name."""
         ...
 
 
@@ -92,7 +92,7 @@ class _Controller(TuneController):  # type: ignore[misc]  # Ray's base class is 
         if isinstance(exception, _TuneStopTrialError) and (raised := sys.exception()) is not None:
             raise raised
         if isinstance(lost := getattr(exception, "cause", None), HostGone):
-            self._hosts.lost(trial.config["trial"], lost.host)
+            self._hosts.lost(trial.config["trial"], lost.host, lost.why)
         super()._process_trial_failure(trial, exception)
 
     def _maybe_cache_trial_actor(self, trial: Trial) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 import ray
 
-from lora_search.errors import InputError, SweepError
+from lora_search.errors import OUT_OF_MEMORY, InputError, SweepError
 from lora_search.placement import HostPlace, Node
 from lora_search.spec import SweepSpec
 from lora_search.storage import Folder
@@ -358,25 +358,31 @@ class Hosts(Roster):
         self._excused.add(trial)
         self._soundness.unsaved(trial, why, node)
 
-    def lost(self, trial: int, host: str) -> None:
-        """A trial was lost with the host of that name: it goes on elsewhere, where it can."""
-        self._shunned.lost(trial, host, self._running.values())
+    def lost(self, trial: int, host: str, why: str) -> None:
+        """A trial cannot go on with the host of that name: it goes on elsewhere, where it can.
 
-    def reported(self, trial: int) -> None:
-        """A trial has come further, and what it and its seats have met with before is over."""
+        Where memory was short, the host holds fewer from now on, which is held against nobody.
+        """
+        if why.startswith(OUT_OF_MEMORY):
+            self._excused.add(trial)
+        else:
+            self._shunned.lost(trial, host, self._running.values())
+
+    def reported(self, trial: int, host: str) -> None:
+        """A trial has come further, and what it and its seats have met with before is over; and so has its host."""
         self._soundness.reported(trial)
-        self._shunned.welcome(trial, self._running.values())
+        self._shunned.reported(trial, host, self._running.values())
 
     def excuses(self, trial: int) -> bool:
         """Whether the loss of a trial is not to be held against it, but once: its host kept it as it stood, since its
-        node was to go, or its seat's node cannot use the run directory."""
+        node was to go, or had no memory for it beside others, or its seat's node cannot use the run directory."""
         excused = trial in self._excused
         self._excused.discard(trial)
         return excused
 
     def release(self, trial: int, host: str | None = None) -> None:
         """Let a trial go that has ended, from the host of that name, or wherever it is resident."""
-        self._shunned.welcome(trial, self._running.values())
+        self._shunned.ended(trial, self._running.values())
         for other in self._running.values():
             if host in (None, other.place.name):
                 other.actor.release.remote(str(trial))

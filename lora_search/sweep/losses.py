@@ -35,6 +35,8 @@ class Losses:
         self._counted: Counter[str] = Counter()
         self._last: dict[str, float] = {}
         """By node, when one was counted."""
+        self.has_trained = False
+        """Whether any host has ever loaded the base."""
         self.unfit: set[str] = set()
         """Nodes that get no hosts any more."""
         self._none_since: float | None = None
@@ -64,13 +66,14 @@ class Losses:
         """Count a host that was lost against its node, and give that up where it has lost too many.
 
         One that had lasted speaks for its node; and of several that are lost at once, as all of a machine's, the others
-        say no more than the first: only one that has come since does.
+        say no more than the first: only one that has come since does. Where none has ever loaded the base, each counts:
+        the user is to hear of it soon.
         """
         now, node = time.monotonic(), host.place.node
         if host.loaded and now - host.since > LASTING_S:
             self._counted[node] = 0
             return
-        if host.since < self._last.get(node, host.since):
+        if (host.loaded or self.has_trained) and host.since < self._last.get(node, host.since):
             return
         self._counted[node] += 1
         self._last[node] = now

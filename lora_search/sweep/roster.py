@@ -100,6 +100,8 @@ class Roster:
             counts: hold it against its node.
         """
         self._drop(host)
+        self._shunned.gone(host.place.name)
+        self._losses.has_trained |= any(known["since"] for known in (*self.facts, host.facts()))
         self._lost.append(host.facts() | {"lost": str(lost)})
         self._losses.add(host, lost, then, counts=counts)
 

@@ -77,7 +77,7 @@ def search(
                 say(shorter)
             for observer in observers:
                 observer.past(past.rows)
-        told = [record, _Attend(hosts, run.provenance), *observers]
+        told = [record, *observers, _Attend(hosts, run.provenance)]  # which of them may find the run taken over
         interrupted = past.ended < planned and _tune(spec, run, hosts, told, study, past)
         rows = run_rows(run)
         ended = ended_count(rows)
@@ -161,7 +161,7 @@ class _Attend(Observer):
 
     def trial_reported(self, trial: int, report: Mapping[str, Any]) -> None:
         self._resident.setdefault(trial, report["host"])
-        self._hosts.reported(trial)
+        self._hosts.reported(trial, report["host"])
 
     def trial_ended(self, trial: int, state: str, reason: str | None) -> None:
         host = self._resident.pop(trial, None)
@@ -172,6 +172,7 @@ class _Attend(Observer):
         if time.monotonic() - self._compared < LOOK_EVERY_S:
             return
         self._compared = time.monotonic()
-        if (facts := self._hosts.facts) != self._known:
-            write_provenance(self._record, read_provenance(self._record) | {"hosts": facts})
+        facts, before = self._hosts.facts, self._known
+        if facts != before and (known := read_provenance(self._record)):  # nothing, where it cannot be read now
+            write_provenance(self._record, known | {"hosts": facts})
             self._known = facts
