@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import statistics
 import weakref
 from collections import Counter
@@ -185,6 +187,33 @@ def test_gradient_is_the_same_alone_and_in_company(
         assert solo.norm() > 0
         assert torch.equal(together[name], solo)
         engine.release(name)
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_longer_rows_of_others_do_not_turn_a_trials_positions(
+    tiny: Path, tmp_path: Path, tiny_data: TokenizedData, kind: str
+) -> None:
+    """Of a base that turns all positions of a pass by the longest row in it, as Phi-4-mini does beyond 4,096 tokens."""
+    folder = shutil.copytree(tiny / "model", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    lengths = tiny_data.train.lengths_N
+    rope = {
+        "rope_type": kind,
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": int(np.median(lengths)),
+        "factor": 4.0,
+    }
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    spec = make_spec(tiny, base={"model": str(folder)})
+    engine = Engine(load_base(spec.base, "cpu"), tiny_data)
+    values = {"rank": 4, "learning_rate": 5e-3, "batch_size": 1, "steps": STEPS}
+    guests = [Stay(trial_config(spec, values | {"seed": seed}), 0, STEPS) for seed in range(3)]
+    found = run_pack(engine, guests)
+    if kind == "longrope":  # of the other, a pass leaves behind what the next begins with, alone as well
+        require_as_alone(engine, guests, found)
+    assert not engine._packed.flat
 
 
 @property_settings

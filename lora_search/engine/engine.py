@@ -32,7 +32,7 @@ from lora_search.engine.trial import ResidentTrial, lora_config
 from lora_search.engine.trouble import Failure, Trouble, device_fails_host, free_memory, require_finite, trouble_of
 from lora_search.errors import HostFailed, SweepError, TrialFailed
 from lora_search.memory.gauge import Gauge
-from lora_search.model import FrozenBase
+from lora_search.model import FrozenBase, longest_decides
 from lora_search.space import TrialConfig
 from lora_search.targets import module_tree, resolve
 
@@ -75,6 +75,7 @@ class Engine:
         sites = attach_sites(base, self._tree)
         self._places = {name: site.place for name, site in sites.items()}
         self._packed = PackedBase(base, data.pad_token_id)
+        self._packed.flat &= not longest_decides(base.model, data.longest)
         self._siblings = introduce_siblings(sites.values(), self._packed.siblings())
         self._measure = Measure(self._packed, self._lanes, data)
 

@@ -44,6 +44,25 @@ def refuse_long_rows(model: PreTrainedModel, longest: int) -> str | None:
     return None
 
 
+def longest_decides(model: PreTrainedModel, longest: int) -> bool:
+    """Whether the longest row of a pass decides how all its positions are turned, so that trials cannot share it.
+
+    So LongRoPE and dynamic NTK have it where a row is longer than the base was first trained for
+    (`dynamic_rope_update` in transformers' modeling_rope_utils.py).
+
+    Args:
+        model: with or without weights.
+        longest: tokens of the longest row.
+    """
+    found = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [of_layers for of_layers in found.values() if isinstance(of_layers, dict)] or [found]
+    for rope in kinds:
+        first = rope.get("original_max_position_embeddings") or _stated(model)
+        if rope.get("rope_type") in ("longrope", "dynamic") and first is not None and longest > first:
+            return True
+    return False
+
+
 def table_length(model: PreTrainedModel) -> int | None:
     """Positions in the model's table, learned or laid out beforehand; None where positions are computed as needed."""
     from torch import nn
