@@ -108,8 +108,8 @@ def _place(host: str, node: str | None) -> str:
 def _pack(pack: Mapping[str, Any]) -> str:
     trials, places = pack["trials"], pack["capacity"]
     if not trials:
-        return "no trials"
-    of = "" if places is None else f" of at most {places}"
+        return "none of its trials has reported yet"
+    of = "" if places is None else f" (at most {places})"
     noun = "trial" if len(trials) == 1 else "trials"
     return f"{noun} {', '.join(map(str, trials))}{of}, {pack['tokens_per_second']:,.0f} tokens/s"
 
