@@ -175,7 +175,8 @@ def test_status_says_what_runs_where_and_what_failed(
         {"name": "gone", "node": "ffffffffffff", "capacity": 4, "lost": "its node is gone"},
         {"name": "comes", "node": "ffffffffffff", "capacity": None},
     ]
-    here = "h on node 01234567: trial 2 (at most 4), 99 tokens/s\n  idle on node 01234567: none of its trials has reported yet"
+    here = "h on node 01234567: trial 2 (at most 4), 99 tokens/s\n"
+    here += "  idle on node 01234567: none of its trials has reported yet"
     for facts, shown in (
         (hosts, f"{here}\n  gone on node ffffffff was lost: its node is gone"),
         ([7, {"name": "h", "capacity": "many"}], "h: trial 2, 99 tokens/s"),  # somebody else's
