@@ -23,7 +23,7 @@ from lora_search.errors import OUT_OF_MEMORY, HostFailed, InputError, TrialFaile
 from lora_search.machine import share_heaps
 from lora_search.space import TrialConfig
 from lora_search.storage import Folder, StoreError
-from lora_search.waiting import WaitingRoom
+from lora_search.waiting import Places, WaitingRoom
 
 T = TypeVar("T")
 
@@ -79,16 +79,9 @@ class Host:
             build: makes the engine of the data, on the training thread.
         """
         self.name = name
-        self._capacity = capacity
-        self._lowered: Future[None] = Future()
-        """Is done when the capacity is lowered next."""
+        self._places = Places(capacity)
         self._residents: dict[str, Mapping[str, Any] | None] = {}
         """By trial, its parameters as they were proposed, where they were told."""
-        self._shunned: set[str] = set()
-        self._new: set[str] = set()
-        """Residents that have not reported yet, since they came."""
-        self._alone: str | None = None
-        """One of them beside which no other may come."""
         self._waiting = WaitingRoom()
         self._door = asyncio.Lock()
         self._bytes_left = 0
@@ -117,12 +110,12 @@ class Host:
             self._engine = self._build(data)
             if check is not None:
                 check()
-            self._hold_at_most(self._engine.ever())
+            self._places.hold_at_most(self._engine.ever())
             return self._engine.room()
 
         self._bytes_left = await self._ask(load)
         self._loaded = True
-        return {"name": self.name, "pid": os.getpid(), "capacity": self._capacity}
+        return {"name": self.name, "pid": os.getpid(), "capacity": self._places.most}
 
     async def unload(self) -> None:
         """Let the base and all of its trials go; what memory they held is free for other work."""
@@ -153,34 +146,31 @@ class Host:
 
     async def holds_fewer(self, than: int) -> int:
         """Is answered by how many trials it holds, as soon as those are fewer: memory may tell it so at any time."""
-        while True:
-            lowered = self._lowered
-            if self._capacity < than:
-                return self._capacity
-            await asyncio.wrap_future(lowered)
+        return await self._places.fewer(than)
 
     async def describe(self) -> str:
         """What it does at present, for people."""
         trials = ", ".join(sorted(self._residents, key=lambda trial: (len(trial), trial))) or "none"
-        state = f"trains trials {trials} of at most {self._capacity}" if self._loaded else "has no base loaded"
+        state = f"trains trials {trials} of at most {self._places.most}" if self._loaded else "has no base loaded"
         return f"{self.name} {state}, {len(self._goals)} of them in the pass"
 
     async def room(self) -> tuple[int, int]:
         """How many more trials may come, and the bytes that are left for them."""
-        return self._places, self._bytes_left
+        return self._left, self._bytes_left
 
     @property
-    def _places(self) -> int:
-        return (self._capacity if self._loaded and self._alone is None else 0) - len(self._residents)
+    def _left(self) -> int:
+        taken = len(self._residents)
+        return self._places.left(taken) if self._loaded else -taken
 
     async def shun(self, trial: str) -> None:
         """Take a trial no more, that another host may be better for."""
-        self._shunned.add(trial)
+        self._places.shun(trial)
         self._waiting.forget(trial)
 
     async def welcome(self, trial: str) -> None:
         """Take a trial again."""
-        self._shunned.discard(trial)
+        self._places.welcome(trial)
 
     async def admit(
         self,
@@ -205,13 +195,13 @@ class Host:
         Raises:
             TrialFailed: it does not fit, with no other beside it, or is none for this base.
         """
-        if not self._loaded or trial in self._shunned:
+        if not self._loaded or self._places.shuns(trial):
             return False
         if trial in self._residents:
             await self.release(trial)
         async with self._door:
             judged = self._waiting.state
-            has_place = self._places > 0 and not (alone and self._new)
+            has_place = self._left > 0 and self._places.suits(alone=alone)
             left = await self._ask(lambda: self._engine.room(config)) if has_place else -1
             fits = has_place and (left >= 0 or not self._residents)
             size = 0  # known from when it first asked, or of no matter: nobody else waits
@@ -223,11 +213,10 @@ class Host:
                 return False
             beside = await self._ask(lambda: self._let_in(trial, config, checkpoint))
             if beside is not None:
-                self._hold_at_most(beside)
+                self._places.hold_at_most(beside)
                 return False
             self._residents[trial] = parameters
-            self._new.add(trial)
-            self._alone = trial if alone else None
+            self._places.came(trial, alone=alone)
             self._bytes_left = left
         return True
 
@@ -247,13 +236,6 @@ class Host:
                 raise
             return beside
         return None
-
-    def _hold_at_most(self, trials: int | None) -> None:
-        with self._wake:  # the loop and the training thread both find out
-            if trials and trials < self._capacity:
-                self._capacity = trials
-                lowered, self._lowered = self._lowered, Future()
-                lowered.set_result(None)
 
     async def advance(self, trial: str, until: int) -> dict[str, Any]:
         """Train a resident trial up to a step, evaluate it, and return its report.
@@ -275,9 +257,7 @@ class Host:
 
     def _is_new_no_more(self, trial: str) -> None:
         """It has reported, or is to be here no longer."""
-        if trial in self._new:
-            self._new.remove(trial)
-            self._alone = None if trial == self._alone else self._alone
+        if self._places.is_new_no_more(trial):
             self._waiting.changed()
 
     async def snapshot(self, trial: str) -> Checkpoint:
@@ -381,7 +361,7 @@ class Host:
     def _train_once(self, goals: dict[str, _Goal]) -> None:
         behind = [trial for trial, goal in goals.items() if self._engine.position(trial) < goal.until]
         outcomes = self._engine.step(behind) if behind else {}
-        self._hold_at_most(self._engine.pack_limit)
+        self._places.hold_at_most(self._engine.pack_limit)
         for trial, outcome in outcomes.items():
             if isinstance(outcome, TrialFailed | HostFailed):
                 self._answer(trial, outcome)
@@ -389,7 +369,7 @@ class Host:
         if not there:
             return
         reports = self._engine.report(there)
-        self._hold_at_most(self._engine.pack_limit)
+        self._places.hold_at_most(self._engine.pack_limit)
         for trial, report in reports.items():
             self._answer(trial, report)
 

@@ -1,7 +1,10 @@
-"""Who is let in next: trials that wait for room on a host. Values only; the host says what fits."""
+"""Who is let in next: trials that wait for room on a host, and its places. Values only; the host says what fits."""
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 FORGOTTEN_S = 600.0
@@ -74,3 +77,70 @@ class WaitingRoom:
             return min(overdue, key=lambda name: self._waiters[name].since)
         may_fit = [name for name, waiter in self._waiters.items() if waiter.refused_at != self.state]
         return max(may_fit, key=lambda name: (self._waiters[name].size, -self._waiters[name].since))
+
+
+class Places:
+    """How many trials may be on a host at once, and which of them not beside others."""
+
+    def __init__(self, most: int) -> None:
+        """
+        Args:
+            most: trials resident at once.
+        """
+        self.most = most
+        self._lowered: Future[None] = Future()
+        """Is done when there are fewer places."""
+        self._lowering = threading.Lock()
+        self._shunned: set[str] = set()
+        self._new: set[str] = set()
+        """Residents that have not reported yet, since they came."""
+        self._alone: str | None = None
+        """One of them beside which no other may come."""
+
+    def left(self, taken: int) -> int:
+        """Places for more trials, beside so many."""
+        return (self.most if self._alone is None else 0) - taken
+
+    def hold_at_most(self, trials: int | None) -> None:
+        """Have no more places than so many, where that is known. From any thread."""
+        with self._lowering:
+            if trials and trials < self.most:
+                self.most = trials
+                lowered, self._lowered = self._lowered, Future()
+                lowered.set_result(None)
+
+    async def fewer(self, than: int) -> int:
+        """How many there are, as soon as they are fewer."""
+        while True:
+            lowered = self._lowered
+            if self.most < than:
+                return self.most
+            await asyncio.wrap_future(lowered)
+
+    def shun(self, trial: str) -> None:
+        """Have no place for a trial."""
+        self._shunned.add(trial)
+
+    def welcome(self, trial: str) -> None:
+        """Have places for a trial again."""
+        self._shunned.discard(trial)
+
+    def shuns(self, trial: str) -> bool:
+        return trial in self._shunned
+
+    def suits(self, *, alone: bool) -> bool:
+        """Whether a trial may come beside those that are there; one that is to be alone, where all have reported."""
+        return not (alone and self._new)
+
+    def came(self, trial: str, *, alone: bool) -> None:
+        """A trial is there."""
+        self._new.add(trial)
+        self._alone = trial if alone else None
+
+    def is_new_no_more(self, trial: str) -> bool:
+        """A trial has reported, or is to be there no longer; whether that changes who may come."""
+        if trial not in self._new:
+            return False
+        self._new.remove(trial)
+        self._alone = None if trial == self._alone else self._alone
+        return True

@@ -247,10 +247,10 @@ def build_idle(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> I
 def test_host_whose_cores_are_held_is_not_waited_for_and_joins_when_they_are_free(
     started: Hosts, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lora_search.sweep.hosts import WITHOUT
+    from lora_search.sweep.beginning import WITHOUT
     from lora_search.sweep.hosts import Hosts as SweepHosts
 
-    monkeypatch.setattr("lora_search.sweep.hosts.START_S", 5.0)
+    monkeypatch.setattr("lora_search.sweep.beginning.START_S", 5.0)
     ray = started.ray
     cores = int(ray.cluster_resources()["CPU"])
     holder = ray.remote(Host).options(num_cpus=cores // 2).remote("holder", 1, lambda data: CountingEngine())
@@ -303,7 +303,7 @@ def test_host_whose_cores_are_held_is_not_waited_for_and_joins_when_they_are_fre
         assert len(set(hosts.ask_all(os.getpid))) == 2
         hosts.check = other_weights
         node = hosts._begun[0].place.node[:8]
-        monkeypatch.setattr("lora_search.sweep.hosts.START_S", 60.0)  # however slowly this one starts
+        monkeypatch.setattr("lora_search.sweep.beginning.START_S", 60.0)  # however slowly this one starts
         ray.kill(hosts._begun[0].actor)  # the one in its place does not pass
 
         def refused() -> bool:
@@ -570,7 +570,7 @@ def test_output_that_nodes_do_not_see_ends_the_sweep_before_it_begins(
     spec = make_spec(tiny, name="unseen", hosts={"count": 2}, output="runs")
     hosts = SweepHosts(spec, build_idle, run=SeenByOne(tmp_path / "run"))
     started.ray.get([host.started for host in hosts._running.values()])
-    monkeypatch.setattr("lora_search.sweep.hosts.START_S", 0.5)  # it runs: how long it takes to answer is no matter
+    monkeypatch.setattr("lora_search.sweep.beginning.START_S", 0.5)  # it runs: how long it takes to answer is no matter
     try:
         with pytest.raises(InputError, match=r"output: found 'runs', which not every node can use \(node \w{8}: far\)"):
             hosts.require_same_nodes()
