@@ -15,10 +15,14 @@ from pathlib import Path, PurePosixPath
 GROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
 MEMINFO = Path("/proc/meminfo")
-M_ARENA_MAX = -8
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 """Of glibc's mallopt(3)."""
 
 HEAPS = 2
+
+FREE_BYTES, MAPPED_BYTES = (1 << 31) - 1, 32 << 20
+"""What a heap's free end may come to before it is given back, and from which size on an allocation is apart from the
+heaps: the most that glibc takes of either."""
 
 LOGICAL_GPUS = "LORA_SEARCH_LOGICAL_GPUS"
 
@@ -102,7 +106,22 @@ def _number(file: Path) -> int:
 
 def share_heaps() -> None:
     """Let this process's threads share two heaps: glibc gives each its own, and what one has free no other can use."""
+    _tell_allocator(M_ARENA_MAX, HEAPS)
+
+
+def keep_heaps() -> None:
+    """Keep what is freed for what is allocated next.
+
+    Glibc gives a pass's activations back to the system when they are freed, and has them again, page by page, for the
+    next pass: 10,000 to 12,000 page faults a step of four trials of the demo, an eighth of its time
+    (analysis/benchmarks/NOTES.md). A process that has had so much memory will want it again.
+    """
+    _tell_allocator(M_MMAP_THRESHOLD, MAPPED_BYTES)
+    _tell_allocator(M_TRIM_THRESHOLD, FREE_BYTES)
+
+
+def _tell_allocator(parameter: int, value: int) -> None:
     try:
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, HEAPS)
+        ctypes.CDLL(None).mallopt(parameter, value)
     except (OSError, AttributeError):  # another C library
         return

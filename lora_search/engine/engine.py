@@ -31,6 +31,7 @@ from lora_search.engine.sites import attach_sites, introduce_siblings
 from lora_search.engine.trial import ResidentTrial, lora_config
 from lora_search.engine.trouble import Failure, Trouble, device_fails_host, free_memory, require_finite, trouble_of
 from lora_search.errors import HostFailed, SweepError, TrialFailed
+from lora_search.machine import keep_heaps
 from lora_search.memory.gauge import Gauge
 from lora_search.model import FrozenBase, longest_decides
 from lora_search.space import TrialConfig
@@ -53,6 +54,8 @@ class Engine:
             lanes: on a CPU, passes that run side by side; each has an equal share of torch's threads, always the same,
                 for the last bits of a product may depend on how many threads it has.
         """
+        if base.device.type == "cpu":
+            keep_heaps()
         self.base = base
         self.data = data
         self._gauge = gauge
