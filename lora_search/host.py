@@ -23,7 +23,7 @@ from lora_search.errors import OUT_OF_MEMORY, HostFailed, InputError, TrialFaile
 from lora_search.machine import share_heaps
 from lora_search.space import TrialConfig
 from lora_search.storage import Folder, StoreError
-from lora_search.waiting import Places, WaitingRoom
+from lora_search.waiting import Attempts, Places, WaitingRoom
 
 T = TypeVar("T")
 
@@ -83,6 +83,7 @@ class Host:
         self._residents: dict[str, Mapping[str, Any] | None] = {}
         """By trial, its parameters as they were proposed, where they were told."""
         self._waiting = WaitingRoom()
+        self._attempts = Attempts()
         self._door = asyncio.Lock()
         self._bytes_left = 0
         self._loaded = False
@@ -180,6 +181,7 @@ class Host:
         parameters: Mapping[str, Any] | None = None,
         alone: bool = False,
         anyway: bool = False,
+        attempt: int = 0,
     ) -> bool | None:
         """Make a trial resident, at its start or where a checkpoint left it; False where it has to wait, and ask again.
 
@@ -191,15 +193,20 @@ class Host:
             parameters: as they were proposed; its checkpoint tells them, where it is kept here.
             alone: no other that has not reported may be beside it before it has.
             anyway: try it, with no other beside it, however large it seems.
+            attempt: which of the trial's it is. Once a later one has come, or this one has been released, it is let in
+                no more: its seat may be lost while it waits here.
 
         Raises:
             TrialFailed: it does not fit, with no other beside it, or is none for this base.
         """
         if not self._loaded or self._places.shuns(trial):
             return False
-        if trial in self._residents:
-            await self.release(trial)
+        self._attempts.begin(trial, attempt)
         async with self._door:
+            if self._attempts.over(trial, attempt):
+                return False
+            if trial in self._residents:
+                await self._leave(trial)
             judged = self._waiting.state
             has_place = self._left > 0 and self._places.suits(alone=alone)
             left = await self._ask(lambda: self._engine.room(config)) if has_place else -1
@@ -209,6 +216,8 @@ class Host:
                 size, can = await self._ask(lambda: (self._engine.size(config), anyway or self._engine.fits(config)))
                 if not can:
                     return None
+            if self._attempts.over(trial, attempt):
+                return False
             if not self._waiting.may_enter(trial, size, fits=fits, judged=judged, now=time.monotonic()):
                 return False
             beside = await self._ask(lambda: self._let_in(trial, config, checkpoint))
@@ -218,6 +227,9 @@ class Host:
             self._residents[trial] = parameters
             self._places.came(trial, alone=alone)
             self._bytes_left = left
+            if self._attempts.over(trial, attempt):
+                await self._leave(trial)
+                return False
         return True
 
     def _let_in(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None) -> int | None:
@@ -292,8 +304,16 @@ class Host:
 
         return await self._ask(save)
 
-    async def release(self, trial: str) -> None:
-        """Let a trial go, whether it is resident, or waits; nothing happens where it does neither."""
+    async def release(self, trial: str, attempt: int | None = None) -> None:
+        """Let a trial go, whether it is resident, waits, or is about to; nothing happens where it does none of that.
+
+        Args:
+            attempt: of the trial, which is over; a later one stays. None: the trial has ended.
+        """
+        if self._attempts.end(trial, attempt):
+            await self._leave(trial)
+
+    async def _leave(self, trial: str) -> None:
         self._waiting.forget(trial)
         if trial not in self._residents:
             self._is_new_no_more(trial)

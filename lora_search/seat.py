@@ -22,9 +22,9 @@ from lora_search.storage import Folder, is_uri
 SEAT_BYTES = 128 << 20
 """Memory of a seat, which is all that Ray is asked for: a Python process with Ray in it."""
 
-PROPOSED = ("trial", "params", "again", "alone")
-"""What a seat's config holds: a trial's number, its values by name, whether it had a seat before, and whether no other
-that has not reported may be beside it on a host before it has."""
+PROPOSED = ("trial", "params", "attempt", "again", "alone")
+"""What a seat's config holds: a trial's number, its values by name, how many seats of this process it had before,
+whether it had any seat before, and whether no other that has not reported may be beside it on a host before it has."""
 
 ADMISSION_RETRY_S = 0.05
 """Between two rounds over so many hosts as are asked at a time; over more of them it is more."""
@@ -84,7 +84,7 @@ class Seat:
     def reset(self, config: dict[str, Any]) -> bool:
         """Stand for another trial from now on; the one before has been released by the sweep. True: it can."""
         self._trial = str(config["trial"])
-        self._again, self._alone = config["again"], config["alone"]
+        self._attempt, self._again, self._alone = config["attempt"], config["again"], config["alone"]
         self._parameters = config["params"]
         self._config = trial_config(self._spec, config["params"])
         self._steps = report_steps(self._spec, self._config)
@@ -148,7 +148,10 @@ class Seat:
     def _advance(self) -> dict[str, Any]:
         if self._host is None:
             self._host = self._lobby.admit(
-                self._trial, self._config, self._checkpoint, self._parameters, again=self._again, alone=self._alone
+                *(self._trial, self._config, self._checkpoint, self._parameters),
+                attempt=self._attempt,
+                again=self._again,
+                alone=self._alone,
             )
             self._checkpoint = None
         until = next(step for step in self._steps if step > self._reported)
@@ -191,6 +194,7 @@ class Lobby:
         checkpoint: Checkpoint | None,
         parameters: Mapping[str, Any] | None = None,
         *,
+        attempt: int = 0,
         again: bool = False,
         alone: bool = False,
     ) -> ActorHandle:
@@ -200,6 +204,7 @@ class Lobby:
 
         Args:
             parameters: of the trial, as it was proposed.
+            attempt: which of the trial's it is.
             again: the trial may be resident somewhere, from when it had another seat.
             alone: no other that has not reported may be beside it before it has.
         """
@@ -212,7 +217,8 @@ class Lobby:
             for name in self._as_asked(names):
                 asked.add(name)
                 try:
-                    admitted = _get(self._known[name].admit.remote(trial, config, given, parameters, alone, anyway))
+                    known = self._known[name]
+                    admitted = _get(known.admit.remote(trial, config, given, parameters, alone, anyway, attempt))
                 except GONE:
                     continue  # lost meanwhile, or out of reach for a moment
                 except HostFailed as error:
@@ -222,9 +228,9 @@ class Lobby:
                 if admitted:
                     for other in (names if again else asked) - {name}:  # it waits there, or is resident
                         if (host := self._host(other)) is not None:
-                            host.release.remote(trial)
+                            host.release.remote(trial, attempt)
                     self._last = name
-                    return self._known[name]
+                    return known
             if not too_small or names - self._silent.keys() - too_small:
                 large_since = time.monotonic()
             anyway = time.monotonic() - large_since > LARGER_S

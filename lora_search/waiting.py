@@ -1,8 +1,12 @@
-"""Who is let in next: trials that wait for room on a host, and its places. Values only; the host says what fits."""
+"""Who is let in next: trials that wait for room on a host, its places, and whose seats are no more.
+
+Values only; the host says what fits.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -144,3 +148,25 @@ class Places:
         self._new.remove(trial)
         self._alone = None if trial == self._alone else self._alone
         return True
+
+
+class Attempts:
+    """Which of a trial's attempts, each with a seat of its own, are over: what a seat has asked for outlives it."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, float] = {}
+        """By trial, the first that is not over."""
+
+    def begin(self, trial: str, attempt: int) -> None:
+        """A trial makes an attempt: those before it are over."""
+        self._first[trial] = max(attempt, self._first.get(trial, 0))
+
+    def end(self, trial: str, attempt: int | None) -> bool:
+        """An attempt is over, and all before it; None: there will be no other. False where that was known."""
+        if attempt is not None and self.over(trial, attempt):
+            return False
+        self._first[trial] = math.inf if attempt is None else attempt + 1
+        return True
+
+    def over(self, trial: str, attempt: int) -> bool:
+        return attempt < self._first.get(trial, 0)

@@ -43,6 +43,8 @@ class CountingEngine:
         self._broken = broken_step
 
     def admit(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None = None) -> None:
+        if trial in self.steps:
+            raise ValueError(f"trial {trial} is resident already")
         if config.lora.rank == 1:
             raise InputError("rank 1 is not to be had here")
         self.ranks[trial] = config.lora.rank
@@ -174,6 +176,47 @@ def test_trial_that_leaves_while_all_are_saved_costs_no_other_its_checkpoint(tmp
         return await saving
 
     assert asyncio.run(story()) == [(2, 1, "tune/trial-0002/checkpoint_000001")]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_seat_that_is_lost_while_its_trial_is_let_in_leaves_nothing_behind(alone: bool) -> None:
+    """Its call stays where it is, and is gone on with behind a step, or an evaluation."""
+    engine = Held()
+
+    async def story() -> list[Any]:
+        host = await make_host(engine, capacity=3)
+        assert await host.admit("a", CONFIG)
+        training = asyncio.ensure_future(host.advance("a", 2))
+        await asyncio.to_thread(engine.entered.wait)
+        lost = [asyncio.ensure_future(host.admit(trial, CONFIG, alone=alone)) for trial in "bc"]
+        await asyncio.sleep(0.05)
+        leaving = [asyncio.ensure_future(host.release(trial, 0)) for trial in "bc"]
+        after = asyncio.ensure_future(host.admit("b", CONFIG, attempt=1))
+        await asyncio.sleep(0.05)
+        engine.go.set()
+        said = [*(await asyncio.gather(*lost)), await after]
+        await asyncio.gather(training, *leaving)
+        return [*said, await host.release("b", 0), await host.describe(), (await host.room())[0]]
+
+    said = asyncio.run(story())
+    assert said == [False, False, True, None, "host-0 trains trials a, b of at most 3, 0 of them in the pass", 1]
+
+
+def test_next_seat_of_a_trial_comes_though_the_last_ones_call_is_on_its_way() -> None:
+    engine = Held()
+
+    async def story() -> list[bool | None]:
+        host = await make_host(engine, capacity=3)
+        assert await host.admit("a", CONFIG)
+        training = asyncio.ensure_future(host.advance("a", 2))
+        await asyncio.to_thread(engine.entered.wait)
+        tries = [asyncio.ensure_future(host.admit("b", CONFIG, attempt=attempt)) for attempt in (0, 1, 1)]
+        await asyncio.sleep(0.05)
+        engine.go.set()
+        await training
+        return [*(await asyncio.gather(*tries)), await host.admit("b", CONFIG, attempt=0)]
+
+    assert asyncio.run(story()) == [False, True, True, False]
 
 
 def test_full_host_admits_nobody_until_one_leaves() -> None:

@@ -191,10 +191,10 @@ def test_trial_whose_machine_is_lost_is_proposed_again_but_not_for_ever(tiny: Pa
     assert search.retries(0)
     assert first is not None
     assert not first["again"]
-    assert search.suggest("b") == first | {"again": True, "alone": True}  # its last try
+    assert search.suggest("b") == first | {"attempt": 1, "again": True, "alone": True}  # its last try
     search.on_trial_result("b", result(2, 3.0))  # what has come further may be lost again
     search.on_trial_complete("b", error=True)
-    assert search.suggest("c") == first | {"again": True, "alone": True}
+    assert search.suggest("c") == first | {"attempt": 2, "again": True, "alone": True}
     search.on_trial_complete("c", error=True)
     assert not search.retries(0)
     assert open_study(tmp_path).trials[0].state == TrialState.FAIL

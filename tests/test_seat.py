@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PATIENCE, make_spec, wait_until
+from conftest import PATIENCE, make_spec, processes, wait_until
 from test_host import CONFIG, CountingEngine, ranked
 
 from lora_search.checkpoint import REPORTS, TRIAL, Checkpoint, Shelf, seal, step_of
@@ -29,9 +31,10 @@ from lora_search.sweep.answers import DataLost, HostLost, NodeUnfit, is_done, un
 from lora_search.tracking import Observer
 
 HOSTS = 2 * ASKED_AT_ONCE
+NUMBERS = itertools.count()
 PREFIX = "lora-search-of-a-test-"
 PARAMS = {"rank": 4, "alpha_ratio": 2, "dropout": 0.0, "target_modules": "all-linear", "learning_rate": 1e-3}
-FIRST = {"trial": 3, "params": PARAMS, "again": False, "alone": False}
+FIRST = {"trial": 3, "params": PARAMS, "attempt": 0, "again": False, "alone": False}
 
 
 class Asked(Host):
@@ -105,7 +108,7 @@ def hosts(started: Hosts) -> Iterator[Hosts]:
 
 
 def filled(hosts: Hosts, lobby: Lobby) -> list[str]:
-    trials = [f"filling-{number}" for number in range(HOSTS)]
+    trials = [f"filling-{next(NUMBERS)}" for _ in range(HOSTS)]
     for trial in trials:
         lobby.admit(trial, CONFIG, None)
     assert sorted(place for trial in trials for place in hosts.of(trial)) == list(range(HOSTS))
@@ -122,9 +125,8 @@ def test_one_host_with_room_among_full_ones_is_found(hosts: Hosts) -> None:
 
 
 def test_where_its_last_trial_has_ended_it_asks_first_and_few_others(hosts: Hosts) -> None:
-    filled(hosts, lobby := Lobby(PREFIX))
-    trial = f"filling-{HOSTS - 1}"
-    hosts.release(trial)
+    trials = filled(hosts, lobby := Lobby(PREFIX))
+    hosts.release(trials[-1])
     before = hosts.asked()
     lobby.admit("next", CONFIG, None)
     assert hosts.asked() - before == ASKED_AT_ONCE
@@ -150,7 +152,7 @@ def test_trial_that_waited_everywhere_waits_nowhere_once_it_is_in(hosts: Hosts) 
 def test_trial_that_lost_its_seat_leaves_the_host_that_it_was_on(hosts: Hosts) -> None:
     Lobby(PREFIX).admit("lost", CONFIG, None)
     (before,) = hosts.of("lost")
-    Lobby(PREFIX).admit("lost", CONFIG, None, again=True)  # its place there is taken, by itself
+    Lobby(PREFIX).admit("lost", CONFIG, None, attempt=1, again=True)  # its place there is taken, by itself
     wait_until(lambda: before not in hosts.of("lost"))
     assert len(hosts.of("lost")) == 1
 
@@ -427,6 +429,56 @@ def build_small(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> 
     return SmallEngine()
 
 
+class LessensEngine(IdleEngine):
+    """Takes its time until there are two trials, and with them, and finds out that they are too many."""
+
+    def step(self, trials: Sequence[str]) -> dict[str, Any]:
+        if len(self.steps) == 2:
+            self.pack_limit = 1
+        if len(self.steps) == 2 or self.pack_limit is None:
+            time.sleep(0.5)
+        return super().step(trials)
+
+
+def build_lessens(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> LessensEngine:
+    return LessensEngine()
+
+
+def test_trials_whose_seats_are_lost_hold_no_places_that_others_wait_for(
+    started: Hosts, tiny: Path, tmp_path: Path
+) -> None:
+    """The first is asked for again alone, and has to find the only place free that there is now."""
+    from lora_search.sweep.hosts import Hosts as SweepHosts
+    from lora_search.sweep.trials import search
+
+    class Kills(Observer):
+        def tick(self) -> None:
+            if time.monotonic() > until:  # no trial comes any more
+                signal.raise_signal(signal.SIGTERM)
+            if hosts.capacity == 1 and not killed:
+                for seat in processes("ray::Seat"):
+                    os.kill(seat, signal.SIGKILL)
+                    killed.append(seat)
+
+    until, killed = time.monotonic() + PATIENCE, list[int]()
+    spec = make_spec(
+        tiny,
+        name="lessens",
+        hosts={"count": 1, "trials_per_host": 2},
+        search={"trials": 2, "sampler": {"name": "random"}, "scheduler": {"name": "none"}},
+        training={"steps": 60, "eval_every": 20},
+        output=str(tmp_path),
+    )
+    hosts = SweepHosts(spec, build_lessens)
+    try:
+        hosts.load()
+        rows = search(spec, fresh_run(tmp_path, spec.name), hosts, [Kills()])
+    finally:
+        hosts.end()
+    assert len(killed) >= 2
+    assert [row["state"] for row in rows] == ["completed"] * 2, rows
+
+
 def test_hosts_lost_all_at_once_are_replaced_and_one_lost_at_the_end_leaves_the_others(
     started: Hosts, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -631,7 +683,10 @@ def test_seat_clears_away_the_checkpoints_of_a_trial_that_had_its_number(
     host = started.ray.remote(Host).options(num_cpus=0, name="lora-search-number-0").remote("h", 1, build_counting)
     started.ray.get(host.load.remote(None))
     seat = Seat(
-        {"trial": 7, "params": PARAMS, "again": False, "alone": False}, spec, Folder(tmp_path), "lora-search-number-"
+        {"trial": 7, "params": PARAMS, "attempt": 0, "again": False, "alone": False},
+        spec,
+        Folder(tmp_path),
+        "lora-search-number-",
     )
     assert "resumed" not in seat.train()
     assert [path.name for path in (tmp_path / "tune" / "trial-0007").iterdir()] == ["checkpoint_000002"]
@@ -772,7 +827,10 @@ def test_seat_that_cannot_use_the_run_directory_says_so_and_on_which_node(
     try:
         started.ray.get(host.load.remote(None))
         seat = Seat(
-            {"trial": 3, "params": PARAMS, "again": False, "alone": False}, spec, kind(tmp_path), "lora-search-blind-"
+            {"trial": 3, "params": PARAMS, "attempt": 0, "again": False, "alone": False},
+            spec,
+            kind(tmp_path),
+            "lora-search-blind-",
         )
         said = seat.train()
         assert why in said.pop("unsaved")

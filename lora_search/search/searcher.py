@@ -24,7 +24,7 @@ MEMORY = "memory"
 
 
 class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's base class is untyped
-    """Proposes configurations from a study: `{"trial": number, "params": {name: value}, "again": bool, "alone": bool}`.
+    """Proposes configurations from a study: a trial's number and params, and `attempt`, `again` and `alone`.
 
     Trials that the study has as running, from an earlier process, come first, with their numbers and `again` set. So
     does one whose seat, host or machine was lost: Ray Tune's own retries do not reach a trial that was lost before its
@@ -59,6 +59,8 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's base class is unty
         """Have been proposed, and are not with Ray Tune."""
         self._losses: Counter[int] = Counter()
         """Of a trial, since it last reported."""
+        self._attempts: Counter[int] = Counter()
+        """Of a trial, how often it was proposed."""
         self._asked = sum(trial.state != TrialState.WAITING for trial in trials)
         self._trials: dict[str, optuna.Trial] = {}
         self._reported = {trial.number: max(trial.intermediate_values, default=0) for trial in running}
@@ -85,7 +87,9 @@ class StudySearcher(Searcher):  # type: ignore[misc]  # Ray's base class is unty
         self._trials[trial_id] = trial
         alone = self._losses[trial.number] >= max(1, self._max_retries)
         params = decode(self._search.space, trial.params)
-        return {"trial": trial.number, "params": params, "again": again, "alone": alone}
+        attempt = self._attempts[trial.number]
+        self._attempts[trial.number] += 1
+        return {"trial": trial.number, "params": params, "attempt": attempt, "again": again, "alone": alone}
 
     def _propose_the_rest(self, trial: optuna.Trial) -> None:
         """Finish the last proposal of a process that was ended in the middle of it, as that would have."""

@@ -46,6 +46,10 @@ class SeatsTrials(Protocol):
         """A trial cannot go on with the host of that name."""
         ...
 
+    def vacate(self, trial: int, attempt: int) -> None:
+        """A trial's seat is no more: its place is free, and its next attempt may be far off."""
+        ...
+
 
 @contextmanager
 def seated(hosts: SeatsTrials, /, **given: Any) -> Iterator[None]:
@@ -93,6 +97,7 @@ class _Controller(TuneController):  # type: ignore[misc]  # Ray's base class is 
             raise raised
         if isinstance(lost := getattr(exception, "cause", None), HostGone):
             self._hosts.lost(trial.config["trial"], lost.host, lost.why)
+        self._hosts.vacate(trial.config["trial"], trial.config["attempt"])
         super()._process_trial_failure(trial, exception)
 
     def _maybe_cache_trial_actor(self, trial: Trial) -> bool:

@@ -218,6 +218,14 @@ class Hosts(Beginning):
         self._excused.discard(trial)
         return excused
 
+    def vacate(self, trial: int, attempt: int) -> None:
+        """An attempt of a trial is over, wherever it is resident, waits, or is about to: its seat is no more.
+
+        The trial itself may wait long for its next one, behind others that need its place.
+        """
+        for host in self._running.values():
+            host.actor.release.remote(str(trial), attempt)
+
     def release(self, trial: int, host: str | None = None) -> None:
         """Let a trial go that has ended, from the host of that name, or wherever it is resident."""
         self._shunned.ended(trial, self._running.values())
