@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ REPORTS = "reports.json"
 MISSING = (FileNotFoundError, NotADirectoryError)
 """What reading a file raises that is not there. Whatever else it raises says nothing of what the file holds: of a file
 server that is out of reach for a moment, or a store that fails, everything would be damaged."""
+
+DAMAGED = (SweepError, *MISSING, ValueError)
+"""What reading a checkpoint raises that is not whole."""
 
 KEPT = 2
 """Checkpoints of a trial: the newest, and the one before should the newest be damaged."""
@@ -128,7 +131,7 @@ class Saved:
     """Of the trial, as they were proposed; None where that is not known."""
     reports: Sequence[dict[str, Any]]
     """All that it had reported; whoever was to hear it may have been lost."""
-    damaged: tuple[str, ...]
+    damaged: tuple[str, ...] = ()
     """What is wrong with later checkpoints, by which it comes that this is not the newest."""
 
 
@@ -166,17 +169,22 @@ class Shelf:
     def put_unreported(self, checkpoint: Checkpoint, parameters: Mapping[str, Any] | None) -> str:
         """Keep a checkpoint as the trial stands, between two reports or at one; its path in the run directory.
 
-        One that is there already stays. So do those of later steps, of which the trial had reported more than now: the
-        host that keeps this one may not know that it has gone on elsewhere.
+        One that is there already stays, if it is not damaged. So do those of later steps, of which the trial had
+        reported more than now: the host that keeps this one may not know that it has gone on elsewhere.
 
         Raises:
             OSError: there is no room, or no right to write.
         """
         step = step_of(checkpoint)
         name = _checkpoint_folder(step)
-        if TRIAL in self._folder.below(name).names():
-            return f"{self._path}/{name}"
         _, reports = self._told_by(step)
+        if TRIAL in self._folder.below(name).names():
+            try:
+                self._saved(name)
+            except DAMAGED:
+                self._folder.remove(name)
+            else:
+                return f"{self._path}/{name}"
         path = self._write(name, checkpoint, parameters, reports)
         self._let_go(_place(name))
         return path
@@ -190,29 +198,26 @@ class Shelf:
         damaged: list[str] = []
         self._damaged.clear()
         for name in reversed(self._names()):
-            folder = self._folder.below(name)
             try:
-                checkpoint = read_checkpoint(folder)
-                if REPORTS in folder.names():
-                    told = _told(folder)
-                    parameters, reports = told["parameters"], told["reports"]
-                else:
-                    parameters, reports = self._told_by(step_of(checkpoint))
-            except (SweepError, *MISSING, ValueError) as error:
+                return replace(self._saved(name), damaged=tuple(damaged))
+            except DAMAGED as error:
                 damaged.append(str(error))
                 self._damaged.add(name)
-            else:
-                return Saved(checkpoint, parameters, reports, tuple(damaged))
         return Saved(None, None, (), tuple(damaged)) if damaged else None
 
-    def put_again(self, checkpoint: Checkpoint) -> None:
-        """Keep a checkpoint in place of one of its step, which is damaged.
+    def _saved(self, name: str) -> Saved:
+        """One of the checkpoints.
 
         Raises:
-            OSError: there is no room, or no right to write.
+            SweepError, MISSING, ValueError: it is damaged.
+            OSError: it cannot be read now.
         """
-        self._folder.remove(_checkpoint_folder(step_of(checkpoint)))
-        self.put_unreported(checkpoint, None)
+        folder = self._folder.below(name)
+        checkpoint = read_checkpoint(folder)
+        if REPORTS not in folder.names():
+            return Saved(checkpoint, *self._told_by(step_of(checkpoint)))
+        told = _told(folder)
+        return Saved(checkpoint, told["parameters"], told["reports"])
 
     def clear(self) -> None:
         """Remove all checkpoints: they are another trial's, that has had this number."""
@@ -261,7 +266,7 @@ class Shelf:
             try:
                 if REPORTS in folder.names():
                     yield _told(folder)
-            except (SweepError, *MISSING, ValueError):  # damaged
+            except DAMAGED:
                 continue
 
     def _names(self) -> list[str]:

@@ -158,7 +158,7 @@ class Seat:
         try:
             report: dict[str, Any] = _get(self._host.advance.remote(self._trial, until))
             snapshot = _get(self._host.snapshot.remote(self._trial))
-        except (*GONE, HostFailed) as error:
+        except (*GONE, ray.exceptions.ObjectLostError, HostFailed) as error:  # or what it has answered is
             raise HostGone(self._lobby.last, why_lost(error)) from None
         report["steps_total"] = self._steps[-1]
         self._reports.append(report)
@@ -294,6 +294,8 @@ def why_lost(error: Exception) -> str:
         return "its node ran low on memory, and Ray ended its process"
     if isinstance(error, ray.exceptions.ActorUnavailableError):
         return "it cannot be reached any more"
+    if isinstance(error, ray.exceptions.ObjectLostError):
+        return "its node is gone"
     if isinstance(error, ray.exceptions.ActorDiedError):
         return "its node is gone" if "its node has died" in str(error) else "its process died"
     return first_line(error)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,7 @@ def test_status_says_what_runs_where_and_what_failed(
         (hosts, f"{here}\n  gone on node ffffffff was lost: its node is gone"),
         ([7, {"name": "h", "capacity": "many"}], "h: trial 2, 99 tokens/s"),  # somebody else's
     ):
-        recorded.provenance.write_text(json.dumps({"hosts": facts}))
+        recorded.provenance.write_text(json.dumps({"hosts": facts, "resumed": [7]}))
         with locked(recorded):
             assert main(["status", str(recorded.path)]) == 0
         said = capsys.readouterr().out
@@ -189,6 +190,13 @@ def test_status_says_what_runs_where_and_what_failed(
         assert f"\n  {shown}\n  trials went on from a checkpoint" in said
     assert "after a loss: once" in said
     assert "failed once: loss is nan at step 8" in said
+    now = datetime.now(UTC) + timedelta(seconds=1)
+    recorded.provenance.write_text(json.dumps({"hosts": hosts, "resumed": [now.isoformat()]}))
+    with locked(recorded):  # of a process that has heard of no trial yet, and has a host of that name again
+        assert main(["status", str(recorded.path)]) == 0
+    said = capsys.readouterr().out
+    assert "h on node 01234567: none of its trials has reported yet" in said
+    assert "tokens/s" not in said
     assert main(["status", str(recorded.path)]) == 0
     said = capsys.readouterr().out
     assert "recorded: interrupted, 2 of 8" in said

@@ -1046,6 +1046,23 @@ def test_checkpoint_between_two_reports_tells_none_that_is_yet_to_come_and_is_ke
     assert sorted(path.name for path in folder.iterdir()) == [f"checkpoint_0000{step}" for step in (25, 27, 30, 40)]
 
 
+@pytest.mark.parametrize(("name", "told"), [("weights.bin", 2), (TRIAL, 2), (REPORTS, 1)])
+def test_trial_that_is_saved_where_its_checkpoint_is_damaged_is_kept_as_it_stands(
+    tmp_path: Path, name: str, told: int
+) -> None:
+    shelf = Shelf(Folder(tmp_path), 0)
+    reports = [{"step": step} for step in (10, 20)]
+    for count in (1, 2):
+        shelf.put(seal({"weights.bin": b"good"}, {"step": 10 * count}), {"rank": 4}, reports[:count])
+    (tmp_path / "tune" / "trial-0000" / "checkpoint_000020" / name).write_bytes(b"gone")
+    shelf.put_unreported(seal({"weights.bin": b"anew"}, {"step": 20}), {"rank": 4})
+    saved = shelf.newest()
+    assert saved is not None
+    assert saved.checkpoint is not None
+    assert (step_of(saved.checkpoint), saved.checkpoint["weights.bin"], saved.damaged) == (20, b"anew", ())
+    assert (saved.parameters, saved.reports) == ({"rank": 4}, reports[:told])
+
+
 @pytest.mark.parametrize(
     ("name", "was", "now"),
     [(TRIAL, b'"step": 4', b'"step": 5'), (TRIAL, b'"tokens": 12', b'"tokens": 13'), (REPORTS, b"0.25", b"0.75")],

@@ -135,6 +135,8 @@ def sweep_status(directory: RunDirectory) -> dict[str, Any]:
     run = Run(directory)
     finished = "conclusion" in run.provenance
     phase = "running" if is_locked(directory) else "finished" if finished else "interrupted"
+    since = run.resumed or 0.0
+    heard = {event["trial"] for event in events if event["event"] == "report" and event["time"] >= since}
     return {
         "name": directory.name,
         "path": directory.place,
@@ -142,7 +144,7 @@ def sweep_status(directory: RunDirectory) -> dict[str, Any]:
         "metric": spec.search.metric,
         "planned": planned_trials(spec),
         "trials": counts,
-        "hosts": _packs(run.hosts, rows) if phase == "running" else {},
+        "hosts": _packs(run.hosts, [row for row in rows if row["trial"] in heard]) if phase == "running" else {},
         "lost_hosts": [
             {"name": host.name, "node": host.node, "why": host.lost} for host in run.hosts if host.lost is not None
         ],
@@ -155,7 +157,11 @@ def sweep_status(directory: RunDirectory) -> dict[str, Any]:
 
 
 def _packs(hosts: Sequence[RunHost], rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """By host that has loaded the base, or reported a trial: its node, its places, and the trials that it has."""
+    """By host that has loaded the base, or reported a trial: its node, its places, and the trials that it has.
+
+    Args:
+        rows: of trials that have reported since the sweep's process began: hosts of the one before had the same names.
+    """
     here = {host.name: host for host in hosts if host.lost is None and host.capacity is not None}
     running = [row for row in rows if row["state"] == "running" and row.get("host") is not None]
     gone = {host.name for host in hosts if host.lost is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,19 @@ class Run:
             SweepError: as `provenance`.
         """
         return run_hosts(self.provenance.get("hosts"))
+
+    @property
+    def resumed(self) -> float | None:
+        """When the sweep was resumed last, in seconds since 1970; None where it never was, or does not say.
+
+        Raises:
+            SweepError: as `provenance`.
+        """
+        times = self.provenance.get("resumed")
+        try:
+            return datetime.fromisoformat(times[-1]).timestamp() if isinstance(times, list) and times else None
+        except (TypeError, ValueError, OverflowError):  # somebody else's
+            return None
 
     @cached_property
     def events(self) -> list[Event]:

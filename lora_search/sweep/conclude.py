@@ -63,6 +63,6 @@ def _mend_checkpoint(run: RunDirectory, best: Row, config: TrialConfig, hosts: H
     damage = saved.damaged[0] if saved.damaged else "its last checkpoint is gone"
     say(f"WARNING: trial {best['trial']}: {damage}; it is trained again from step {step}")
     try:
-        shelf.put_again(hosts.ask_one(partial(train_again, config, saved.checkpoint, best["steps"])))
+        shelf.put_unreported(hosts.ask_one(partial(train_again, config, saved.checkpoint, best["steps"])), None)
     except TrialFailed as failure:
         raise SweepError(f"trial {best['trial']}: {damage}, and it does not come so far again: {failure}") from None
