@@ -12,7 +12,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from conftest import ROOT, flip_bit, make_spec
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lora_search.errors import InputError
 from lora_search.model import base_fingerprint, compute_dtype, load_base, load_tokenizer, round_trip_nf4
@@ -118,6 +118,22 @@ def test_pickled_weights_are_refused(tiny: Path, tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"base\.model: cannot load the model"):
         load_base(Base(model=str(tmp_path)), CPU)
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_base_that_is_published_in_8_bits_is_refused_and_in_4_taken(
+    tiny: Path, tmp_path: Path, quantization: str
+) -> None:
+    """Its products would be with codes: a base with no error, and of no sense."""
+    for bits in (8, 4):
+        config = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
+        published = AutoModelForCausalLM.from_pretrained(
+            tiny / "model", quantization_config=config, device_map={"": "cpu"}
+        )
+        published.save_pretrained(tmp_path / str(bits))
+    with pytest.raises(InputError, match=r"8 is published quantised, .*_proj in int8; allowed: full-precision"):
+        load_base(Base(model=str(tmp_path / "8"), quantization=quantization), "cpu")
+    load_base(Base(model=str(tmp_path / "4"), quantization=quantization), "cpu")
 
 
 def test_code_of_a_model_is_not_run_unasked(tiny: Path, tmp_path: Path) -> None:

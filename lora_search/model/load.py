@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
@@ -20,6 +21,9 @@ from lora_search.spec import Base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PLAIN = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of weights that are what they seem."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,8 @@ def load_base(
         split: which blocks each device holds, where there are several (`BaseMemory.split`).
 
     Raises:
-        InputError: there is no such model, it is no causal language model, or has no safetensors weights.
+        InputError: there is no such model, it is no causal language model, has no safetensors weights, or was published
+            quantised in another way than bitsandbytes' 4 bits.
     """
     if others and split is None:
         raise ValueError("a base over several devices needs a split")
@@ -98,6 +103,7 @@ def load_base(
     devices = {"": device} if split is None else split.device_map((device, *others))
     dtype = compute_dtype(base.compute_dtype, device)
     model = load_weights(base, dtype="auto" if base.quantization == "nf4" else dtype, device=devices, nf4_compute=dtype)
+    _require_plain_or_4bit(model, base.model)
     if base.quantization == "nf4":
         _prepare_for_kbit_training(model)
     else:
@@ -109,6 +115,17 @@ def load_base(
     if split is not None:
         _own_borders(model, devices)
     return FrozenBase(model, device, dtype, base.quantization == "nf4", tuple(others))
+
+
+def _require_plain_or_4bit(model: PreTrainedModel, name: str) -> None:
+    """Raise InputError where a linear layer's numbers are codes that our products would take for its weights."""
+    for path, module in model.named_modules():
+        weight = module.weight if isinstance(module, nn.Linear) else None
+        if weight is not None and getattr(weight, "quant_state", None) is None and weight.dtype not in PLAIN:
+            raise InputError(
+                f"base.model: {name} is published quantised, {path} in {str(weight.dtype).removeprefix('torch.')}; "
+                "allowed: full-precision weights, or bitsandbytes' 4 bits"
+            )
 
 
 def load_weights(
