@@ -21,21 +21,24 @@ from gguf_models import MODELS, Small, write_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load as load_tensors
+from torch import nn
+from torch.nn.functional import cross_entropy
 
 from lora_search.best.conclude import loss_interval
 from lora_search.checkpoint import ADAPTER_WEIGHTS
-from lora_search.data import TokenSplit
+from lora_search.data import FlatRows, TokenSplit, flatten, tokenize_data
 from lora_search.engine import Engine, Evaluation, StepMetrics, evaluate
 from lora_search.engine import finish as finish_module
 from lora_search.engine import forward as forward_module
 from lora_search.engine import fused as fused_module
 from lora_search.engine.adamw import step_together
 from lora_search.engine.attention import PackedAttention
-from lora_search.engine.layers import LinearSite
-from lora_search.engine.pack import build_pack
+from lora_search.engine.layers import DropoutSite, LinearSite
+from lora_search.engine.masks import Masks
+from lora_search.engine.pack import Share, build_pack, build_padded, run
 from lora_search.engine.table import tables
 from lora_search.errors import OUT_OF_MEMORY, HostFailed, InputError, TrialFailed
-from lora_search.model import load_base
+from lora_search.model import load_base, load_tokenizer
 from lora_search.space import TrialConfig, trial_config
 
 if TYPE_CHECKING:
@@ -212,6 +215,36 @@ def test_trial_on_another_architecture_is_trained_as_if_alone(
         assert (adapter - solo_adapter).norm() <= 1e-3 * solo_adapter.norm()
 
 
+QWEN2_MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "use_sliding_window": True,
+    "max_window_layers": 2,
+}
+
+
+@pytest.mark.parametrize("window", [13, 512])
+def test_window_that_a_base_has_in_its_masks_alone_is_kept(
+    tiny: Path, tmp_path: Path, tiny_data: TokenizedData, window: int
+) -> None:
+    """Flat sequences have no masks, and the probe's rows are shorter than the window."""
+    folder = write_model(Small("qwen2_moe", QWEN2_MOE | {"sliding_window": window}), tmp_path / "model")
+    base = load_base(make_spec(tiny, base={"model": str(folder), "quantization": "none"}).base, "cpu")
+    engine = Engine(base, tiny_data)
+    assert engine._packed.flat == (window == 512)
+    assert 13 < max(tiny_data.validation.lengths_N) < 512
+    measured = engine.untrained()
+    loss = 0.0
+    for row in range(len(tiny_data.validation)):
+        flat = flatten(tiny_data.validation, [row])
+        with torch.no_grad():
+            logits = base.model(input_ids=torch.from_numpy(flat.tokens_N)[None]).logits[0, flat.predictors_M]
+        loss += cross_entropy(logits, torch.from_numpy(flat.targets_M), reduction="sum").item()
+    assert measured.loss == pytest.approx(loss / measured.targets, rel=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
 def test_longer_rows_of_others_do_not_turn_a_trials_positions(
     tiny: Path, tmp_path: Path, tiny_data: TokenizedData, kind: str
@@ -237,6 +270,36 @@ def test_longer_rows_of_others_do_not_turn_a_trials_positions(
     if kind == "longrope":  # of the other, a pass leaves behind what the next begins with, alone as well
         require_as_alone(engine, guests, found)
     assert not engine._packed.flat
+
+
+def test_dropout_of_attention_reaches_every_head_where_rows_are_padded() -> None:
+    """Its weights have a row for each head and token."""
+    rows = FlatRows(np.arange(5), np.arange(5), (5,), np.array([0]), np.array([1]))
+    pack = build_padded(Share(rows, None, Masks(0, 0, 0, 0.0)), 0, torch.device("cpu"))
+    dropout = nn.Dropout(0.5)
+    DropoutSite(7, dropout).attach()
+    with run(pack):
+        dropped = dropout(torch.ones(1, 8, 5, 5))
+    assert (dropped == 0).flatten(2).any(-1).all()
+    assert (dropped != 0).flatten(2).any(-1).all()
+
+
+def test_experts_are_evaluated_in_turn_though_there_are_lanes(tiny: Path, tmp_path: Path) -> None:
+    """PEFT puts the adapted weights of experts in place of the base's, for all threads."""
+    folder = write_model(Small("mixtral", {"num_local_experts": 4}), tmp_path / "model")
+    spec = make_spec(tiny, base={"model": str(folder), "quantization": "none"})
+    data = tokenize_data(spec.data, load_tokenizer(spec.base))
+    values = {"rank": 4, "dropout": 0.0, "target_modules": "re:.*experts.*", "learning_rate": 1e-2}
+    found = []
+    for lanes in (1, 2):
+        engine = Engine(load_base(spec.base, "cpu"), data, lanes=lanes)
+        engine._measure.tokens = 64
+        engine.admit("0", trial_config(spec, values))
+        for _ in range(3):
+            losses_of(engine.step(["0"]))
+        found.append([engine.evaluate(["0"])["0"].loss for _ in range(3)])
+        assert engine.untrained().loss != found[-1][0]
+    assert found[0] == found[1]
 
 
 @property_settings

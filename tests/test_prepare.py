@@ -55,6 +55,9 @@ def test_dropout_on_fused_experts_is_refused_before_any_trial(tiny: Path, tmp_pa
     prepare(make_spec(tiny, base=base, search={"space": space}))
     attention = {"rank": 4, "dropout": 0.1, "target_modules": "attention"}
     prepare(make_spec(tiny, base=base, search={"space": attention}))
+    several = space | {"target_modules": {"choice": ["attention", "all-linear", "re:.*experts.down_proj"]}}
+    with pytest.raises(InputError, match=r"target_modules: .*'all-linear' and 're:.*experts.down_proj' hold other"):
+        prepare(make_spec(tiny, base=base, search={"space": several}))
 
 
 def test_every_target_of_the_space_is_held_against_the_model(tiny: Path) -> None:

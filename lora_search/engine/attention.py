@@ -90,6 +90,8 @@ def attend(
     pack = running()
     assert pack is not None
     assert pack.flat
+    if sliding_window is not None:
+        pack.windows[1].add(sliding_window)
     dtype = query.dtype
     heads, groups = query.shape[1], query.shape[1] // key.shape[1]
     if query.device.type == "cpu" and dtype != torch.float32:
@@ -169,8 +171,11 @@ def _keeps(pack: Pack, module: nn.Module, heads: int, dropout: float, device: to
         index += count
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    return None
+def _no_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> None:
+    """None: the pack knows its sequences. A window is noted, of which attention itself has to be told."""
+    pack = running()
+    if pack is not None and local_size:
+        pack.windows[0].add(local_size)
 
 
 AttentionInterface.register(NAME, attend)

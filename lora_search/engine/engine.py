@@ -78,8 +78,10 @@ class Engine:
         sites = attach_sites(base, self._tree)
         self._places = {name: site.place for name, site in sites.items()}
         self._packed = PackedBase(base, data.pad_token_id)
-        self._packed.flat &= not longest_decides(base.model, data.longest)
         self._siblings = introduce_siblings(sites.values(), self._packed.siblings())
+        self._longest_decides = longest_decides(base.model, data.longest)
+        """Whether the base's own code keeps what the rows of a pass decide, for all threads."""
+        self._packed.flat &= not (self._longest_decides or self._packed.hides_window(data.longest))
         self._measure = Measure(self._packed, self._lanes, data)
 
     @property
@@ -187,10 +189,9 @@ class Engine:
         self._sent_away = False
         self._set_training(True)
         groups = self._groups(trials)
-        in_turn = self._has_active_experts  # PEFT's active adapters are the same for all threads
-        done = map(self._step_group, groups) if in_turn else self._lanes.map(self._step_group, groups)
+        done = self._lanes.map(self._step_group, groups)
         found = {name: outcome for outcomes in done for name, outcome in outcomes.items()}
-        self._note(1 if in_turn else self._lanes.count)
+        self._note(1 if self._lanes.in_turn else self._lanes.count)
         return found
 
     def _note(self, at_once: int) -> None:
@@ -361,6 +362,7 @@ class Engine:
 
     def _set_training(self, training: bool) -> None:
         """Where they are in it already nothing is done: with many adapters they are thousands."""
+        self._lanes.in_turn = self._longest_decides or self._has_active_experts  # PEFT's are the same for all threads
         if self._modes_differ or self.base.model.training is not training:
             self.base.model.train(training)
             self._modes_differ = False

@@ -63,6 +63,8 @@ class PackedBase:
         self._head = base.model.get_output_embeddings()
         self._decoder = base.model.base_model if base.model.base_model is not base.model else None
         self.flat = True
+        self._hidden_window: int | None = None
+        """The shortest window that the base has in masks alone, which flat sequences have none of."""
         self.bend: Bend | None = None
         """What the model makes of the output head's product; None where its logits are made by its own code."""
         self._find_out()
@@ -152,6 +154,13 @@ class PackedBase:
         with run(pack), attention, autocast:
             yield
 
+    def hides_window(self, longest: int) -> bool:
+        """Whether rows of so many tokens go beyond a window of which the base does not tell its attention.
+
+        Qwen2-MoE, PhiMoE and Llama 4's chunks are so. To be asked once `siblings` has been.
+        """
+        return self._hidden_window is not None and longest > self._hidden_window
+
     @torch.no_grad()
     def siblings(self) -> list[Places]:
         """The linear layers in the order in which they are run, those together that read the same input."""
@@ -160,6 +169,8 @@ class PackedBase:
         pack.visits = []
         with self._running(pack):
             self._logits_MV(pack)
+        asked, told = pack.windows
+        self._hidden_window = min(asked - told, default=None)
         groups: list[tuple[torch.Tensor, list[int]]] = []
         seen: set[int] = set()
         for x, place in pack.visits:

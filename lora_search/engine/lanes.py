@@ -25,7 +25,13 @@ class Lanes:
         if self.count > 1:
             threads = max(1, torch.get_num_threads() // self.count)
             self._pool = ThreadPoolExecutor(self.count, "lane", torch.set_num_threads, (threads,))
+        self.in_turn = False
+        """Whether what the passes use is such that there may be but one at a time, as it stands."""
 
     def map(self, work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
-        """`work` on every item, side by side."""
-        return map(work, items) if self._pool is None else self._pool.map(work, items)
+        """`work` on every item, side by side, or in turn; a pass has the same number of threads either way."""
+        if self._pool is None:
+            return map(work, items)
+        if self.in_turn:
+            return (self._pool.submit(work, item).result() for item in items)
+        return self._pool.map(work, items)

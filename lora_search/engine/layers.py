@@ -240,7 +240,7 @@ class DropoutSite:
         probability = self._module.p
         for part in pack.parts:
             if part.share.masks is not None:
-                rows = mask_NI[part.tokens]
+                rows = mask_NI[part.tokens] if pack.flat else mask_NI  # attention's weights have more rows than tokens
                 keep = part.share.masks.keep(self._place, tuple(rows.shape), x.device, probability)
                 rows.copy_(keep).mul_(survivors_scale(probability))
         return mask_NI.view(x.shape)

@@ -73,6 +73,8 @@ class Pack:
     """The `layers.Entrance` that was made last, for the layers that read the same input."""
     visits: list[tuple[torch.Tensor, int]] | None = field(default=None, repr=False)
     """Where not None, every linear layer's input and place is noted here."""
+    windows: tuple[set[int], set[int]] = field(default_factory=lambda: (set(), set()), init=False, repr=False)
+    """Of attention, in positions: those that the model asked masks of, and those that it told its attention."""
     tables: dict[torch.device, Any] = field(default_factory=dict, init=False, repr=False)
     """What `table.tables` has made, by device."""
 

@@ -45,16 +45,21 @@ def refuse_long_rows(model: PreTrainedModel, longest: int) -> str | None:
 
 
 def longest_decides(model: PreTrainedModel, longest: int) -> bool:
-    """Whether the longest row of a pass decides how all its positions are turned, so that trials cannot share it.
+    """Whether the rows of a pass decide of each other what is made of them, so that trials cannot share it.
 
-    So LongRoPE and dynamic NTK have it where a row is longer than the base was first trained for
-    (`dynamic_rope_update` in transformers' modeling_rope_utils.py).
+    So LongRoPE and dynamic NTK have it where a row is longer than the base was first trained for: the longest decides
+    how all positions are turned (`dynamic_rope_update` in transformers' modeling_rope_utils.py). Llama 4 tempers its
+    attention by a token's place in the pass, and DeepSeek V3.2 and its like look at `index_topk` tokens of it.
 
     Args:
         model: with or without weights.
         longest: tokens of the longest row.
     """
-    found = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    text = model.config.get_text_config()
+    most = getattr(text, "index_topk", None)
+    if getattr(text, "attn_temperature_tuning", False) or (isinstance(most, int) and longest > most):
+        return True
+    found = getattr(text, "rope_parameters", None) or {}
     kinds = [of_layers for of_layers in found.values() if isinstance(of_layers, dict)] or [found]
     for rope in kinds:
         first = rope.get("original_max_position_embeddings") or _stated(model)

@@ -53,13 +53,23 @@ def prepare(spec: SweepSpec, place: HostPlace) -> tuple[DataSummary, TokenizedDa
     tree = module_tree(model)
     domain = spec.search.space.get("target_modules")
     dropout = spec.search.space.get("dropout")
+    experts: dict[tuple[str, ...], Any] = {}
     for target in domain.probes() if domain else (Lora().target_modules,):
         found = resolve(tree, target)
+        if found.parameters:
+            experts.setdefault(tuple(sorted(found.parameters)), target)
         if found.parameters and max(dropout.probes() if dropout else (Lora().dropout,)) > 0:
             raise InputError(
                 f"search.space.dropout: target set {target!r} holds fused experts of {tree.architecture}, which PEFT "
                 "adapts without dropout only; set dropout: 0"
             )
+    if len(experts) > 1:
+        one, other, *_ = experts.values()
+        raise InputError(
+            f"search.space.target_modules: target sets {one!r} and {other!r} hold other fused experts of "
+            f"{tree.architecture}; PEFT adapts the same in all adapters of a model, so let all sets that hold any hold "
+            "the same"
+        )
     data = tokenize_data(spec.data, load_tokenizer(spec.base))
     advice = refuse_long_rows(model, data.longest)
     with device_fails_host():
