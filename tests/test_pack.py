@@ -272,6 +272,21 @@ def test_longer_rows_of_others_do_not_turn_a_trials_positions(
     assert not engine._packed.flat
 
 
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_what_a_base_draws_by_itself_is_each_trials_own(
+    tiny: Path, tmp_path: Path, tiny_data: TokenizedData, lanes: int
+) -> None:
+    """OPT's dropout is no module, but a call in its code."""
+    sizes = {"word_embed_proj_dim": 64, "ffn_dim": 64, "dropout": 0.3, "do_layer_norm_before": True}
+    spec = make_spec(tiny, base={"model": str(write_model(Small("opt", sizes), tmp_path / "model"))})
+    engine = Engine(load_base(spec.base, "cpu"), tiny_data, lanes=lanes)
+    values = {"rank": 4, "learning_rate": 5e-3, "batch_size": 2, "steps": STEPS, "target_modules": "attention"}
+    guests = [Stay(trial_config(spec, values | {"seed": seed}), joins=seed, leaves=STEPS - seed) for seed in range(3)]
+    found = list(run_pack(engine, guests))
+    assert found[0][0][0] != found[1][0][0]
+    require_as_alone(engine, guests, iter(found))
+
+
 def test_dropout_of_attention_reaches_every_head_where_rows_are_padded() -> None:
     """Its weights have a row for each head and token."""
     rows = FlatRows(np.arange(5), np.arange(5), (5,), np.array([0]), np.array([1]))

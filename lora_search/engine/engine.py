@@ -362,7 +362,8 @@ class Engine:
 
     def _set_training(self, training: bool) -> None:
         """Where they are in it already nothing is done: with many adapters they are thousands."""
-        self._lanes.in_turn = self._longest_decides or self._has_active_experts  # PEFT's are the same for all threads
+        own = self._longest_decides or self._packed.draws
+        self._lanes.in_turn = own or self._has_active_experts  # PEFT's are the same for all threads
         if self._modes_differ or self.base.model.training is not training:
             self.base.model.train(training)
             self._modes_differ = False

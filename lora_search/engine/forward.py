@@ -20,6 +20,7 @@ from lora_search.engine.adapter import Places
 from lora_search.engine.attention import PackedAttention
 from lora_search.engine.pack import Pack, Share, build_pack, build_padded, run
 from lora_search.engine.products import ROWS, product, working_dtype
+from lora_search.engine.random import seeded
 from lora_search.engine.trouble import device_fails_host
 from lora_search.errors import InputError
 from lora_search.logits import Bend, find_bend
@@ -51,8 +52,10 @@ class PackedBase:
     """A base that runs packs.
 
     What an architecture can do is found out once, by trying: whether flat sequences stay apart in it (not where its
-    attention goes past transformers' interface, or where it has a recurrent state), and whether its logits are the
-    output head's product, scaled and capped as the model does it; otherwise they are left to the model's code.
+    attention goes past transformers' interface, or where it has a recurrent state), whether its logits are the output
+    head's product, scaled and capped as the model does it (otherwise they are left to the model's code), and whether
+    its code draws numbers as it trains, as OPT's dropout and PhiMoE's router do: then a trial has a pass of its own,
+    with a stream of its own.
     """
 
     def __init__(self, base: FrozenBase, pad_token_id: int) -> None:
@@ -63,6 +66,8 @@ class PackedBase:
         self._head = base.model.get_output_embeddings()
         self._decoder = base.model.base_model if base.model.base_model is not base.model else None
         self.flat = True
+        self.draws = False
+        """Whether it draws from torch's own generators, which all threads share."""
         self._hidden_window: int | None = None
         """The shortest window that the base has in masks alone, which flat sequences have none of."""
         self.bend: Bend | None = None
@@ -78,7 +83,7 @@ class PackedBase:
 
     def train(self, pack: Pack) -> list[float]:
         """Each part's objective, the weighted sum of its targets' losses, with its gradient added to its adapter."""
-        with self._running(pack):
+        with self._drawing(pack), self._running(pack):
             if self.bend is not None:
                 total, losses_M = _head_loss(self._hidden_ME(pack), self, pack)
             else:
@@ -147,6 +152,16 @@ class PackedBase:
         return logits
 
     @contextmanager
+    def _drawing(self, pack: Pack) -> Iterator[None]:
+        """Let what the base draws be the trial's own, of this pass."""
+        if not self.draws:
+            yield
+            return
+        (part,) = pack.parts
+        with seeded(part.share.masks.key if part.share.masks is not None else 0, self.base.devices):
+            yield
+
+    @contextmanager
     def _running(self, pack: Pack) -> Iterator[None]:
         attention = self._attention.on() if pack.flat else nullcontext()
         # Mixed precision on a CPU is the layers' own business: only their products are in half precision.
@@ -193,12 +208,29 @@ class PackedBase:
         flat = build_pack([Share(rows, None)], self.base.device)
         bend = self._find_bend(padded)
         for found in (bend, None):
-            if self._agrees(native, self._probe(flat, found)):
+            if self._agrees(native, self._probe(flat, found)) and not self._finds_draws(flat, found):
                 self.flat, self.bend = True, found
                 return
         self.flat = False
+        self.draws = self._finds_draws(padded, None)
         if self._agrees(native, self._probe(padded, bend)):
             self.bend = bend
+
+    def _finds_draws(self, pack: Pack, bend: Bend | None) -> bool:
+        """Whether the base says something else as it trains when the generators stand elsewhere.
+
+        By more than where they stand alike: sums of many threads differ on a GPU.
+        """
+        said = []
+        self.base.model.train()
+        for seed in (0, 0, 1):
+            with seeded(seed, self.base.devices):
+                said.append(self._probe(pack, bend))
+        self.base.model.eval()
+        first, again, other = said
+        if first is None or again is None or other is None:  # it does not run so
+            return False
+        return bool((other - first).abs().max() > 4 * (again - first).abs().max())
 
     def _natively(self, pack: Pack) -> torch.Tensor:
         try:
