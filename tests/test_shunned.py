@@ -168,6 +168,37 @@ def test_hosts_of_a_node_that_are_lost_together_count_once_and_it_rests_longer_e
     assert rests[7:] == [600] * (rounds - 7)
 
 
+def test_node_on_which_trials_come_further_between_two_losses_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_search.sweep import losses as module
+    from lora_search.sweep.answers import HostLost
+    from lora_search.sweep.running import RunningHost
+
+    clock = [100.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def begun() -> RunningHost:
+        place = HostPlace("h", "node", 1, 1)
+        return RunningHost(place, 1, None, None, None, None, clock[0], loaded=True)  # type: ignore[arg-type]
+
+    losses = module.Losses(lambda line: None)
+    old = begun()
+    for _ in range(5 * module.LOSSES_PER_NODE):
+        host = begun()
+        clock[0] += 5
+        losses.add(host, HostLost("its process died"))
+        clock[0] += 1000
+        losses.trained(begun())
+        losses.trained(old)  # which says nothing of what has come since
+        assert not losses.resting()
+    for _ in range(module.LOSSES_PER_NODE + 2):
+        assert "node" not in losses.unfit
+        host = begun()
+        clock[0] += 5
+        losses.add(host, HostLost("its process died"))
+        losses.trained(old)
+    assert "node" in losses.unfit
+
+
 class Told:
     """A host's actor, which is told whom not to take."""
 

@@ -210,6 +210,10 @@ class Hosts(Beginning):
         """A trial has come further, and what it and its seats have met with before is over; and so has its host."""
         self._soundness.reported(trial)
         self._shunned.reported(trial, host, self._running.values())
+        on = self._running.get(host)
+        if on is not None and not on.has_reported:
+            on.has_reported = True
+            self._losses.trained(on)
 
     def excuses(self, trial: int) -> bool:
         """Whether the loss of a trial is not to be held against it, but once: its host kept it as it stood, since its

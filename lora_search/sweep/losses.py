@@ -81,6 +81,15 @@ class Losses:
             self.unfit.add(node)
             self._say(f"WARNING: node {node[:8]} gets no more hosts: it has lost {self._counted[node]}")
 
+    def trained(self, host: RunningHost) -> None:
+        """A trial has come further on a host for the first time: where that has come since its node lost one, one less.
+
+        Trials that end their hosts, one after the other, are not to cost a node that others are trained on.
+        """
+        node = host.place.node
+        if self._counted[node] and host.since >= self._last[node]:
+            self._counted[node] -= 1
+
     def resting(self) -> set[str]:
         """Nodes that get no host just now, since what there was on them was lost again and again."""
         now = time.monotonic()

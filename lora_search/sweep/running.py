@@ -80,6 +80,8 @@ class RunningHost:
     """Of its process; None before it has loaded the base."""
     trains_since: float | None = None
     """When it had loaded the base, in seconds since the epoch."""
+    has_reported: bool = False
+    """Whether a trial has come further on it."""
     shunned: set[int] = field(default_factory=set)
     """Trials that it does not take."""
     saving: Any = None
