@@ -41,7 +41,7 @@ from lora_search.spec import dump_spec, recorded_spec
 from lora_search.sweep import run as sweep_module
 from lora_search.sweep.resume import mend_last_line, shorter_trials
 from lora_search.sweep.run import run_sweep
-from lora_search.tracking import Observer
+from lora_search.tracking import Observer, RunRecord
 
 if TYPE_CHECKING:
     from lora_search.engine import Engine
@@ -569,6 +569,22 @@ def test_fewer_steps_are_no_budget_to_resume_with(tiny: Path, tmp_path: Path) ->
     run.spec.write_text(dump_spec(spec))
     fewer = sequential(tiny, "shorter", tmp_path, training={"steps": 4})
     with pytest.raises(InputError, match=r"has trials of 8 steps; found training.steps: 4; allowed: 8 and more"):
+        run_sweep(fewer, run, resume=True)
+
+
+def test_fewer_trials_than_have_begun_are_no_budget_to_resume_with(tiny: Path, tmp_path: Path) -> None:
+    """The one that had not ended would be said to run for ever."""
+    spec = sequential(tiny, "smaller", tmp_path)
+    run = create_run(tmp_path, spec.name, exact=True)
+    run.spec.write_text(dump_spec(spec))
+    record = RunRecord(run.trials)
+    for trial in range(3):
+        record.trial_started(trial, {})
+        if trial != 1:
+            record.trial_ended(trial, "stopped", None)
+    record.close()
+    fewer = sequential(tiny, "smaller", tmp_path, search={"trials": 2})
+    with pytest.raises(InputError, match=r"has begun 3 trials; found search.trials: 2; allowed: 3 and more"):
         run_sweep(fewer, run, resume=True)
 
 

@@ -15,11 +15,11 @@ from lora_search.checkpoint import Shelf
 from lora_search.errors import InputError
 from lora_search.job import lasting
 from lora_search.journal import JOURNAL
-from lora_search.results import Row, ended_count, read_events, trial_rows
+from lora_search.results import Row, ended_count, read_events, run_rows, trial_rows
 from lora_search.rundir import RunDirectory, write_whole
 from lora_search.search.searcher import MEMORY
 from lora_search.search.study import decode
-from lora_search.space import trial_config
+from lora_search.space import planned_trials, trial_config
 from lora_search.spec import SweepSpec, recorded_spec
 from lora_search.tracking import RunRecord
 from lora_search.tracking.relay import REPORT_KEYS
@@ -63,6 +63,19 @@ def refuse_other_sweep(spec: SweepSpec, run: RunDirectory) -> None:
         raise InputError(
             f"--resume: {run.place} is of another sweep: {'; '.join(changed)}; "
             f"allowed to change: {', '.join(MAY_CHANGE)}"
+        )
+
+
+def refuse_fewer_trials(spec: SweepSpec, run: RunDirectory) -> None:
+    """
+    Raises:
+        InputError: some trials that have begun, and not ended, would never be gone on with.
+    """
+    rows = run_rows(run)
+    if ended_count(rows) < len(rows) and planned_trials(spec) < len(rows):
+        raise InputError(
+            f"--resume: {run.place} has begun {len(rows)} trials; found search.trials: {planned_trials(spec)}; "
+            f"allowed: {len(rows)} and more"
         )
 
 

@@ -42,6 +42,7 @@ from lora_search.sweep.prepare import (
 from lora_search.sweep.provenance import provenance, read_provenance, write_provenance
 from lora_search.sweep.resume import (
     mend_last_line,
+    refuse_fewer_trials,
     refuse_links,
     refuse_other_sweep,
     shorter_trials,
@@ -163,6 +164,7 @@ def _run(
     if resume:
         refuse_links(run)
         refuse_other_sweep(spec, run)
+        refuse_fewer_trials(spec, run)
         before = read_provenance(run.provenance)
         if (outcome := _concluded(spec, run, before)) is not None:
             if run.report.name not in run.folder.names():  # the process was ended before it was made
