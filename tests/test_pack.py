@@ -36,10 +36,12 @@ from lora_search.engine.attention import PackedAttention
 from lora_search.engine.layers import DropoutSite, LinearSite
 from lora_search.engine.masks import Masks
 from lora_search.engine.pack import Share, build_pack, build_padded, run
+from lora_search.engine.sites import attach_sites
 from lora_search.engine.table import tables
 from lora_search.errors import OUT_OF_MEMORY, HostFailed, InputError, TrialFailed
 from lora_search.model import load_base, load_tokenizer
 from lora_search.space import TrialConfig, trial_config
+from lora_search.targets import module_tree
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -285,6 +287,31 @@ def test_what_a_base_draws_by_itself_is_each_trials_own(
     found = list(run_pack(engine, guests))
     assert found[0][0][0] != found[1][0][0]
     require_as_alone(engine, guests, iter(found))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral", "gemma2"])
+def test_norm_of_a_pack_is_the_models_own_with_its_gradient(tiny: Path, tmp_path: Path, family: str) -> None:
+    """Gemma's is another one, and stays."""
+    folder = write_model(MODELS[family], tmp_path / "model")
+    sizes = {"model": str(folder), "quantization": "none", "compute_dtype": "float32"}
+    base = load_base(make_spec(tiny, base=sizes).base, "cpu")
+    norms = [module for module in base.model.modules() if "RMSNorm" in type(module).__name__]
+    attach_sites(base, module_tree(base.model))
+    assert ["forward" in vars(norm) for norm in norms] == [family != "gemma2"] * len(norms)
+    rows = FlatRows(np.arange(5), np.arange(5), (5,), np.array([0]), np.array([1]))
+    pack = build_pack([Share(rows, None)], torch.device("cpu"))
+    for norm in norms:
+        x = torch.randn(1, 5, len(norm.weight), requires_grad=True)
+        grad = torch.randn_like(x)
+        own = norm(x)
+        own.backward(grad)
+        assert x.grad is not None
+        wanted, x.grad = x.grad, None
+        with run(pack):
+            ours = norm(x)
+        assert torch.equal(ours, own)
+        ours.backward(grad)
+        torch.testing.assert_close(x.grad, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_of_attention_reaches_every_head_where_rows_are_padded() -> None:

@@ -8,13 +8,14 @@ from torch import nn
 
 from lora_search.engine.adapter import Places
 from lora_search.engine.layers import DropoutSite, LinearSite
+from lora_search.engine.norms import NormSite
 from lora_search.memory.values import KEPT_DENSE_BYTES
 from lora_search.model import FrozenBase
 from lora_search.targets import ModuleTree
 
 
 def attach_sites(base: FrozenBase, tree: ModuleTree) -> dict[str, LinearSite]:
-    """Have packs run through every linear layer of the base; the layers by name."""
+    """Have packs run through every linear layer of the base, and what else is ours; the linear layers by name."""
     sites: dict[str, LinearSite] = {}
     for place, module in enumerate(tree.modules):
         if module.kind != "experts":
@@ -23,6 +24,9 @@ def attach_sites(base: FrozenBase, tree: ModuleTree) -> dict[str, LinearSite]:
     if base.device.type == "cpu" and sum(site.dense_bytes for site in sites.values()) <= KEPT_DENSE_BYTES:
         for site in sites.values():
             site.keeps_dense = site.dense_bytes > 0
+    if base.device.type == "cpu":
+        for module in filter(NormSite.is_for, base.model.modules()):
+            NormSite(module).attach()
     dropouts = [module for module in base.model.modules() if isinstance(module, nn.Dropout) and module.p > 0]
     for index, dropout in enumerate(dropouts):
         DropoutSite(len(tree.modules) + index, dropout).attach()
