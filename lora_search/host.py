@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 from lora_search.checkpoint import Checkpoint, Shelf, step_of
 from lora_search.errors import OUT_OF_MEMORY, HostFailed, InputError, TrialFailed
-from lora_search.machine import share_heaps
+from lora_search.machine import give_back_heaps, share_heaps
 from lora_search.space import TrialConfig
 from lora_search.storage import Folder, StoreError
 from lora_search.waiting import Attempts, Places, WaitingRoom
@@ -124,6 +124,7 @@ class Host:
         def unload() -> None:
             del self._engine
             gc.collect()
+            give_back_heaps()
 
         self._loaded = False
         await self._ask(unload)

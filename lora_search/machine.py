@@ -9,6 +9,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -116,12 +117,20 @@ def keep_heaps() -> None:
     next pass: 10,000 to 12,000 page faults a step of four trials of the demo, an eighth of its time
     (analysis/benchmarks/NOTES.md). A process that has had so much memory will want it again.
     """
-    _tell_allocator(M_MMAP_THRESHOLD, MAPPED_BYTES)
-    _tell_allocator(M_TRIM_THRESHOLD, FREE_BYTES)
+    share_heaps()  # a thread's own is given back however much of it may stay
+    if _tell_allocator(M_MMAP_THRESHOLD, MAPPED_BYTES):  # the other one alone makes every tensor a mapping of its own
+        _tell_allocator(M_TRIM_THRESHOLD, FREE_BYTES)
 
 
-def _tell_allocator(parameter: int, value: int) -> None:
+def give_back_heaps() -> None:
+    """Give what is free of this process's heaps back to the system."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _tell_allocator(parameter: int, value: int) -> bool:
+    """Whether it has listened."""
     try:
-        ctypes.CDLL(None).mallopt(parameter, value)
-    except (OSError, AttributeError):  # another C library
-        return
+        return bool(ctypes.CDLL(None).mallopt(parameter, value))
+    except (OSError, AttributeError):
+        return False

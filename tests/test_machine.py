@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -93,6 +94,41 @@ def test_real_limit() -> None:
     total, free = map(int, done.stdout.split())
     assert total == 2 * GIB
     assert 0.9 * GIB < free < 1.55 * GIB
+
+
+HEAPS = """
+import gc, resource, sys
+from lora_search import machine
+
+def passes(count):
+    for _ in range(count):
+        held = [bytes([65]) * (1 << 20) for _ in range(200)]
+        del held
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+if sys.argv[1] == "kept":
+    machine.keep_heaps()
+passes(2)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+passes(5)
+faults, held = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, resident()
+machine.give_back_heaps()
+print(faults, held, resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_what_is_freed_is_kept_for_the_next_pass_until_it_is_given_back() -> None:
+    def said(how: str) -> list[int]:
+        done = subprocess.run([sys.executable, "-c", HEAPS, how], capture_output=True, text=True, check=True, timeout=60)
+        return [int(number) for number in done.stdout.split()]
+
+    (faults, held, _), (kept_faults, kept_held, given_back) = said("as it is"), said("kept")
+    assert kept_faults * 20 < faults
+    assert kept_held - held > 150 << 20
+    assert kept_held - given_back > 150 << 20
 
 
 @pytest.mark.slow
