@@ -122,7 +122,8 @@ print(faults, held, resident())
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_what_is_freed_is_kept_for_the_next_pass_until_it_is_given_back() -> None:
     def said(how: str) -> list[int]:
-        done = subprocess.run([sys.executable, "-c", HEAPS, how], capture_output=True, text=True, check=True, timeout=60)
+        command = [sys.executable, "-c", HEAPS, how]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
         return [int(number) for number in done.stdout.split()]
 
     (faults, held, _), (kept_faults, kept_held, given_back) = said("as it is"), said("kept")
