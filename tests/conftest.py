@@ -356,9 +356,9 @@ def adapter_losses(base: FrozenBase, adapter: Path, data: TokenizedData) -> dict
     return losses | {name: evaluate(base, split, data.pad_token_id) for name, split in splits.items()}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def kept_verifier() -> Iterator[None]:
-    """The process that verifies a merge stays for the next (it imports for six seconds). One that ends is replaced."""
+    """The process that verifies a merge stays for the module's next (it imports for six seconds), or is replaced."""
     import torch
 
     from lora_search.merge.verify import FreshProcess

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -221,15 +221,19 @@ def _measure(
     """The better way, each way's loss, the adapter's, how the better compares with base and adapter, its answers."""
     # The base with its adapter comes first: the other process is importing meanwhile, and holds no model yet.
     trained = ask_adapted(base, wants_loss=adapter_loss is None)
-    answers = {way: fresh.ask(folder, probe) for way, folder in folders.items()}
-    losses: dict[str, float] = {way: answer.loss for way, answer in answers.items() if answer.loss is not None}
+    *others, likely = folders  # those that it was trained on
+    answers = fresh.ask(folders[likely], probe)
+    losses: dict[str, float] = {way: fresh.loss(folders[way], probe) for way in others}
+    losses[likely] = cast("float", answers.loss)
     onto = min(folders, key=lambda way: losses[way])
+    if onto != likely:
+        answers = fresh.ask(folders[onto], probe)
     same = trained
     if base.quantization == "nf4" and onto == "original":
         same = ask_adapted(base.model_copy(update={"quantization": "none"}), wants_loss=False)
-    texts = side_by_side(probe, trained, answers[onto])
-    check = Check(compare(answers[onto], same), compare(answers[onto], trained), texts)
-    return onto, losses, trained.loss if adapter_loss is None else adapter_loss, check, answers[onto]
+    texts = side_by_side(probe, trained, answers)
+    check = Check(compare(answers, same), compare(answers, trained), texts)
+    return onto, losses, trained.loss if adapter_loss is None else adapter_loss, check, answers
 
 
 def _require_equal(check: Check, base: Base, dtype: str, device: torch.device) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any
@@ -201,6 +201,15 @@ class FreshProcess:
         """
         answer, logits = self._ask(model, None, probe)
         return Answers(answer["loss"], logits, answer["texts"])
+
+    def loss(self, model: Path, probe: Probe) -> float:
+        """Validation loss of the model in a folder, and nothing else of it: generating takes longest.
+
+        Raises:
+            SweepError: as `ask`.
+        """
+        answer, _ = self._ask(model, None, replace(probe, compared=(), prompts=()))
+        return float(answer["loss"])
 
     def ask_gguf(self, file: Path, model: Path, probe: Probe) -> GgufAnswers:
         """What a GGUF file answers, and whether it tokenises as the folder does that it was made of.
