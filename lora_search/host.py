@@ -11,11 +11,9 @@ import asyncio
 import gc
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from lora_search.checkpoint import Checkpoint, Shelf, step_of
@@ -23,6 +21,7 @@ from lora_search.errors import OUT_OF_MEMORY, HostFailed, InputError, TrialFaile
 from lora_search.machine import give_back_heaps, share_heaps
 from lora_search.space import TrialConfig
 from lora_search.storage import Folder, StoreError
+from lora_search.thread import Goal, TrainingThread
 from lora_search.waiting import Attempts, Places, WaitingRoom
 
 T = TypeVar("T")
@@ -40,8 +39,8 @@ class TrainsTrials(Protocol):
         """How many trials might fit at once, however small; None where nobody has reckoned."""
         ...
 
-    def room(self, config: TrialConfig | None = None) -> int:
-        """Bytes that are left, with a trial more where one is given; negative where it does not fit."""
+    def room(self, *more: TrialConfig) -> int:
+        """Bytes that are left, with so many trials more as are given; negative where they do not fit."""
         ...
 
     def admit(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None = None) -> None: ...
@@ -60,14 +59,6 @@ class TrainsTrials(Protocol):
     def report(self, trials: Sequence[str]) -> Mapping[str, Any]: ...
 
 
-@dataclass
-class _Goal:
-    """A trial is to be trained up to a step, and then reported."""
-
-    until: int
-    report: Future[dict[str, Any]]
-
-
 class Host:
     """Trains what seats bring to it, all residents in turn (or together, as the engine does it)."""
 
@@ -82,20 +73,18 @@ class Host:
         self._places = Places(capacity)
         self._residents: dict[str, Mapping[str, Any] | None] = {}
         """By trial, its parameters as they were proposed, where they were told."""
+        self._coming: dict[str, tuple[TrialConfig, Checkpoint | None]] = {}
+        """Residents that the engine gets as soon as they are to be trained."""
         self._waiting = WaitingRoom()
         self._attempts = Attempts()
         self._door = asyncio.Lock()
         self._bytes_left = 0
         self._loaded = False
-        self._goals: dict[str, _Goal] = {}
-        self._asked: list[Callable[[], None]] = []
-        self._wake = threading.Condition()
         self._end: Future[None] = Future()
         self._build = build
         share_heaps()
         self._engine: TrainsTrials
-        self._thread = threading.Thread(target=self._train_for_ever, name="training", daemon=True)
-        self._thread.start()
+        self._thread = TrainingThread(self._train, self._break_off)
 
     async def load(self, data: Any, check: Callable[[], None] | None = None) -> dict[str, Any]:
         """Load the base, for trials on this data; what this host is.
@@ -114,7 +103,7 @@ class Host:
             self._places.hold_at_most(self._engine.ever())
             return self._engine.room()
 
-        self._bytes_left = await self._ask(load)
+        self._bytes_left = await self._thread.ask(load)
         self._loaded = True
         return {"name": self.name, "pid": os.getpid(), "capacity": self._places.most}
 
@@ -127,16 +116,17 @@ class Host:
             give_back_heaps()
 
         self._loaded = False
-        await self._ask(unload)
+        await self._thread.ask(unload)
         self._residents.clear()
+        self._coming.clear()
 
     async def run(self, work: Callable[..., T], *given: Any) -> T:
         """Do other work here, in a process that has all libraries loaded already."""
-        return await self._ask(lambda: work(*given))
+        return await self._thread.ask(lambda: work(*given))
 
     async def run_with_engine(self, work: Callable[[Any], T]) -> T:
         """Do other work with the engine."""
-        return await self._ask(lambda: work(self._engine))
+        return await self._thread.ask(lambda: work(self._engine))
 
     async def live(self) -> None:
         """Is never answered: whoever asks learns of the host's end.
@@ -154,7 +144,7 @@ class Host:
         """What it does at present, for people."""
         trials = ", ".join(sorted(self._residents, key=lambda trial: (len(trial), trial))) or "none"
         state = f"trains trials {trials} of at most {self._places.most}" if self._loaded else "has no base loaded"
-        return f"{self.name} {state}, {len(self._goals)} of them in the pass"
+        return f"{self.name} {state}, {self._thread.busy_with} of them in the pass"
 
     async def room(self) -> tuple[int, int]:
         """How many more trials may come, and the bytes that are left for them."""
@@ -188,6 +178,9 @@ class Host:
 
         None where another host is to have it, if there is one with more memory: here it would not fit even by itself.
 
+        It takes its place, and reaches the engine when it is first to be trained: whoever has been answered knows that
+        what becomes of the host then may be this trial's doing.
+
         A trial that is resident already (its seat was lost) starts over from the checkpoint.
 
         Args:
@@ -196,9 +189,6 @@ class Host:
             anyway: try it, with no other beside it, however large it seems.
             attempt: which of the trial's it is. Once a later one has come, or this one has been released, it is let in
                 no more: its seat may be lost while it waits here.
-
-        Raises:
-            TrialFailed: it does not fit, with no other beside it, or is none for this base.
         """
         if not self._loaded or self._places.shuns(trial):
             return False
@@ -210,45 +200,27 @@ class Host:
                 await self._leave(trial)
             judged = self._waiting.state
             has_place = self._left > 0 and self._places.suits(alone=alone)
-            left = await self._ask(lambda: self._engine.room(config)) if has_place else -1
+            left = await self._thread.ask(lambda: self._room(config)) if has_place else -1
             fits = has_place and (left >= 0 or not self._residents)
             size = 0  # known from when it first asked, or of no matter: nobody else waits
             if not (self._waiting.knows(trial) or (left >= 0 and self._waiting.empty)):
-                size, can = await self._ask(lambda: (self._engine.size(config), anyway or self._engine.fits(config)))
+                engine = self._engine
+                size, can = await self._thread.ask(lambda: (engine.size(config), anyway or engine.fits(config)))
                 if not can:
                     return None
             if self._attempts.over(trial, attempt):
                 return False
             if not self._waiting.may_enter(trial, size, fits=fits, judged=judged, now=time.monotonic()):
                 return False
-            beside = await self._ask(lambda: self._let_in(trial, config, checkpoint))
-            if beside is not None:
-                self._places.hold_at_most(beside)
-                return False
-            self._residents[trial] = parameters
+            self._residents[trial], self._coming[trial] = parameters, (config, checkpoint)
             self._places.came(trial, alone=alone)
             self._bytes_left = left
-            if self._attempts.over(trial, attempt):
-                await self._leave(trial)
-                return False
         return True
 
-    def _let_in(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None) -> int | None:
-        """Give the engine a trial; beside how many it found no room, though it should have, and may beside fewer.
-
-        Raises:
-            TrialFailed: beside none, or for another reason of its own.
-        """
-        beside = len(self._residents)  # here, where those leave that have come before
-        try:
-            self._engine.admit(trial, config, checkpoint)
-        except InputError as error:  # no other host would take it
-            raise TrialFailed(str(error)) from error
-        except TrialFailed as failure:
-            if not beside or not str(failure).startswith(OUT_OF_MEMORY):
-                raise
-            return beside
-        return None
+    def _room(self, *more: TrialConfig) -> int:
+        """Bytes that all residents leave, and these trials more."""
+        coming = list(self._coming.values())  # at once: the loop may add to them
+        return self._engine.room(*(config for config, _ in coming), *more)
 
     async def advance(self, trial: str, until: int) -> dict[str, Any]:
         """Train a resident trial up to a step, evaluate it, and return its report.
@@ -257,16 +229,42 @@ class Host:
             TrialFailed: the trial cannot go on, for a reason of its own.
             HostFailed: it can, elsewhere.
         """
-        if trial not in self._residents:
-            raise HostFailed(f"trial {trial} is not on {self.name}")
-        goal = _Goal(until, Future())
-        with self._wake:
-            self._goals[trial] = goal
-            self._wake.notify()
         try:
-            return await asyncio.wrap_future(goal.report)
+            if trial in self._coming:
+                failure = await self._thread.ask(lambda: self._let_in(trial))
+                if failure is not None:
+                    raise failure
+            if trial not in self._residents:
+                raise self._is_not_here(trial)
+            return await asyncio.wrap_future(self._thread.aim(trial, until))
         finally:
             self._is_new_no_more(trial)
+
+    def _is_not_here(self, trial: str) -> HostFailed:
+        return HostFailed(f"trial {trial} is not on {self.name}")
+
+    def _let_in(self, trial: str) -> TrialFailed | HostFailed | None:
+        """Give the engine a trial, if it has not left again; why it cannot have it, and it is resident no more.
+
+        Where that is for lack of memory beside others, though it should fit, the trial may go on elsewhere, or here a
+        little later.
+        """
+        if trial not in self._coming:
+            return None
+        config, checkpoint = self._coming.pop(trial)
+        beside = len(self._residents) - len(self._coming) - 1
+        try:
+            self._engine.admit(trial, config, checkpoint)
+        except Exception as error:
+            del self._residents[trial]
+            self._bytes_left = self._room()
+            if not isinstance(error, InputError | TrialFailed):
+                raise
+            if not beside or not str(error).startswith(OUT_OF_MEMORY):
+                return TrialFailed(str(error))  # no other host would take it
+            self._places.hold_at_most(beside)
+            return HostFailed(f"{error}, with {beside + 1} trials resident")
+        return None
 
     def _is_new_no_more(self, trial: str) -> None:
         """It has reported, or is to be here no longer."""
@@ -275,7 +273,7 @@ class Host:
 
     async def snapshot(self, trial: str) -> Checkpoint:
         """The checkpoint of a resident trial."""
-        return await self._ask(lambda: self._engine.snapshot(trial))
+        return await self._thread.ask(lambda: self._engine.snapshot(trial))
 
     async def save_all(self, run: Folder) -> list[tuple[int, int, str]]:
         """End all training, keep a checkpoint of every resident trial, and take no more of them.
@@ -289,10 +287,12 @@ class Host:
 
         def save() -> list[tuple[int, int, str]]:
             self._loaded = False
-            self._goals.clear()
-            checkpoints = {trial: self._engine.snapshot(trial) for trial in sorted(self._residents)}
+            self._thread.stop()
             kept = []
-            for trial, saved in checkpoints.items():
+            for trial in sorted(self._residents, key=lambda trial: (trial in self._coming, trial)):
+                if self._let_in(trial) is not None:
+                    continue
+                saved = self._engine.snapshot(trial)
                 try:
                     path = Shelf(run, int(trial)).put_unreported(saved, self._residents[trial])
                 except OSError as error:
@@ -303,7 +303,7 @@ class Host:
                     kept.append((int(trial), step_of(saved), path))
             return kept
 
-        return await self._ask(save)
+        return await self._thread.ask(save)
 
     async def release(self, trial: str, attempt: int | None = None) -> None:
         """Let a trial go, whether it is resident, waits, or is about to; nothing happens where it does none of that.
@@ -319,74 +319,38 @@ class Host:
         if trial not in self._residents:
             self._is_new_no_more(trial)
             return
-        self._bytes_left = await self._ask(lambda: self._let_go(trial))
+        self._bytes_left = await self._thread.ask(lambda: self._let_go(trial))
         self._is_new_no_more(trial)
         self._waiting.changed()
 
     def _let_go(self, trial: str) -> int:
-        goal = self._goals.pop(trial, None)
-        if goal is not None:
-            goal.report.cancel()
+        self._thread.let_go(trial)
         if trial in self._residents:  # whoever else let it go may have been first
-            self._engine.release(trial)
+            if self._coming.pop(trial, None) is None:
+                self._engine.release(trial)
             del self._residents[trial]  # here, not on the loop: what is asked next may be to save them all
-        return self._engine.room()
-
-    async def _ask(self, work: Callable[[], T]) -> T:
-        """Have the training thread do something between two steps."""
-        answer: Future[T] = Future()
-
-        def answered() -> None:
-            try:
-                answer.set_result(work())
-            except BaseException as error:  # it belongs to whoever asked; the thread goes on
-                answer.set_exception(error)
-                if isinstance(error, HostFailed):
-                    self._break_off(error)
-
-        with self._wake:
-            self._asked.append(answered)
-            self._wake.notify()
-        return await asyncio.wrap_future(answer)
-
-    def _train_for_ever(self) -> None:
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._asked or self._goals)
-                asked, self._asked = self._asked, []
-                goals = dict(self._goals)
-            for work in asked:
-                work()
-            if not asked:
-                self._train(goals)
-
-    def _train(self, goals: dict[str, _Goal]) -> None:
-        """One step of every trial that has a goal, and the reports of those that are there."""
-        try:
-            self._train_once(goals)
-        except Exception as error:  # a trial's own failure is a value: this one is the device's, or a fault of ours
-            self._break_off(error)
+        return self._room()
 
     def _break_off(self, error: Exception) -> None:
         """Take no trials any more, and tell those that are here: on another host they may go on."""
         logger.exception("%s cannot go on", self.name)
         failure = error if isinstance(error, HostFailed) else HostFailed(f"{type(error).__name__}: {error}")
         self._loaded = False
-        with self._wake:
-            goals, self._goals = self._goals, {}
-        for goal in goals.values():
-            goal.report.set_exception(failure)
+        self._thread.stop(failure)
         if not self._end.done():
             self._end.set_exception(failure)
 
-    def _train_once(self, goals: dict[str, _Goal]) -> None:
-        behind = [trial for trial, goal in goals.items() if self._engine.position(trial) < goal.until]
+    def _train(self, goals: Mapping[str, Goal]) -> None:
+        """One step of every trial that has a goal, and the reports of those that are there."""
+        for trial in goals.keys() - self._residents.keys():  # it left as its goal was on its way
+            self._answer(trial, self._is_not_here(trial))
+        behind = [t for t in goals if t in self._residents and self._engine.position(t) < goals[t].until]
         outcomes = self._engine.step(behind) if behind else {}
         self._places.hold_at_most(self._engine.pack_limit)
         for trial, outcome in outcomes.items():
             if isinstance(outcome, TrialFailed | HostFailed):
                 self._answer(trial, outcome)
-        there = [t for t in goals if t in self._goals and self._engine.position(t) >= goals[t].until]
+        there = [t for t in goals if self._thread.has_goal(t) and self._engine.position(t) >= goals[t].until]
         if not there:
             return
         reports = self._engine.report(there)
@@ -396,11 +360,10 @@ class Host:
 
     def _answer(self, trial: str, outcome: Any) -> None:
         """Tell a trial's seat what became of it; one that is to go on elsewhere leaves its memory to the others."""
-        with self._wake:
-            goal = self._goals.pop(trial)
+        report = self._thread.answer(trial)
         if isinstance(outcome, HostFailed):
             self._bytes_left = self._let_go(trial)
         if isinstance(outcome, TrialFailed | HostFailed):
-            goal.report.set_exception(outcome)
+            report.set_exception(outcome)
         else:
-            goal.report.set_result(outcome.to_dict() | {"host": self.name})
+            report.set_result(outcome.to_dict() | {"host": self.name})

@@ -53,9 +53,9 @@ class CountingEngine:
     def ever(self) -> int | None:
         return None
 
-    def room(self, config: TrialConfig | None = None) -> int:
+    def room(self, *more: TrialConfig) -> int:
         """Each trial takes its rank, and there are 100 of them."""
-        return 100 - sum(self.ranks.values()) - (config.lora.rank if config else 0)
+        return 100 - sum(self.ranks.values()) - sum(config.lora.rank for config in more)
 
     def size(self, config: TrialConfig) -> int:
         return config.lora.rank
@@ -241,29 +241,38 @@ class Full(CountingEngine):
         super().admit(trial, config, checkpoint)
 
 
-def test_trial_that_finds_no_memory_waits_unless_it_would_be_alone() -> None:
+def test_trial_that_finds_no_memory_as_it_is_let_in_waits_unless_it_was_alone() -> None:
     async def story() -> list[Any]:
         host = await make_host(Full())
-        said: list[Any] = [await host.admit("a", CONFIG), await host.admit("b", CONFIG)]
-        await host.release("a")
+        said: list[Any] = [await host.admit(trial, CONFIG) for trial in "abc"]
+        await host.advance("a", 1)
+        for trial in "bc":
+            with pytest.raises(HostFailed, match="out of memory, with 2 trials resident"):
+                await host.advance(trial, 1)
         said += [await host.admit("b", CONFIG)]
+        await host.release("a")
+        said += [await host.admit("b", CONFIG), (await host.advance("b", 1))["step"]]
         await host.release("b")
+        said += [await host.admit("c", ranked(99))]
         with pytest.raises(TrialFailed, match="out of memory"):
-            await host.admit("c", ranked(99))
+            await host.advance("c", 1)
         return [*said, (await host.room())[0]]
 
-    assert asyncio.run(story()) == [True, False, True, 1]  # no other is let in beside one any more, only to fail
+    # No other is taken beside one any more, only to fail.
+    assert asyncio.run(story()) == [True, True, True, False, True, 1, True, 1]
 
 
 def test_trial_that_is_refused_for_itself_costs_no_other_its_place() -> None:
     async def story() -> list[Any]:
         host = await make_host(CountingEngine(), capacity=3)
-        said: list[Any] = [await host.admit("a", CONFIG)]
+        said: list[Any] = [await host.admit("a", CONFIG), await host.admit("b", ranked(1))]
         with pytest.raises(TrialFailed, match="rank 1"):
-            await host.admit("b", ranked(1))
-        return [*said, (await host.room())[0]]
+            await host.advance("b", 1)
+        said += [(await host.room())[0], (await host.advance("a", 1))["step"]]
+        await host.release("b")  # as its end is heard of
+        return said
 
-    assert asyncio.run(story()) == [True, 2]
+    assert asyncio.run(story()) == [True, True, 2, 1]
 
 
 def ranked(rank: int) -> TrialConfig:
@@ -305,6 +314,7 @@ def test_trial_that_was_judged_while_another_left_is_let_in() -> None:
     async def story() -> list[bool | None]:
         host = await make_host(engine, capacity=1)
         await host.admit("first", ranked(10))
+        await host.advance("first", 1)
         engine.release = slow_release  # type: ignore[method-assign]
         leaving = asyncio.ensure_future(host.release("first"))
         await asyncio.sleep(0.05)
@@ -422,8 +432,9 @@ def test_trial_on_its_last_try_that_is_sent_away_leaves_its_place_to_others(aske
 def test_refused_trial_takes_no_room() -> None:
     async def story() -> int:
         host = await make_host(CountingEngine(), capacity=1)
+        assert await host.admit("a", ranked(1))
         with pytest.raises(TrialFailed, match="rank 1"):  # which no other host would take either
-            await host.admit("a", TrialConfig(Lora(rank=1), Training()))
+            await host.advance("a", 1)
         return (await host.room())[0]
 
     assert asyncio.run(story()) == 1
@@ -463,9 +474,10 @@ def test_host_whose_device_fails_between_two_steps_takes_no_more_trials(asked: s
         host = await make_host(engine)
         alive = asyncio.ensure_future(host.live())
         await host.admit("a", CONFIG)
+        await host.admit("b", CONFIG)
         setattr(engine, asked, fail)
         with pytest.raises(HostFailed, match="illegal memory access"):
-            await (host.admit("b", CONFIG) if asked == "admit" else host.snapshot("a"))
+            await (host.advance("b", 1) if asked == "admit" else host.snapshot("a"))
         with pytest.raises(HostFailed, match="illegal memory access"):
             await alive
         assert (await host.room())[0] <= 0
@@ -486,6 +498,49 @@ def test_trial_that_is_not_on_a_host_is_not_waited_for_there() -> None:
     asyncio.run(story())
 
 
+@pytest.mark.parametrize("attempt", [0, None])
+def test_goal_of_a_trial_that_is_just_leaving_costs_no_other_its_host(attempt: int | None) -> None:
+    """Its seat had asked before it was lost; the trial has gone when the host comes to it."""
+    engine = CountingEngine()
+    let_go, leaves, leave = threading.Event(), threading.Event(), engine.release
+
+    def slow_release(trial: str) -> None:
+        leaves.set()
+        let_go.wait(PATIENCE)
+        leave(trial)
+
+    async def story() -> list[Any]:
+        host = await make_host(engine)
+        for trial in "ab":
+            assert await host.admit(trial, CONFIG)
+            await host.advance(trial, 1)
+        engine.release = slow_release  # type: ignore[method-assign]
+        leaving = asyncio.ensure_future(host.release("a", attempt))
+        await asyncio.to_thread(leaves.wait)
+        late = [asyncio.ensure_future(host.advance(trial, 3)) for trial in "ab"]
+        await asyncio.sleep(0.05)
+        let_go.set()
+        await leaving
+        gone, there = await asyncio.gather(*late, return_exceptions=True)
+        return [str(gone), there["step"]]
+
+    assert asyncio.run(story()) == ["trial a is not on host-0", 3]
+
+
+def test_seat_that_is_lost_before_its_trial_is_let_in_leaves_its_place_and_its_bytes() -> None:
+    async def story() -> list[Any]:
+        engine = CountingEngine()
+        host = await make_host(engine, capacity=2)
+        said: list[Any] = [await host.admit("a", ranked(60)), await host.admit("b", ranked(60)), await host.room()]
+        await host.release("a", 0)
+        said += [await host.room(), await host.admit("b", ranked(60)), sorted(engine.steps)]
+        with pytest.raises(HostFailed, match="trial a is not on host-0"):
+            await host.advance("a", 1)
+        return [*said, (await host.advance("b", 1))["step"]]
+
+    assert asyncio.run(story()) == [True, False, (1, 40), (2, 100), True, [], 1]
+
+
 def test_trial_whose_seat_was_lost_starts_over_from_its_checkpoint() -> None:
     async def story() -> tuple[int, Checkpoint]:
         engine = CountingEngine()
@@ -495,9 +550,11 @@ def test_trial_whose_seat_was_lost_starts_over_from_its_checkpoint() -> None:
         checkpoint = await host.snapshot("a")
         await host.advance("a", 6)
         assert await host.admit("a", CONFIG, checkpoint)
-        return engine.position("a"), checkpoint
+        engine.log.clear()
+        await host.advance("a", 7)
+        return len(engine.log), checkpoint
 
-    assert asyncio.run(story()) == (4, {"step": b"4"})
+    assert asyncio.run(story()) == (3, {"step": b"4"})
 
 
 def test_whoever_asks_hears_of_it_when_a_host_holds_fewer_trials_than_it_did() -> None:

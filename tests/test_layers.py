@@ -32,6 +32,7 @@ FLOORS = {
     "data": 2,
     "engine": 3,
     "waiting": 1,
+    "thread": 1,
     "placement": 1,
     "host": 4,
     "seat": 4,

@@ -195,13 +195,15 @@ class FailingEngine(CountingEngine):
         raise HostFailed("CUDA error: an illegal memory access was encountered")
 
 
-def test_host_that_fails_as_it_admits_a_trial_is_told_by_its_name(started: Hosts) -> None:
+def test_host_that_fails_as_it_admits_a_trial_is_told_by_its_name(started: Hosts, tiny: Path, tmp_path: Path) -> None:
     ray, prefix = started.ray, "lora-search-failing-"
     host = ray.remote(Host).options(num_cpus=0, name=prefix + "host-7").remote("h", 1, lambda data: FailingEngine())
+    spec = make_spec(tiny, name="failing", output=str(tmp_path))
     try:
         ray.get(host.load.remote(None))
+        seat = Seat(FIRST, spec, fresh_run(tmp_path, "failing").folder, prefix)
         with pytest.raises(HostGone, match="host-7: CUDA error: an illegal memory access") as lost:
-            Lobby(prefix).admit("a", CONFIG, None)
+            seat.train()
         assert lost.value.host == "host-7"
     finally:
         ray.kill(host)
@@ -210,7 +212,7 @@ def test_host_that_fails_as_it_admits_a_trial_is_told_by_its_name(started: Hosts
 class RoomyEngine(CountingEngine):
     """Has memory for any trial."""
 
-    def room(self, config: TrialConfig | None = None) -> int:
+    def room(self, *more: TrialConfig) -> int:
         return 1
 
     def fits(self, config: TrialConfig) -> bool:
@@ -373,7 +375,9 @@ def test_host_that_cannot_load_the_base_or_takes_too_long_holds_up_no_other(
         try:
             hosts.load()
             assert [host.place.name for host in hosts._ready] == ["host-1"]
-            assert said == [f"host-0 was lost: {why}"]
+            early, lost = said[:-1], said[-1]
+            assert set(early) <= {f"WARNING: host-0 has not loaded the base: {why}; waits for host-1"}
+            assert lost == f"host-0 was lost: {why}"
             hosts.check = other_weights
             wait_until(refused)
             hosts.check = None
@@ -396,6 +400,36 @@ def test_host_that_cannot_load_the_base_or_takes_too_long_holds_up_no_other(
             hosts.load()
     finally:
         hosts.end()
+
+
+def test_host_that_cannot_load_the_base_is_told_of_while_another_still_loads_it(
+    started: Hosts, tiny: Path, tmp_path: Path
+) -> None:
+    """The user may not want to wait for it."""
+    from lora_search.sweep.hosts import Hosts as SweepHosts
+
+    cores = int(started.ray.cluster_resources()["CPU"])
+    spec = make_spec(tiny, name="told", hosts={"cpus_per_host": cores // 2}, output=str(tmp_path))
+    said: list[str] = []
+    hosts = SweepHosts(spec, build_first_is_refused_others_wait, said.append)
+    loading = threading.Thread(target=hosts.load)
+    loading.start()
+    try:
+        wait_until(lambda: bool(said))
+        assert loading.is_alive()
+        assert said == ["WARNING: host-0 has not loaded the base: the hub is busy; waits for host-1"]
+        (tmp_path / "go").touch()
+        loading.join(PATIENCE)
+        assert said[1:] == ["host-0 was lost: the hub is busy"]
+        assert [host.place.name for host in hosts._ready] == ["host-1"]
+    finally:
+        hosts.end()
+
+
+def build_first_is_refused_others_wait(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> IdleEngine:
+    while place.name != "host-0" and not (Path(spec.output) / "go").exists():
+        time.sleep(0.05)
+    return build_first_is_refused(spec, place, capacity, data)
 
 
 def build_refused(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> IdleEngine:

@@ -62,12 +62,25 @@ class Harmed(Steady):
         return {}
 
 
+class Fatal(Steady):
+    """Its process ends as it is given trial 1, or 3."""
+
+    def admit(self, trial: str, config: TrialConfig, checkpoint: Checkpoint | None = None) -> None:
+        if trial in ("1", "3"):
+            os._exit(1)
+        super().admit(trial, config, checkpoint)
+
+
 def build_second_is_sick(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> IdleEngine:
     return Steady() if place.name == "host-0" else Sick()
 
 
 def build_harmed(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> IdleEngine:
     return Harmed()
+
+
+def build_fatal(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> IdleEngine:
+    return Fatal()
 
 
 class Losses(Observer):
@@ -136,6 +149,18 @@ def test_trial_that_ends_its_hosts_is_given_up_and_none_beside_it(ray: Any, tiny
     assert re.fullmatch(r"given up after 2 retries: HostGone: host-\d: its process died", rows[1]["reason"])
     assert sum("was lost: its process died" in line for line in said) >= 3  # more, where it has gone as it came
     assert len(losses) >= 2  # those that were beside it
+
+
+def test_trials_that_end_their_hosts_as_they_are_let_in_are_given_up_and_no_others(
+    ray: Any, tiny: Path, tmp_path: Path
+) -> None:
+    hosts = {"count": 1, "cpus_per_host": 1, "trials_per_host": 3, "max_retries": 2}
+    rows, _, said = searched(ray, tiny, tmp_path, build_fatal, hosts, trials=6)
+    states = {row["trial"]: row["state"] for row in rows}
+    assert states == {trial: "failed" if trial in (1, 3) else "completed" for trial in range(6)}
+    for trial in (1, 3):
+        assert re.fullmatch(r"given up after 2 retries: HostGone: host-\d+: its process died", rows[trial]["reason"])
+    assert sum("was lost: its process died" in line for line in said) >= 3
 
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["as they load the base", "as they train"])

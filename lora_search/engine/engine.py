@@ -88,12 +88,11 @@ class Engine:
     def residents(self) -> tuple[str, ...]:
         return tuple(self._trials)
 
-    def room(self, config: TrialConfig | None = None) -> int:
-        """Bytes left beside the residents, and a trial more where one is given; negative where it does not fit."""
+    def room(self, *more: TrialConfig) -> int:
+        """Bytes left beside the residents, and trials more where any are given; negative where they do not fit."""
         if self._gauge is None:
             return 0
-        configs = [trial.config for trial in self._trials.values()]
-        return self._gauge.room(configs if config is None else [*configs, config])
+        return self._gauge.room([*(trial.config for trial in self._trials.values()), *more])
 
     def size(self, config: TrialConfig) -> int:
         """Bytes that a trial takes by itself, as far as is known."""

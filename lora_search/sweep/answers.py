@@ -39,15 +39,6 @@ def is_done(answer: Any) -> bool:
     return bool(ready)
 
 
-def has_failed(answer: Any) -> bool:
-    """Whether a call has failed; waits for it."""
-    try:
-        ray.get(answer)
-    except ray.exceptions.RayError:
-        return True
-    return False
-
-
 def unwrap(reference: Any) -> Any:
     """`ray.get` that raises our own errors as they were raised, a loss as HostLost, and others as a SweepError.
 
@@ -72,3 +63,12 @@ def unwrap(reference: Any) -> Any:
         if getattr(error, "actor_init_failed", False) and last.startswith(NOT_INSTALLED):
             raise NodeUnfit(f"no host can be made there: {last}") from error
         raise HostLost(why_lost(error)) from error
+
+
+def failure(reference: Any) -> SweepError | None:
+    """What a call has failed with, as `unwrap` raises it; None where it has not. Waits for it."""
+    try:
+        unwrap(reference)
+    except SweepError as error:
+        return error
+    return None

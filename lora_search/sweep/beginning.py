@@ -85,7 +85,7 @@ class Beginning(Roster):
         self._each(self._loaded, self._load, self._as_they_load)
 
     def _as_they_load(self, hosts: Sequence[RunningHost]) -> Iterator[RunningHost]:
-        return as_they_load(hosts, others=bool(self._ready))
+        return as_they_load(hosts, others=bool(self._ready), say=self._say)
 
     def _loaded(self, host: RunningHost) -> None:
         """Wait until a host has loaded the base.

@@ -15,9 +15,9 @@ from lora_search.errors import InputError, SweepError
 from lora_search.host import Host, TrainsTrials
 from lora_search.placement import HostPlace, Node
 from lora_search.storage import Folder
-from lora_search.sweep.answers import HostLost, NodeUnready, has_failed, is_done, unwrap
+from lora_search.sweep.answers import HostLost, NodeUnready, failure, is_done, unwrap
 from lora_search.sweep.build import greet
-from lora_search.sweep.cluster import on_node
+from lora_search.sweep.cluster import Say, on_node
 from lora_search.versions import differences, versions
 
 HOST_CONCURRENCY = 1000
@@ -44,12 +44,7 @@ class Prepared:
 
     def wrong(self) -> SweepError | None:
         """Why there are none, where the host was not able to; None where it was, or is at it."""
-        if is_done(self.said):
-            try:
-                unwrap(self.said)
-            except SweepError as error:
-                return error
-        return None
+        return failure(self.said) if is_done(self.said) else None
 
 
 @dataclass
@@ -240,11 +235,12 @@ def start_host(
     return RunningHost(place, capacity, actor, alive, started, greeting, time.monotonic())
 
 
-def as_they_load(hosts: Sequence[RunningHost], others: bool) -> Iterator[RunningHost]:
+def as_they_load(hosts: Sequence[RunningHost], others: bool, say: Say) -> Iterator[RunningHost]:
     """Hosts in the order in which they load the base, then those that cannot, and those that take too long.
 
     Args:
         others: there are some that have loaded it.
+        say: told of those that cannot, while none has and the rest are waited for: the user may not want to.
     """
     waiting, failed = {host.loading: host for host in hosts}, []
     end = time.monotonic() + LOAD_S if others else math.inf
@@ -254,8 +250,11 @@ def as_they_load(hosts: Sequence[RunningHost], others: bool) -> Iterator[Running
         if not done:
             break
         host = waiting.pop(done[0])
-        if has_failed(host.loading):
+        if (why := failure(host.loading)) is not None:
             failed.append(host)
+            if waiting and math.isinf(end):
+                still = ", ".join(other.place.name for other in waiting.values())
+                say(f"WARNING: {host.place.name} has not loaded the base: {why}; waits for {still}")
         else:
             end = min(end, time.monotonic() + LOAD_S)
             yield host
