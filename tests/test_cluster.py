@@ -171,6 +171,47 @@ def test_node_that_is_killed_changes_no_bit_of_a_sequential_sweep(tiny: Path, tm
 
 
 @pytest.mark.slow
+def test_sweep_that_loses_a_node_for_good_goes_on_with_the_other_and_is_resumed_on_it_alone(
+    nodes: Cluster, tiny: Path, tmp_path: Path
+) -> None:
+    """Nothing comes in its place, neither while the sweep runs nor as it is resumed."""
+    training, search = {"steps": 12 * EVERY, "eval_every": EVERY}, {"trials": 8, "scheduler": {"name": "none"}}
+    spec = make_spec(
+        tiny, name="smaller", hosts={"trials_per_host": 2}, training=training, search=search, output=str(tmp_path)
+    )
+    (tmp_path / "sweep.yaml").write_text(dump_spec(spec))
+    run = RunDirectory(tmp_path / "smaller")
+    command = [sys.executable, "-m", "lora_search", "run", str(tmp_path / "sweep.yaml"), "--address", nodes.address]
+
+    def events(name: str) -> list[Mapping[str, Any]]:
+        return [event for event in read_events(run.trials) if event["event"] == name] if run.trials.exists() else []
+
+    def on_both() -> bool:
+        return len({event["host"] for event in events("report")}) == 2
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as driver:
+        wait_until(on_both, driver)
+        nodes.remove_node(next(iter(nodes.worker_nodes)), allow_graceful=False)
+        wait_until(lambda: bool(events("resume")), driver)
+        before = len(events("report"))
+        wait_until(lambda: len(events("report")) > before and bool(sweep_status(run)["lost_hosts"]), driver)
+        driver.send_signal(signal.SIGTERM)
+        _, said = driver.communicate(timeout=PATIENCE)
+    assert driver.returncode == 130, said
+    (lost,) = sweep_status(run)["lost_hosts"]
+    assert lost["why"] in GONE
+    first = len(events("resume"))
+
+    again = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=3 * PATIENCE)
+    assert again.returncode == 0, again.stderr
+    require_whole(run, 8)
+    assert {row["state"] for row in run_rows(run)} == {"completed"}
+    assert len(events("resume")) > first
+    (host,) = json.loads(run.provenance.read_text())["hosts"]
+    assert host["node"] != lost["node"]
+
+
+@pytest.mark.slow
 def test_machine_that_is_warned_has_its_trials_saved_where_they_stand(tiny: Path, tmp_path: Path) -> None:
     """SIGTERM to `ray start --block`, as Kubernetes, Slurm and systemd send it; another machine takes its place."""
     from ray.cluster_utils import Cluster
