@@ -21,6 +21,7 @@ from transformers import (
     JambaConfig,
     LlamaConfig,
     MambaConfig,
+    MixtralConfig,
     OPTConfig,
 )
 
@@ -227,6 +228,9 @@ def of_family(family: str) -> PreTrainedConfig:
             return CohereConfig(**wide)
         case "bloom":
             return BloomConfig(**sizes)
+        case "mixtral":
+            experts = {"num_hidden_layers": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+            return MixtralConfig(**wide | experts | {"vocab_size": 512})
         case "jamba":
             layers = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2}
             return JambaConfig(**sizes, **mlp, **layers, num_key_value_heads=2, mamba_d_state=8, mamba_dt_rank=8)
@@ -248,6 +252,19 @@ def saved(config: PreTrainedConfig, folder: Path) -> SweepSpec:
     AutoModelForCausalLM.from_config(config).save_pretrained(str(folder / "model"))
     write_tiny_data(folder / "data.jsonl")
     return make_spec(folder)
+
+
+@pytest.mark.parametrize(("batch", "checkpointing"), [(1, False), (16, False), (4, True)])
+def test_replay_holds_what_adapted_experts_hold(tmp_path: Path, batch: int, checkpointing: bool) -> None:
+    """PEFT adds an adapter of a fused weight to it anew for each pass, however many rows that has."""
+    torch.set_num_threads(1)
+    spec = saved(of_family("mixtral"), tmp_path)
+    spec = spec.model_copy(update={"base": spec.base.model_copy(update={"gradient_checkpointing": checkpointing})})
+    lora = Lora(rank=4, dropout=0.0, target_modules="re:.*experts.*")
+    measured, predicted = step_bytes(spec, lora, 1, batch, 33)
+    assert predicted == pytest.approx(measured, rel=0.06)
+    two_trials = step_bytes(spec, lora, 2, batch, 33)  # which are trained one by one
+    assert two_trials == (pytest.approx(measured, rel=0.01), predicted)
 
 
 @pytest.mark.parametrize("family", ["bloom", "jamba"])
@@ -304,6 +321,28 @@ def test_logits_that_a_model_caps_or_scales_are_held_as_the_engine_holds_them(
     assert 0.98 * live.peak < memory.host([shape]).evaluation < 1.12 * live.peak  # layers and head are added up
 
 
+def unwilling(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("Tensor.item() cannot be called on meta tensors")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_rule_of_thumb_knows_what_adapted_experts_take(monkeypatch: pytest.MonkeyPatch, checkpointing: bool) -> None:
+    setup = replace(CPU, checkpointing=checkpointing)
+    exact = on_shapes(of_family("mixtral"), setup)
+    experts = resolve(exact.tree, "re:.*experts.*")
+    shapes = [TrialShape(experts, 4, False, batch, 32) for batch in (1, 8)]
+    found = [exact.trial(shape) for shape in shapes]
+    monkeypatch.setattr(torch.nn.Embedding, "forward", unwilling)
+    by_rule = on_shapes(of_family("mixtral"), setup)
+    ruled = [by_rule.trial(shape) for shape in shapes]
+    assert by_rule.by_rule
+    too_small, too_large = RULE_WIDTH
+    for rule, real in zip(ruled, found, strict=True):
+        assert too_small < (real.activations + real.passing) / (rule.activations + rule.passing) < too_large
+    weights = sum(4 * by_rule._replay._weight(name).numel() for name in experts.parameters)
+    assert 8 * ruled[0].activations - ruled[1].activations == pytest.approx(0 if checkpointing else 7 * weights, abs=8)
+
+
 def test_rule_of_thumb_is_as_wide_as_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all that run on shapes, OPT keeps least and Mamba most."""
     few, many = (on_shapes(of_family(family), GPU) for family in ("opt", "mamba"))
@@ -315,9 +354,6 @@ def test_rule_of_thumb_is_as_wide_as_the_plan_says(monkeypatch: pytest.MonkeyPat
     least, most = (found.activations + found.passing for found in bytes_of)
     assert not few.by_rule
     assert not many.by_rule
-
-    def unwilling(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("Tensor.item() cannot be called on meta tensors")
 
     monkeypatch.setattr(torch.nn.Embedding, "forward", unwilling)
     few, many = (on_shapes(of_family(family), GPU) for family in ("opt", "mamba"))

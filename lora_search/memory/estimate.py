@@ -111,15 +111,15 @@ class BaseMemory:
 
     def _trial(self, shape: TrialShape, piece: _Piece) -> TrialBytes:
         size = trainable_parameters(self.tree, piece.targets(shape.targets), shape.rank)
-        held = self._replay.training(shape.targets.modules, shape.rank, shape.dropout, shape.length, piece.span)
-        activations = math.ceil(held.kept * shape.batch_size)
+        held = self._replay.training(shape.targets, shape.rank, shape.dropout, shape.length, piece.span)
+        activations, passing = held.times(shape.batch_size)
         return TrialBytes(
             trainable=size,
             adapter=size * (4 + (DTYPE_BYTES[self.setup.working] if self.setup.working != "float32" else 0)),
             gradient=4 * size,
             optimizer=8 * size,
             activations=activations,
-            passing=max(0, math.ceil(held.peak * shape.batch_size) - activations) + self._experts_delta(shape),
+            passing=passing,
         )
 
     def host(self, shapes: Sequence[TrialShape], passing: Sequence[TrialShape] | None = None) -> HostBytes:
@@ -210,15 +210,6 @@ class BaseMemory:
         targets = -(-tokens // max(1, len(shapes))) if self.setup.device == "cpu" else tokens
         logits = self._logits(targets) if piece.gpu == 0 else 0
         return math.ceil(lanes * (passing + logits + self._dense))
-
-    def _experts_delta(self, shape: TrialShape) -> int:
-        """PEFT adds an adapter of fused experts to their weight, and both are there for that moment."""
-        sizes = [
-            module.experts * module.in_features * module.out_features
-            for module in self.tree.modules
-            if module.name in shape.targets.parameters
-        ]
-        return 2 * 4 * max(sizes, default=0)
 
 
 def _adapts_experts(shape: TrialShape) -> bool:

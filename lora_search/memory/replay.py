@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from lora_search.logits import find_bend
 from lora_search.memory.live import LiveBytes
 from lora_search.memory.mirror import Pass, Stands, attach, detach_attention, head, run
 from lora_search.memory.split import decoder_blocks
 from lora_search.memory.values import Setup
+from lora_search.targets import Targets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,6 +30,9 @@ PROBE = 8
 UNWILLING = (TypeError, ValueError, RuntimeError, IndexError, AttributeError)
 """Whatever an architecture's code says of tensors without values, or where it insists on a device."""
 
+EXPERT_DIMENSIONS = 3
+"""Of a weight that holds a layer's experts, as transformers 5 keeps them: experts, out-features, in-features."""
+
 RULE = 40
 """Numbers that a layer keeps of each token, for each of its hidden features, where nothing better is known: a Llama
 with dropout on all of its linear layers keeps 30."""
@@ -34,12 +40,20 @@ with dropout on all of its linear layers keeps 30."""
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of a pass for each of its sequences; weights and logits are not among them."""
+    """Bytes of a pass for each of its sequences; the base's weights and logits are not among them."""
 
     kept: float
     """When the forward pass has come to the output head."""
     peak: float
     """At the worst moment of forward and backward."""
+    kept_once: float = 0.0
+    """However many sequences there are, besides: experts' fused weights with their adapters in them."""
+    peak_once: float = 0.0
+
+    def times(self, sequences: int) -> tuple[int, int]:
+        """Bytes of a pass of so many sequences: kept, and what comes and goes above that."""
+        kept = math.ceil(self.kept_once + self.kept * sequences)
+        return kept, max(0, math.ceil(self.peak_once + self.peak * sequences) - kept)
 
 
 class Replay:
@@ -57,12 +71,19 @@ class Replay:
         attach(self._model)
         self._known = [*self._model.parameters(), *self._model.buffers()]
         blocks = decoder_blocks(self._model)
+        self._fused = {
+            f"{name}.{key}": (module, key)
+            for name, module in self._model.named_modules()
+            for key, parameter in module.named_parameters(recurse=False)
+            if parameter.dim() == EXPERT_DIMENSIONS
+        }
+        """Experts' weights in one parameter, by its name in the whole model."""
         self._blocks = "" if blocks is None else blocks[0]
         self._layers = None if blocks is None else blocks[1]
         self._flat = True
         self._acquainted: set[int] = set()
         """Decoder blocks whose layers know with which others they share their input."""
-        self._found: dict[tuple[frozenset[str], int, bool, int, range | None, bool], Held] = {}
+        self._found: dict[tuple[frozenset[str], int, int, bool, int, range | None, bool], Held] = {}
         self.by_rule = False
         """Whether the architecture cannot be run on shapes alone, and a rule of thumb stands in."""
         if setup.checkpointing and self._model.supports_gradient_checkpointing:
@@ -74,16 +95,23 @@ class Replay:
             self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
             self._model.disable_input_require_grads()
 
-    def training(
-        self, modules: Sequence[str], rank: int, dropout: bool, length: int, span: range | None = None
-    ) -> Held:
-        """Forward and backward of one adapter on these modules.
+    def training(self, targets: Targets, rank: int, dropout: bool, length: int, span: range | None = None) -> Held:
+        """Forward and backward of one adapter on these targets.
 
         Args:
             span: the decoder blocks on one of several GPUs, whose share this is; None for all on one.
         """
-        now = Pass(self.setup, 1, length, rank, dropout, frozenset(modules))
-        return self._remembered(now, span, backward=True)
+        now = Pass(self.setup, 1, length, rank, dropout, frozenset((*targets.modules, *targets.parameters)))
+        one = self._remembered(now, span, backward=True)
+        if not targets.parameters:
+            return one
+        if self.by_rule:
+            made = [weight.numel() * weight.element_size() for weight in map(self._weight, targets.parameters)]
+            kept = 0 if self.setup.checkpointing else sum(made)
+            return Held(one.kept, one.peak, kept, kept + 2 * max(made))
+        two = self._remembered(replace(now, sequences=2), span, backward=True)
+        once = 2 * one.kept - two.kept, 2 * one.peak - two.peak
+        return Held(two.kept - one.kept, two.peak - one.peak, *once)
 
     def evaluation(self, length: int) -> Held:
         """A forward pass without gradients; layers give what they hold to the next, on whatever GPU."""
@@ -114,7 +142,7 @@ class Replay:
 
     def _remembered(self, now: Pass, span: range | None, *, backward: bool) -> Held:
         reached = backward and span is not None and self._is_reached(now.adapted, span)
-        key = (now.adapted, now.rank, now.dropout, now.length, span, backward)
+        key = (now.adapted, now.sequences, now.rank, now.dropout, now.length, span, backward)
         if key not in self._found:
             try:
                 with self._cut_to(span, reached=reached):
@@ -191,7 +219,13 @@ class Replay:
             with run(now), Stands(self.setup), torch.no_grad():
                 self._hidden(now)  # in which layers learn with which others they share their input
             self._acquainted |= blocks
-        with run(now), LiveBytes(self._known) as live, Stands(self.setup), torch.set_grad_enabled(backward):
+        with (
+            run(now),
+            self._experts_adapted(now),
+            LiveBytes(self._known) as live,
+            Stands(self.setup),
+            torch.set_grad_enabled(backward),
+        ):
             hidden = self._hidden(now)
             forward = live.peak
             live.restart()
@@ -217,6 +251,26 @@ class Replay:
             peak: int = live.peak
             return peak
 
+    def _weight(self, name: str) -> torch.Tensor:
+        module, key = self._fused[name]
+        weight: torch.Tensor = getattr(module, key)
+        return weight
+
+    @contextmanager
+    def _experts_adapted(self, now: Pass) -> Iterator[None]:
+        """Put adapters into the experts' fused weights, as PEFT does for each pass: W + B A is another W."""
+        adapted = [self._fused[name] for name in sorted(now.adapted & self._fused.keys())]
+        for module, key in adapted:
+            parametrize.register_parametrization(module, key, _Adapted(now.anchor))
+            module.parametrizations[key].original.requires_grad_(False)
+            module.forward = parametrize.cached()(type(module).forward.__get__(module))
+        try:
+            yield
+        finally:
+            for module, key in adapted:
+                vars(module).pop("forward", None)
+                parametrize.remove_parametrizations(module, key, leave_parametrized=False)
+
     def _hidden(self, now: Pass) -> torch.Tensor:
         """The last hidden states of all tokens, flat where the architecture can."""
         if self._flat:
@@ -238,6 +292,17 @@ class Replay:
         inputs = {"attention_mask": ids, **({"position_ids": ids} if self._flat else {})}
         out: torch.Tensor = (model or self._model.base_model)(input_ids=ids, **inputs, use_cache=False)[0]
         return out
+
+
+class _Adapted(nn.Module):
+    """W + B A, of which A and B are counted elsewhere."""
+
+    def __init__(self, anchor: torch.Tensor) -> None:
+        super().__init__()
+        self._anchor = anchor
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self._anchor.to(weight.dtype)
 
 
 def _rule_of_thumb(model: PreTrainedModel, now: Pass, *, backward: bool) -> Held:
