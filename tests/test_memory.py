@@ -28,7 +28,7 @@ from transformers import (
 from lora_search.engine.layers import LinearSite
 from lora_search.errors import InputError
 from lora_search.memory import BaseMemory, Setup, TrialShape, corners, refuse_what_never_fits, weigh
-from lora_search.memory.corners import largest, smallest
+from lora_search.memory.corners import Crowd, largest, smallest
 from lora_search.memory.familiar import familiar_figures
 from lora_search.memory.gauge import Gauge
 from lora_search.memory.live import LiveBytes
@@ -158,13 +158,16 @@ def test_replay_holds_what_the_engine_holds_on_the_demo(tiny: Path) -> None:
     assert predicted == pytest.approx(measured, rel=0.05)
 
 
-def step_bytes(spec: SweepSpec, lora: Lora, trials: int, batch: int, length: int) -> tuple[int, int]:
+def step_bytes(spec: SweepSpec, lora: Lora, trials: int, batch: int, length: int, *other: Lora) -> tuple[int, int]:
     """The most that a real step held besides base and trials, and what was predicted.
 
     The last token of a sequence predicts nothing and is not run: of 33, those are left that need no more rows for
     oneDNN, whose copy (engine/products.py) is not predicted for itself.
     """
+    loras = [lora] * trials + list(other)
     engine = engine_with(spec, trials, lora, batch, length)
+    for index, another in enumerate(other, start=trials):
+        engine.admit(str(index), TrialConfig(another, Training(batch_size=batch, steps=8)))
     names = list(engine.residents)
     engine.step(names)
     model = engine.base.model
@@ -181,8 +184,11 @@ def step_bytes(spec: SweepSpec, lora: Lora, trials: int, batch: int, length: int
     memory = BaseMemory(
         skeleton(spec.base.model), replace(CPU, checkpointing=spec.base.gradient_checkpointing, validation_tokens=0)
     )
-    shape = TrialShape(resolve(memory.tree, lora.target_modules), lora.rank, lora.dropout > 0, batch, length)
-    host = memory.host([shape] * trials)
+    shapes = [
+        TrialShape(resolve(memory.tree, lora.target_modules), lora.rank, lora.dropout > 0, batch, length)
+        for lora in loras
+    ]
+    host = memory.host(shapes)
     assert memory._kept_dense == sum(dense.numel() * dense.element_size() for dense in kept)
     assert memory._replay.flat or not engine._packed.flat
     # Inside a kernel nobody sees what logsumexp takes; a cap's damping is seen.
@@ -252,6 +258,15 @@ def saved(config: PreTrainedConfig, folder: Path) -> SweepSpec:
     AutoModelForCausalLM.from_config(config).save_pretrained(str(folder / "model"))
     write_tiny_data(folder / "data.jsonl")
     return make_spec(folder)
+
+
+@pytest.mark.parametrize("targets", [("attention", "mlp"), ("attention-qv", "all-linear"), ("attention-qv", "mlp")])
+def test_replay_holds_what_a_pack_of_different_targets_holds(tiny: Path, targets: tuple[str, str]) -> None:
+    """A layer that one trial adapts keeps its input for the rows of all."""
+    torch.set_num_threads(1)
+    first, second = (Lora(rank=4, dropout=0.0, target_modules=target) for target in targets)
+    measured, predicted = step_bytes(make_spec(tiny), first, 1, 4, 33, second)
+    assert predicted == pytest.approx(measured, rel=0.05)
 
 
 @pytest.mark.parametrize(("batch", "checkpointing"), [(1, False), (16, False), (4, True)])
@@ -538,8 +553,12 @@ def test_largest_trial_is_the_one_with_most_bytes(tiny: Path) -> None:
     assert memory.trial(found[-1].shape).trainable > memory.trial(found[0].shape).trainable
     assert largest(found, memory).target == "attention-qv"
     assert smallest(found, memory).target == upper
-    gauge = Gauge(spec, memory, memory.host([largest(found, memory).shape] * 4).total, longest=256, most=16)
-    assert gauge.together() == 4
+    apart = memory.host([found[0].shape, found[-1].shape] * 2).total  # in passes with both: more than of either alone
+    assert apart > memory.host([largest(found, memory).shape] * 4).total
+    whatever = Crowd.of(found, memory).total(4, memory)
+    assert whatever >= apart
+    assert Gauge(spec, memory, whatever, longest=256, most=16).together() == 4
+    assert Gauge(spec, memory, whatever - 1, longest=256, most=16).together() == 3
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lora_search.memory.values import TrialShape
+from lora_search.memory.values import TrialShape, with_targets_of_all
 from lora_search.space import FIRST_GUESS
 from lora_search.spec import SweepSpec
 from lora_search.spec.schema import Lora, Training
@@ -64,6 +64,32 @@ def largest(found: Sequence[Corner], memory: BaseMemory) -> Corner:
     """The corner that takes the most bytes: not always the one with most parameters, for what counts as much is how far
     down a gradient goes."""
     return max(found, key=lambda corner: memory.host([corner.shape]).total)
+
+
+@dataclass(frozen=True)
+class Crowd:
+    """As many trials as there may be at once, each as large as the space allows, whatever the others' target sets."""
+
+    alone: TrialShape
+    resident: TrialShape
+    """That with the most state."""
+    passing: TrialShape
+    """What one takes of a pass with trials of all target sets, as if they were its own too."""
+
+    @classmethod
+    def of(cls, found: Sequence[Corner], memory: BaseMemory) -> Crowd:
+        alone = passing = largest(found, memory).shape
+        if memory.shares_passes(alone):
+            shared = [corner.shape for corner in found if memory.shares_passes(corner.shape)]
+            passing = replace(alone, targets=with_targets_of_all(shared)[0].targets)
+        resident = max((corner.shape for corner in found), key=lambda shape: memory.trial(shape).state)
+        return cls(alone, resident, passing)
+
+    def total(self, count: int, memory: BaseMemory) -> int:
+        """Bytes of a host with so many."""
+        if count == 1:
+            return memory.host([self.alone]).total
+        return memory.host([self.resident] * count, [self.passing] * count).total
 
 
 def values(spec: SweepSpec, name: str) -> tuple[Any, ...]:

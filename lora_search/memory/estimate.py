@@ -23,6 +23,7 @@ from lora_search.memory.values import (
     TrialBytes,
     TrialShape,
     Weights,
+    with_targets_of_all,
 )
 from lora_search.memory.weights import nf4_constants, quantised_names, weigh
 from lora_search.targets import ModuleTree, Targets, module_tree, trainable_parameters
@@ -30,6 +31,7 @@ from lora_search.targets import ModuleTree, Targets, module_tree, trainable_para
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from lora_search.memory.corners import Crowd
     from lora_search.memory.replay import Replay
 
 MOST_TOGETHER = 512
@@ -128,8 +130,8 @@ class BaseMemory:
         Args:
             passing: those of them that are in a pass at once, the others being resident alone; None for all.
 
-        All rows of a pass count as if their adapters stood where the largest one stands: a layer that one trial
-        adapts keeps its input for all of them.
+        All rows of a pass count as if their adapters stood wherever one of them stands: a layer that one trial adapts
+        keeps its input for all of them.
         """
         passing = shapes if passing is None else passing
         return max((self._host(shapes, passing, piece) for piece in self._pieces), key=lambda host: host.total)
@@ -142,22 +144,23 @@ class BaseMemory:
     def _at_once(self, shapes: Sequence[TrialShape]) -> list[Sequence[TrialShape]]:
         """Which of these trials are in passes at the same time, where that may take most: all, but those that the
         engine trains one by one."""
-        alone = [shape for shape in shapes if not self._shares_passes(shape)]
+        alone = [shape for shape in shapes if not self.shares_passes(shape)]
         if not alone:
             return [shapes]
         in_turn = any(map(_adapts_experts, shapes))
         trials = {shape: self._trial(shape, self._whole) for shape in set(alone)}
         alone.sort(key=lambda shape: trials[shape].activations + trials[shape].passing)
-        together = [shape for shape in shapes if self._shares_passes(shape)]
+        together = [shape for shape in shapes if self.shares_passes(shape)]
         return [alone[-1 if in_turn else -self.setup.lanes :], *([together] if together else [])]
 
-    def _shares_passes(self, shape: TrialShape) -> bool:
+    def shares_passes(self, shape: TrialShape) -> bool:
         """As the engine has it."""
         return self._replay.flat and not _adapts_experts(shape)
 
     def _at_work(self, state: int, shapes: Sequence[TrialShape], piece: _Piece) -> HostBytes:
         """A host whose residents take so much, with these trials in a pass, or each in one of its own."""
-        counts = Counter(shapes)
+        shared = all(map(self.shares_passes, shapes))
+        counts = Counter(with_targets_of_all(shapes) if shared else shapes)
         trials = {shape: self._trial(shape, piece) for shape in counts}
         lanes = max(1, min(self.setup.lanes, len(shapes)))
         tokens = sum(shape.tokens * count for shape, count in counts.items())
@@ -167,7 +170,7 @@ class BaseMemory:
         targets = max((shape.tokens for shape in shapes), default=0) if alone else tokens
         logits = lanes * self._logits(targets) if piece.gpu == 0 else 0  # where the output head is
         back = passing + lanes * self._dense  # the logits have gone when the first gradient comes
-        measured = shapes if all(map(self._shares_passes, shapes)) else shapes[-1:]
+        measured = shapes if shared else shapes[-1:]
         return HostBytes(
             runtime=RUNTIME_BYTES if self.setup.device == "cpu" else 0,
             base=piece.base + self._kept_dense,
@@ -179,12 +182,13 @@ class BaseMemory:
             allocator=ALLOCATOR[self.setup.device],
         )
 
-    def together(self, shape: TrialShape, capacity: int) -> int:
-        """How many trials of one shape fit into `capacity` bytes."""
+    def together(self, trial: TrialShape | Crowd, capacity: int) -> int:
+        """How many trials of one shape, or of a crowd, fit into `capacity` bytes."""
         fits, too_many = 0, MOST_TOGETHER + 1
         while too_many - fits > 1:
             middle = (fits + too_many) // 2
-            if self.host([shape] * middle).total <= capacity:
+            taken = self.host([trial] * middle).total if isinstance(trial, TrialShape) else trial.total(middle, self)
+            if taken <= capacity:
                 fits = middle
             else:
                 too_many = middle

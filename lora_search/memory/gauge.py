@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lora_search.machine import memory_bytes
-from lora_search.memory.corners import corners, largest, smallest
+from lora_search.memory.corners import Crowd, corners, smallest
 from lora_search.memory.estimate import BaseMemory
 from lora_search.memory.values import TrialShape
 from lora_search.space import TrialConfig
@@ -48,7 +48,7 @@ class Gauge:
         self._longest = longest
         self._most = most
         found = corners(spec, memory.tree, longest)
-        self._smallest, self._largest = smallest(found, memory).shape, largest(found, memory).shape
+        self._smallest, self._crowd = smallest(found, memory).shape, Crowd.of(found, memory)
         self._most_predicted = 0
         self._trial_bytes: dict[TrialShape, int] = {}
 
@@ -63,8 +63,8 @@ class Gauge:
         return self.capacity - int(self.correction * self._predicted(configs))
 
     def room_for_largest(self, count: int) -> int:
-        """Bytes that so many of the largest trials of the space leave."""
-        return self.capacity - int(self.correction * self._memory.host([self._largest] * count).total)
+        """Bytes that so many of the largest trials of the space leave, whatever target sets they have."""
+        return self.capacity - int(self.correction * self._crowd.total(count, self._memory))
 
     def together(self) -> int:
         """How many of the largest trials of the space fit at once, at most as many as will ever be together."""
@@ -99,7 +99,7 @@ class Gauge:
         Args:
             passing: those of the trials that were in a pass at once; None for all.
         """
-        if 2 * self._memory.host([self._largest] * len(configs)).total <= self.capacity:
+        if 2 * self._crowd.total(len(configs), self._memory) <= self.capacity:
             return  # there is room enough, however wrong a prediction is
         self._most_predicted = max(self._most_predicted, self._predicted(configs, passing))
         low, high = BOUNDS

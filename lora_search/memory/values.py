@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lora_search.spec import Base
@@ -133,6 +134,17 @@ class TrialShape:
     def tokens(self) -> int:
         """Of a forward pass."""
         return self.batch_size * self.length
+
+
+def with_targets_of_all(shapes: Sequence[TrialShape]) -> Sequence[TrialShape]:
+    """The trials, each as if it adapted whatever one of them does."""
+    sets = {shape.targets for shape in shapes}
+    if len(sets) < 2:
+        return shapes
+    modules = {name for targets in sets for name in targets.modules}
+    parameters = {name for targets in sets for name in targets.parameters}
+    union = Targets(tuple(sorted(modules)), tuple(sorted(parameters)))
+    return [replace(shape, targets=union) for shape in shapes]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lora_search.errors import InputError
 from lora_search.memory import BaseMemory, Corner, Setup, corners
-from lora_search.memory.corners import largest, smallest, values
+from lora_search.memory.corners import Crowd, largest, smallest, values
 from lora_search.memory.familiar import Familiar, familiar_figures
 from lora_search.memory.refuse import refuse_what_never_fits
 from lora_search.placement import HostPlace, Node, most_trials, place_hosts
@@ -102,7 +102,7 @@ def plan_sweep(spec: SweepSpec, gpus: int | None = None) -> Plan:
     found = corners(spec, memory.tree, rows.longest)
     shown = here if here.kind == "cuda" or _fits(memories, here, found) else GPUS[-1]
     if spec.hosts.trials_per_host == "auto":
-        per_host = max(1, min(per_host, memory.together(largest(found, memory).shape, here.usable)))
+        per_host = max(1, min(per_host, memory.together(Crowd.of(found, memory), here.usable)))
     work = base_work(model.config, memory.tree, memory.weights.vocabulary)
 
     @cache
@@ -194,9 +194,10 @@ def _device(
         per_host: trials; None for as many as such a host holds.
     """
     plain, recomputing = (memories.of(device, checkpointing=on) for on in (False, True))
-    counts = [
-        m.together(pick(found, m).shape, device.usable) for m in (plain, recomputing) for pick in (smallest, largest)
-    ]
+    counts: list[int] = []
+    for memory in (plain, recomputing):
+        trials = smallest(found, memory).shape, Crowd.of(found, memory)
+        counts += [memory.together(trial, device.usable) for trial in trials]
     if per_host is None:
         per_host = memories.trials_of_host(counts[1], counts[3])
     sweep = sweep_over(hosts * per_host)
