@@ -372,7 +372,7 @@ def kept_verifier() -> Iterator[None]:
         if not kept:
             kept.append(FreshProcess.__new__(FreshProcess))
             start(kept[-1], base, device)
-        vars(self).update(vars(kept[-1]), _base=base, _device=device, _threads=torch.get_num_threads())
+        vars(self).update(vars(kept[-1]), _base=base, device=device, _threads=torch.get_num_threads())
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FreshProcess, "__init__", start_or_keep)

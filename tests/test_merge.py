@@ -19,7 +19,8 @@ from lora_search.checkpoint import write_checkpoint
 from lora_search.data import tokenize_data
 from lora_search.engine import Engine
 from lora_search.errors import InputError, SweepError
-from lora_search.merge import Merged, Options, merge_adapter
+from lora_search.merge import BESIDE, Merged, Options, lack_of_memory, merge_adapter
+from lora_search.merge.memory import holds_two
 from lora_search.merge.published import published_weights
 from lora_search.merge.shards import ShardMerge
 from lora_search.merge.staging import staging
@@ -82,6 +83,19 @@ def test_merged_model_loads_with_transformers_alone(merged: tuple[SweepSpec, Pat
     assert answer.stdout.split() == ["LlamaForCausalLM", "None", "</s>"]
     assert "quantization_config" not in json.loads((folder / "merged" / "config.json").read_text())
     assert sorted(path.name for path in folder.iterdir()) == ["adapter", "merged"]  # nothing half done beside it
+
+
+def test_model_that_fits_into_memory_once_but_not_twice_is_asked_in_turn(
+    merged: tuple[SweepSpec, Path, Merged], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, folder, result = merged
+    data = tokenize_data(spec.data, load_tokenizer(spec.base))
+    assert holds_two(spec.base, CPU)
+    monkeypatch.setattr("lora_search.merge.memory.free_memory_bytes", lambda: 3 * BESIDE // 2)
+    assert lack_of_memory(spec.base, CPU) is None
+    assert not holds_two(spec.base, CPU)
+    again = merge_adapter(spec.base, folder / "adapter", data, result.adapter_loss, tmp_path / "merged", CPU)
+    assert again == result
 
 
 def test_saved_adapter_has_the_loss_that_was_reported(merged: tuple[SweepSpec, Path, Merged]) -> None:

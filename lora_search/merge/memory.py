@@ -32,6 +32,12 @@ def lack_of_memory(base: Base, device: torch.device) -> str | None:
     )
 
 
+def holds_two(base: Base, device: torch.device) -> bool:
+    """Whether the model can be loaded twice at once, and something is gained by it: a GPU would compute in turns."""
+    free = free_bytes(device) if device.type == "cpu" else None
+    return free is not None and 2 * (4 * published_weights(base_folder(base)).numbers + BESIDE) <= free
+
+
 def free_bytes(device: torch.device) -> int | None:
     """Of a device's memory; None where the system does not tell."""
     return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else free_memory_bytes()

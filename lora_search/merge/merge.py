@@ -8,6 +8,7 @@ two differ in loss, and which is better is measured (huggingface/transformers#31
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,6 +21,7 @@ from lora_search.checkpoint import require_lora
 from lora_search.errors import InputError, SweepError
 from lora_search.merge.card import merged_card
 from lora_search.merge.gguf import GgufForm, gguf_form, write_gguf
+from lora_search.merge.memory import holds_two
 from lora_search.merge.published import Published, published_weights
 from lora_search.merge.shards import ShardMerge
 from lora_search.merge.staging import publish, staging
@@ -219,10 +221,11 @@ def _measure(
     adapter_loss: float | None,
 ) -> tuple[Onto, Mapping[str, float], float | None, Check, Answers]:
     """The better way, each way's loss, the adapter's, how the better compares with base and adapter, its answers."""
-    # The base with its adapter comes first: the other process is importing meanwhile, and holds no model yet.
-    trained = ask_adapted(base, wants_loss=adapter_loss is None)
     *others, likely = folders  # those that it was trained on
-    answers = fresh.ask(folders[likely], probe)
+    with ThreadPoolExecutor(1) as thread:
+        asked = thread.submit(fresh.ask, folders[likely], probe) if holds_two(base, fresh.device) else None
+        trained = ask_adapted(base, wants_loss=adapter_loss is None)
+        answers = fresh.ask(folders[likely], probe) if asked is None else asked.result()
     losses: dict[str, float] = {way: fresh.loss(folders[way], probe) for way in others}
     losses[likely] = cast("float", answers.loss)
     onto = min(folders, key=lambda way: losses[way])

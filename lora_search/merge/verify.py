@@ -176,7 +176,7 @@ class FreshProcess:
 
     def __init__(self, base: Base, device: torch.device) -> None:
         self._base = base
-        self._device = device
+        self.device = device
         if _ahead and _ahead[0].process.poll() is not None:
             end_ahead()
         self._begun = _ahead.pop() if _ahead else _Begun.now()
@@ -237,7 +237,7 @@ class FreshProcess:
             "gguf": None if gguf is None else str(gguf.resolve()),
             "rows": str(rows),
             "logits": str(logits),
-            "device": str(self._device),
+            "device": str(self.device),
             "threads": self._threads,
             "trust_remote_code": self._base.trust_remote_code,
         }
