@@ -163,6 +163,7 @@ class Shelf:
         """
         name = _checkpoint_folder(step_of(checkpoint))
         path = self._write(name, checkpoint, parameters, reports)
+        self._damaged.discard(name)
         self._let_go(_place(name), self._damaged)
         return path
 
@@ -237,13 +238,13 @@ class Shelf:
         return f"{self._path}/{name}"
 
     def _let_go(self, new: tuple[int, str], damaged: Collection[str] = ()) -> None:
-        """All but the new checkpoint, those before it that KEPT allows, and those of later steps that are not damaged.
+        """All but the new checkpoint, and of those that are not damaged the later ones, and before it as KEPT allows.
 
         One that cannot go stays until the next time: NFS keeps a file that somebody reads, in its folder.
         """
         names = self._names()
-        gone = [name for name in names if name in damaged and _place(name) > new]
-        gone += [name for name in names if _place(name) < new][: 1 - KEPT]
+        gone = [name for name in names if name in damaged]
+        gone += [name for name in names if name not in damaged and _place(name) < new][: 1 - KEPT]
         for name in gone:
             with suppress(OSError):
                 self._folder.remove(name)

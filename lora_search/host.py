@@ -208,7 +208,7 @@ class Host:
                 size, can = await self._thread.ask(lambda: (engine.size(config), anyway or engine.fits(config)))
                 if not can:
                     return None
-            if self._attempts.over(trial, attempt):
+            if not self._loaded or self._attempts.over(trial, attempt):
                 return False
             if not self._waiting.may_enter(trial, size, fits=fits, judged=judged, now=time.monotonic()):
                 return False
@@ -290,15 +290,18 @@ class Host:
             self._thread.stop()
             kept = []
             for trial in sorted(self._residents, key=lambda trial: (trial in self._coming, trial)):
-                if self._let_in(trial) is not None:
-                    continue
-                saved = self._engine.snapshot(trial)
                 try:
+                    if self._let_in(trial) is not None:
+                        continue
+                    saved = self._engine.snapshot(trial)
                     path = Shelf(run, int(trial)).put_unreported(saved, self._residents[trial])
                 except OSError as error:
                     logger.warning("trial %s is not kept: %s", trial, error)
                     if isinstance(error, StoreError):  # which has been asked for long
                         break
+                except Exception as error:  # the device's, or a fault of ours: those that are kept are so all the same
+                    self._break_off(error)
+                    break
                 else:
                     kept.append((int(trial), step_of(saved), path))
             return kept
@@ -342,9 +345,10 @@ class Host:
 
     def _train(self, goals: Mapping[str, Goal]) -> None:
         """One step of every trial that has a goal, and the reports of those that are there."""
-        for trial in goals.keys() - self._residents.keys():  # it left as its goal was on its way
-            self._answer(trial, self._is_not_here(trial))
-        behind = [t for t in goals if t in self._residents and self._engine.position(t) < goals[t].until]
+        here = self._residents.keys() - self._coming.keys()
+        for trial in goals.keys() - here:  # it left as its goal was on its way, and may be about to come again
+            self._thread.answer(trial).set_exception(self._is_not_here(trial))
+        behind = [t for t in goals if t in here and self._engine.position(t) < goals[t].until]
         outcomes = self._engine.step(behind) if behind else {}
         self._places.hold_at_most(self._engine.pack_limit)
         for trial, outcome in outcomes.items():

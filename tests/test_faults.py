@@ -37,9 +37,10 @@ from lora_search.journal import JOURNAL_LOCK, open_study
 from lora_search.results import Row, read_events, run_rows
 from lora_search.rundir import RunDirectory, create_run
 from lora_search.search.asha import StepAsha
+from lora_search.search.study import create_study, distributions
 from lora_search.spec import dump_spec, recorded_spec
 from lora_search.sweep import run as sweep_module
-from lora_search.sweep.resume import mend_last_line, shorter_trials
+from lora_search.sweep.resume import mend_last_line, refuse_fewer_trials, shorter_trials
 from lora_search.sweep.run import run_sweep
 from lora_search.tracking import Observer, RunRecord
 
@@ -585,6 +586,30 @@ def test_fewer_trials_than_have_begun_are_no_budget_to_resume_with(tiny: Path, t
     record.close()
     fewer = sequential(tiny, "smaller", tmp_path, search={"trials": 2})
     with pytest.raises(InputError, match=r"has begun 3 trials; found search.trials: 2; allowed: 3 and more"):
+        run_sweep(fewer, run, resume=True)
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_trials_that_the_study_alone_has_begun_are_begun(tiny: Path, tmp_path: Path, ended: bool) -> None:
+    """They were proposed, and had no seat yet, when the sweep was interrupted: they would run beyond the budget."""
+    spec = sequential(tiny, "proposed", tmp_path)
+    run = create_run(tmp_path, spec.name, exact=True)
+    run.spec.write_text(dump_spec(spec))
+    study = create_study(spec, run.path)
+    record = RunRecord(run.trials)
+    for trial in range(4):
+        asked = study.ask(distributions(spec.search.space))
+        if trial < 2:
+            record.trial_started(trial, {})
+            record.trial_ended(trial, "stopped", None)
+        if trial < 2 or ended:
+            study.tell(asked, state=TrialState.PRUNED)
+    record.close()
+    fewer = sequential(tiny, "proposed", tmp_path, search={"trials": 2})
+    if ended:
+        refuse_fewer_trials(fewer, run)
+        return
+    with pytest.raises(InputError, match=r"has begun 4 trials; found search.trials: 2; allowed: 4 and more"):
         run_sweep(fewer, run, resume=True)
 
 

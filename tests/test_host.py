@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -525,6 +526,83 @@ def test_goal_of_a_trial_that_is_just_leaving_costs_no_other_its_host(attempt: i
         return [str(gone), there["step"]]
 
     assert asyncio.run(story()) == ["trial a is not on host-0", 3]
+
+
+def test_goal_of_a_seat_that_was_lost_costs_nothing_though_the_trial_has_come_again() -> None:
+    """The host is busy for so long that it comes to the goal when the trial's next seat has its place already."""
+    engine = CountingEngine()
+    let_go, leaves, leave = threading.Event(), threading.Event(), engine.release
+
+    def slow_release(trial: str) -> None:
+        leaves.set()
+        let_go.wait(PATIENCE)
+        leave(trial)
+
+    async def story() -> list[Any]:
+        host = await make_host(engine)
+        assert await host.admit("a", CONFIG)
+        await host.advance("a", 1)
+        engine.release = slow_release  # type: ignore[method-assign]
+        leaving = asyncio.ensure_future(host.release("a", 0))
+        await asyncio.to_thread(leaves.wait)
+        late = asyncio.ensure_future(host.advance("a", 3))
+        await asyncio.sleep(0.05)
+        busy = [asyncio.ensure_future(host.run(time.sleep, 0.3))]
+        await asyncio.sleep(0.05)
+        let_go.set()
+        await asyncio.sleep(0.15)
+        again = asyncio.ensure_future(host.admit("a", CONFIG, attempt=1))
+        await asyncio.sleep(0.05)
+        busy.append(asyncio.ensure_future(host.run(time.sleep, 0.3)))
+        admitted = await again
+        gone = await asyncio.gather(late, return_exceptions=True)
+        await asyncio.gather(leaving, *busy)
+        return [admitted, str(gone[0]), (await host.advance("a", 2))["step"]]
+
+    assert asyncio.run(story()) == [True, "trial a is not on host-0", 2]
+
+
+def test_host_that_breaks_off_while_a_trial_asks_does_not_take_it() -> None:
+    """It would be held against the trial, and there is nothing that it did."""
+    engine = Held()
+
+    async def story() -> list[Any]:
+        host = await make_host(engine)
+        assert await host.admit("a", CONFIG)
+        training = asyncio.ensure_future(host.advance("a", 2))
+        await asyncio.to_thread(engine.entered.wait)
+        asking = asyncio.ensure_future(host.admit("b", CONFIG))
+        await asyncio.sleep(0.05)
+        engine._broken = True
+        engine.go.set()
+        failed = await asyncio.gather(training, return_exceptions=True)
+        with pytest.raises(HostFailed):
+            await host.live()
+        return [str(failed[0]), await asking]
+
+    assert asyncio.run(story()) == ["RuntimeError: the device has fallen off the bus", False]
+
+
+def test_device_that_fails_as_all_are_saved_costs_none_that_is_saved_already(tmp_path: Path) -> None:
+    class Failing(Held):
+        def snapshot(self, trial: str) -> Checkpoint:
+            if trial == "2":
+                raise HostFailed("CUDA error: an illegal memory access was encountered")
+            return super().snapshot(trial)
+
+    async def story() -> list[tuple[int, int, str]]:
+        engine = Failing()
+        engine.go.set()
+        host = await make_host(engine)
+        for trial in "123":
+            assert await host.admit(trial, CONFIG)
+            await host.advance(trial, 1)
+        kept = await host.save_all(Folder(tmp_path))
+        with pytest.raises(HostFailed, match="illegal memory access"):
+            await host.live()
+        return kept
+
+    assert asyncio.run(story()) == [(1, 1, "tune/trial-0001/checkpoint_000001")]
 
 
 def test_seat_that_is_lost_before_its_trial_is_let_in_leaves_its_place_and_its_bytes() -> None:

@@ -1061,6 +1061,25 @@ def test_seat_that_is_cut_off_takes_nothing_from_the_one_that_has_gone_on_elsewh
     assert names == ["checkpoint_000050", "checkpoint_000060"]
 
 
+def test_checkpoint_that_is_known_to_be_damaged_keeps_no_whole_one_from_staying(tmp_path: Path) -> None:
+    """It was the newest but one when the next was written: with that one damaged too, the trial goes on from 10."""
+    shelf = Shelf(Folder(tmp_path), 0)
+    folder = tmp_path / "tune" / "trial-0000"
+    shelf.put(seal({"weights.bin": b"good"}, {"step": 10}), {"rank": 4}, [{"step": 10}])
+    shelf.put_unreported(seal({"weights.bin": b"good"}, {"step": 15}), {"rank": 4})
+    (folder / "checkpoint_000015" / "weights.bin").write_bytes(b"gone")
+    assert shelf.newest() is not None
+    shelf.put(seal({"weights.bin": b"good"}, {"step": 20}), {"rank": 4}, [{"step": 10}, {"step": 20}])
+    (folder / "checkpoint_000020" / "weights.bin").write_bytes(b"gone")
+    saved = shelf.newest()
+    assert saved is not None
+    assert saved.checkpoint is not None
+    assert step_of(saved.checkpoint) == 10
+    for step in (15, 20):  # made again, they are whole, and stay
+        shelf.put(seal({"weights.bin": b"good"}, {"step": step}), {"rank": 4}, [{"step": 10}])
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint_000015", "checkpoint_000020"]
+
+
 def test_checkpoint_between_two_reports_tells_none_that_is_yet_to_come_and_is_kept(tmp_path: Path) -> None:
     """Of the two after it one is damaged, and one was never written to its end: the trial went on from 20."""
     shelf = Shelf(Folder(tmp_path), 0)

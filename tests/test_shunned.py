@@ -224,6 +224,32 @@ def test_node_on_which_trials_come_further_between_two_losses_is_not_given_up(mo
     assert "node" in losses.unfit
 
 
+def test_node_whose_hosts_are_lost_shortly_one_after_the_other_rests_though_trials_come_further_between(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As with a GPU that fails every few minutes: some quick trial gets through, and the same others do not."""
+    from lora_search.sweep import losses as module
+    from lora_search.sweep.answers import HostLost
+    from lora_search.sweep.running import RunningHost
+
+    clock = [100.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    losses = module.Losses(lambda line: None)
+    rests = []
+    for wait in (120.0,) * 7 + (module.QUIET_S, 120.0):
+        clock[0] += wait
+        host = RunningHost(HostPlace("h", "node", 1, 1), 1, None, None, None, None, clock[0], loaded=True)  # type: ignore[arg-type]
+        clock[0] += 5
+        losses.trained(host)
+        losses.add(host, HostLost("its process died"))
+        began = clock[0]
+        while "node" in losses.resting():
+            clock[0] += 1
+        rests.append(clock[0] - began)
+    assert rests == [0, 20, 40, 80, 160, 320, 600, 0, 20]
+    assert "node" not in losses.unfit
+
+
 class Told:
     """A host's actor, which is told whom not to take."""
 

@@ -22,10 +22,11 @@ from optuna.trial import TrialState
 from trained_run import train_run
 
 from lora_search.cli import main
+from lora_search.cli.results import sweep_status
 from lora_search.errors import InputError, Interrupted, SweepError
 from lora_search.journal import open_study
 from lora_search.results import read_events, run_rows
-from lora_search.rundir import RunDirectory, create_run, newest_run
+from lora_search.rundir import RunDirectory, create_run, locked, newest_run
 from lora_search.spec import load_spec
 from lora_search.sweep.run import Outcome, run_sweep
 from lora_search.sweep.signals import (
@@ -317,6 +318,12 @@ def test_job_that_is_started_again_goes_on_with_its_own_run_whatever_others_have
         with pytest.raises(Interrupted):
             run_sweep(spec, others, resume=True)
         assert job_of(others) == (job or None)  # from the moment in which it was taken up
+        taken = json.loads(others.provenance.read_text())
+        assert taken["hosts"] == []  # those of before are no more, and there are no others yet
+    assert len(taken["resumed"]) == 2
+    with locked(others):
+        status = sweep_status(others)
+    assert (status["phase"], status["hosts"]) == ("running", {})
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

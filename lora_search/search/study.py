@@ -18,8 +18,9 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from optuna.trial import TrialState
 
-from lora_search.journal import journal_storage
+from lora_search.journal import JOURNAL, journal_storage
 from lora_search.search.unseen import Unseen
 from lora_search.search.window import Window
 from lora_search.space import STARTUP_TRIALS, first_trials, grid_of, is_finite, planned_trials
@@ -46,6 +47,15 @@ def create_study(spec: SweepSpec, folder: Path) -> optuna.Study:
             there.add(known)
             study.enqueue_trial(encoded)
     return study
+
+
+def begun_trials(folder: Path) -> dict[int, bool]:
+    """The numbers of all trials that the study in a run directory has proposed, and whether each has ended."""
+    if not (folder / JOURNAL).exists():
+        return {}
+    storage = journal_storage(folder)
+    trials = (t for study in storage.get_all_studies() for t in storage.get_all_trials(study._study_id, deepcopy=False))
+    return {trial.number: trial.state.is_finished() for trial in trials if trial.state != TrialState.WAITING}
 
 
 def _queue(spec: SweepSpec) -> list[dict[str, Any]]:

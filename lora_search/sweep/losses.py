@@ -19,6 +19,9 @@ long, up to MOST_REST_S."""
 
 MOST_REST_S = 600.0
 
+QUIET_S = 2 * MOST_REST_S
+"""A node that has lost no host for so long gets the next one without a rest again."""
+
 LASTING_S = 3600.0
 """A host that was lost after it had lasted so long says nothing of its node."""
 
@@ -33,6 +36,9 @@ class Losses:
         """
         self._say = say
         self._counted: Counter[str] = Counter()
+        """By node, those that speak against it."""
+        self._again: Counter[str] = Counter()
+        """By node, those that were lost shortly one after the other, whatever came between."""
         self._last: dict[str, float] = {}
         """By node, when one was counted."""
         self.has_trained = False
@@ -71,11 +77,12 @@ class Losses:
         """
         now, node = time.monotonic(), host.place.node
         if host.loaded and now - host.since > LASTING_S:
-            self._counted[node] = 0
+            self._counted[node] = self._again[node] = 0
             return
         if (host.loaded or self.has_trained) and host.since < self._last.get(node, host.since):
             return
         self._counted[node] += 1
+        self._again[node] = 1 + self._again[node] * (now - self._last.get(node, now) < QUIET_S)
         self._last[node] = now
         if self._counted[node] > LOSSES_PER_NODE + host.place.neighbours and node not in self.unfit:
             self.unfit.add(node)
@@ -84,7 +91,8 @@ class Losses:
     def trained(self, host: RunningHost) -> None:
         """A trial has come further on a host for the first time: where that has come since its node lost one, one less.
 
-        Trials that end their hosts, one after the other, are not to cost a node that others are trained on.
+        Trials that end their hosts, one after the other, are not to cost a node that others are trained on. It rests
+        as long: a GPU that fails every few minutes would have the same trials lost until they are given up.
         """
         node = host.place.node
         if self._counted[node] and host.since >= self._last[node]:
@@ -93,9 +101,7 @@ class Losses:
     def resting(self) -> set[str]:
         """Nodes that get no host just now, since what there was on them was lost again and again."""
         now = time.monotonic()
-        again = {
-            node: min(MOST_REST_S, REST_S * 2 ** (count - 2)) for node, count in self._counted.items() if count > 1
-        }
+        again = {node: min(MOST_REST_S, REST_S * 2 ** (count - 2)) for node, count in self._again.items() if count > 1}
         return {node for node, rest in again.items() if now - self._last[node] < rest}
 
     def bear_none(self, none: bool, wait_s: float) -> None:

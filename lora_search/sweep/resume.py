@@ -18,7 +18,7 @@ from lora_search.journal import JOURNAL
 from lora_search.results import Row, ended_count, read_events, run_rows, trial_rows
 from lora_search.rundir import RunDirectory, write_whole
 from lora_search.search.searcher import MEMORY
-from lora_search.search.study import decode
+from lora_search.search.study import begun_trials, decode
 from lora_search.space import planned_trials, trial_config
 from lora_search.spec import SweepSpec, recorded_spec
 from lora_search.tracking import RunRecord
@@ -71,11 +71,13 @@ def refuse_fewer_trials(spec: SweepSpec, run: RunDirectory) -> None:
     Raises:
         InputError: some trials that have begun, and not ended, would never be gone on with.
     """
-    rows = run_rows(run)
-    if ended_count(rows) < len(rows) and planned_trials(spec) < len(rows):
+    ended = begun_trials(run.path)
+    for row in run_rows(run):
+        ended[row["trial"]] = ended.get(row["trial"], False) or row["state"] != "running"
+    if not all(ended.values()) and planned_trials(spec) < len(ended):
         raise InputError(
-            f"--resume: {run.place} has begun {len(rows)} trials; found search.trials: {planned_trials(spec)}; "
-            f"allowed: {len(rows)} and more"
+            f"--resume: {run.place} has begun {len(ended)} trials; found search.trials: {planned_trials(spec)}; "
+            f"allowed: {len(ended)} and more"
         )
 
 

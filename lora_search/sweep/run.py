@@ -16,7 +16,6 @@ from pydantic import TypeAdapter, ValidationError
 from lora_search.best import Conclusion, write_card
 from lora_search.errors import InputError, SweepError
 from lora_search.imports import import_libraries
-from lora_search.job import scheduled_job
 from lora_search.journal import JOURNAL, JOURNAL_LOCK
 from lora_search.report import document, page
 from lora_search.results import Row, Run, best_row, ended_count, run_rows
@@ -131,17 +130,17 @@ def _discarded_unused(run: RunDirectory) -> Iterator[None]:
 
 
 @contextmanager
-def _taken_up(run: RunDirectory, before: Mapping[str, Any]) -> Iterator[None]:
-    """Have the scheduler's job that resumes a run in its provenance at once: preempted, the job goes on with this one.
+def _taken_up(run: RunDirectory, before: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[None]:
+    """Have in a run's provenance at once that it is resumed, so that nobody takes the hosts of before for those of now.
 
-    Where it may not be resumed, its provenance is as it was.
+    And by which scheduler's job: preempted, that goes on with this run. Where it may not be resumed, its provenance is
+    as it was.
     """
-    job = scheduled_job()
-    if not before or before.get("job") == job:
+    if not before:
         yield
         return
     was = run.provenance.read_bytes()
-    write_provenance(run.provenance, {**before, "job": job})
+    write_provenance(run.provenance, {**before, "job": facts["job"], "resumed": facts["resumed"], "hosts": []})
     taken = run.provenance.read_bytes()
     try:
         yield
@@ -164,7 +163,6 @@ def _run(
     if resume:
         refuse_links(run)
         refuse_other_sweep(spec, run)
-        refuse_fewer_trials(spec, run)
         before = read_provenance(run.provenance)
         if (outcome := _concluded(spec, run, before)) is not None:
             if run.report.name not in run.folder.names():  # the process was ended before it was made
@@ -175,13 +173,14 @@ def _run(
         for file in (run.trials, run.path / JOURNAL):
             if (mended := mend_last_line(file)) is not None:
                 say(mended)
+        refuse_fewer_trials(spec, run)
     facts = provenance(spec, before)
     if not run.spec.exists():
         write_whole(run.spec, dump_spec(spec))
         write_provenance(run.provenance, facts)
     left = planned_trials(spec) - ended_count(run_rows(run)) if resume else planned_trials(spec)
     grown = asked_of_autoscaler(spec.hosts, max(1, left)) if address else nullcontext(None)
-    with _taken_up(run, before), cluster(address, say), ended_without_head(run.place), grown as ask_again:
+    with _taken_up(run, before, facts), cluster(address, say), ended_without_head(run.place), grown as ask_again:
         say("preparing the data and the hosts")
         hosts = Hosts(spec, build_engine, say, run.folder)
         try:
