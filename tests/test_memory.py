@@ -126,11 +126,12 @@ def test_fused_experts_stay_as_they_are() -> None:
 
 def test_limits_are_the_engines_own() -> None:
     from lora_search.engine.forward import LOGIT_BYTES
-    from lora_search.engine.measure import EVALUATION_TOKENS
+    from lora_search.engine.measure import EVALUATED_TOGETHER, EVALUATION_TOKENS
     from lora_search.memory import values
 
     assert values.LOGIT_BYTES == LOGIT_BYTES
     assert values.EVALUATION_TOKENS == EVALUATION_TOKENS
+    assert values.EVALUATED_TOGETHER == EVALUATED_TOGETHER
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -667,7 +668,7 @@ def test_gauge_explains_a_peak_by_the_passes_that_there_were(tiny_spec: SweepSpe
     """A trial that is resident and in no pass keeps no activations: what was measured is not put down to it."""
     from lora_search.space import trial_config
 
-    memory = BaseMemory(skeleton(tiny_spec.base.model), CPU)
+    memory = BaseMemory(skeleton(tiny_spec.base.model), replace(CPU, validation_tokens=256))
     large = trial_config(tiny_spec, {"rank": 8, "target_modules": "all-linear"})
     largest = corners(tiny_spec, memory.tree, 32)[-1].shape
     truth = memory.host([largest] * 4, [largest] * 2).total

@@ -529,7 +529,7 @@ def test_pack_of_eight_differs_by_nothing(engine: Engine, spec: SweepSpec) -> No
 def short_of_memory(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
     """Makes a pass run out of memory where it holds more than so many trials."""
     train, measure = engine._packed.train, engine._packed.measure
-    tokens = engine._measure.tokens
+    tokens, together = engine._measure.tokens, engine._measure.together
 
     def limit(trials: int) -> None:
         def checked(run: Callable[[Pack], Any], pack: Pack) -> Any:
@@ -543,7 +543,7 @@ def short_of_memory(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
     yield limit
     engine.pack_limit = None
-    engine._measure.tokens = tokens
+    engine._measure.tokens, engine._measure.together = tokens, together
     for trial in engine.residents:
         engine.release(trial)
 
@@ -848,15 +848,67 @@ def test_interval_of_a_loss_is_that_of_rows_drawn_anew() -> None:
     assert loss_interval(same) == (2.0, 2.0)
 
 
-@pytest.mark.parametrize("fitting", [1, 3])
-def test_evaluation_that_runs_out_of_memory_measures_fewer_at_once(
-    engine: Engine, spec: SweepSpec, short_of_memory: Callable[[int], None], fitting: int
-) -> None:
+def admit_eight(engine: Engine, spec: SweepSpec) -> list[str]:
     names = [str(index) for index in range(8)]
     for index, name in enumerate(names):
         engine.admit(name, trial_config(spec, {"rank": 4 + index, "seed": index}))
     losses_of(engine.step(names))
+    return names
+
+
+@pytest.mark.parametrize("fitting", [1, 3])
+def test_evaluation_that_runs_out_of_memory_measures_fewer_at_once(
+    engine: Engine, spec: SweepSpec, short_of_memory: Callable[[int], None], fitting: int
+) -> None:
+    names = admit_eight(engine, spec)
     undisturbed = {name: found.loss for name, found in engine.evaluate(names).items()}
+    engine._measure.together = 8
     short_of_memory(fitting)
     found = engine.evaluate(names)
-    assert {name: found[name].loss for name in names} == pytest.approx(undisturbed, rel=1e-6)
+    assert engine._measure.together == {1: 1, 3: 2}[fitting]
+    assert {name: found[name].loss for name in names} == undisturbed
+
+
+@pytest.mark.parametrize("fitting", [100, 10])
+def test_evaluation_that_has_no_memory_for_one_trials_rows_measures_fewer_rows(
+    engine: Engine,
+    spec: SweepSpec,
+    short_of_memory: Callable[[int], None],
+    monkeypatch: pytest.MonkeyPatch,
+    fitting: int,
+) -> None:
+    names = admit_eight(engine, spec)
+    undisturbed = {name: found.loss for name, found in engine.evaluate(names).items()}
+    longest = int(engine.data.validation.lengths_N.max())
+    short_of_memory(8)  # which puts all back in the end
+    measure = engine._packed.measure
+
+    def checked(pack: Pack) -> Any:
+        if pack.inputs["input_ids"].numel() > fitting:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return measure(pack)
+
+    monkeypatch.setattr(engine._packed, "measure", checked)
+    if fitting < longest:
+        with pytest.raises(torch.OutOfMemoryError):
+            engine.evaluate(names)
+    else:
+        found = engine.evaluate(names)
+        assert {name: found[name].loss for name in names} == pytest.approx(undisturbed, rel=1e-6)
+    assert engine._measure.together == 1
+    assert engine._measure.tokens <= max(fitting, longest)
+
+
+@pytest.mark.parametrize("tokens", [64, 4096])
+def test_evaluation_alone_and_in_company_says_the_same_to_the_bit(
+    engine: Engine, spec: SweepSpec, short_of_memory: Callable[[int], None], tokens: int
+) -> None:
+    """A sum's last bits depend on what is summed together: always the same rows of a trial."""
+    names = admit_eight(engine, spec)
+    short_of_memory(8)  # which puts all back in the end
+    engine._measure.tokens = tokens
+    together = engine.evaluate(names, by_row=True)
+    for company in (names[:1], names[2:5], names[::-1]):
+        for name, alone in engine.evaluate(company, by_row=True).items():
+            assert alone == together[name]
+            assert np.array_equal(alone.losses_N, together[name].losses_N)

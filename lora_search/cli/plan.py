@@ -222,7 +222,7 @@ def _assumptions(plan: Plan) -> Iterator[str]:
     )
     yield (
         "Logits are never all there at once, and packs hold no padding. Evaluation takes up to 32,768 tokens a pass on "
-        "a GPU, 2,048 on a CPU; it is in what fits."
+        "a GPU, 4,096 on a CPU; it is in what fits."
     )
     if plan.gpus_per_host > 1:
         yield (

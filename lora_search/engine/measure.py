@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,8 +19,12 @@ from lora_search.engine.trouble import free_memory, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-EVALUATION_TOKENS = {"cpu": 2048, "cuda": 32_768}
+EVALUATION_TOKENS = {"cpu": 4096, "cuda": 32_768}
 """Tokens of a pass without gradients, over all trials in it."""
+
+EVALUATED_TOGETHER = {"cpu": 2, "cuda": 8}
+"""Trials in such a pass. Each has its share of the tokens, however many there are: the last bits of a sum depend on
+what is summed together (analysis/benchmarks/NOTES.md)."""
 
 
 class Measure:
@@ -29,52 +34,63 @@ class Measure:
         self._packed = packed
         self._lanes = lanes
         self._data = data
-        self.tokens = EVALUATION_TOKENS[packed.base.device.type]
-        """Of a pass; fewer once memory has run out."""
+        kind = packed.base.device.type
+        self.together = EVALUATED_TOGETHER[kind]
+        """In a pass; fewer once memory has run out."""
+        self.tokens = EVALUATION_TOKENS[kind] // self.together
+        """Of each in a pass; fewer once memory has run out for one alone."""
 
     def split(self, adapters: Sequence[FlatAdapter | None], split: str, by_row: bool) -> list[Evaluation]:
         """The standing of each adapter on a split; None is the untrained base.
 
-        Where memory runs out, passes have fewer rows from here on, and where they have one of each, fewer adapters.
+        Where memory runs out, passes have fewer adapters from here on, and where they have one, fewer rows.
 
         Args:
             by_row: keep each row's loss too.
         """
         rows = {"validation": self._data.validation, "test": self._data.test}[split]
-        one_row_each = len(adapters) * int(rows.lengths_N.max())
         while True:
             try:
                 return self._in_passes(adapters, rows, by_row)
             except (MemoryError, RuntimeError) as error:
-                smallest = len(adapters) == 1 and self.tokens < one_row_each
-                if smallest or not is_out_of_memory(error):
+                if not is_out_of_memory(error) or not self._takes_less(len(adapters), int(rows.lengths_N.max())):
                     raise
             free_memory(self._packed.base.device)
-            if self.tokens < one_row_each:
-                half = len(adapters) // 2
-                return self.split(adapters[:half], split, by_row) + self.split(adapters[half:], split, by_row)
+            logger.warning(
+                "out of memory in an evaluation; from now on %d tokens of %d trials a pass", self.tokens, self.together
+            )
+
+    def _takes_less(self, adapters: int, longest: int) -> bool:
+        """Have passes of fewer trials, or of fewer tokens; False where one row of one trial is too much."""
+        if min(self.together, adapters) > 1:
+            self.together = min(self.together, adapters) // 2
+        elif self.tokens > longest:
             self.tokens //= 2
-            logger.warning("out of memory in an evaluation; from now on %d tokens a pass", self.tokens)
+        else:
+            return False
+        return True
 
     def _in_passes(self, adapters: Sequence[FlatAdapter | None], rows: TokenSplit, by_row: bool) -> list[Evaluation]:
-        tokens = max(1, self.tokens // len(adapters))
+        groups = list(rows_by_length(rows, self.tokens))
+        batches = [flatten(rows, picked) for picked in groups]
+        targets = sum(len(batch.targets_M) for batch in batches)
 
-        def measure(picked: list[int]) -> tuple[list[Measured], FlatRows]:
-            batch = flatten(rows, picked)
-            return self._packed.measure(self._packed.pack([Share(batch, a) for a in adapters])), batch
+        def measure(work: tuple[Sequence[FlatAdapter | None], FlatRows]) -> list[Measured]:
+            some, batch = work
+            return self._packed.measure(self._packed.pack([Share(batch, adapter) for adapter in some]))
 
-        groups = list(rows_by_length(rows, tokens))
-        pieces = list(self._lanes.map(measure, groups))
-        targets = sum(len(batch.targets_M) for _, batch in pieces)
+        crowds = [adapters[start : start + self.together] for start in range(0, len(adapters), self.together)]
+        passes = iter(self._lanes.map(measure, [(some, batch) for some in crowds for batch in batches]))
         found = []
-        for of_one in zip(*(piece for piece, _ in pieces), strict=True):
-            loss, hits = sum(measured.loss for measured in of_one), sum(measured.hits for measured in of_one)
-            evaluation = Evaluation(loss / targets, hits / targets, targets)
-            if by_row:
-                losses_N, targets_N = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
-                for measured, picked, (_, batch) in zip(of_one, groups, pieces, strict=True):
-                    losses_N[picked] = batch.sums_by_row(measured.losses_M.cpu().numpy())
-                    targets_N[picked] = batch.targets_by_row
-                evaluation = replace(evaluation, losses_N=losses_N, targets_N=targets_N)
-            found.append(evaluation)
+        for _ in crowds:
+            for of_one in zip(*itertools.islice(passes, len(batches)), strict=True):
+                loss, hits = sum(measured.loss for measured in of_one), sum(measured.hits for measured in of_one)
+                evaluation = Evaluation(loss / targets, hits / targets, targets)
+                if by_row:
+                    losses_N, targets_N = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
+                    for measured, picked, batch in zip(of_one, groups, batches, strict=True):
+                        losses_N[picked] = batch.sums_by_row(measured.losses_M.cpu().numpy())
+                        targets_N[picked] = batch.targets_by_row
+                    evaluation = replace(evaluation, losses_N=losses_N, targets_N=targets_N)
+                found.append(evaluation)
         return found

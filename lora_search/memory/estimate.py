@@ -13,6 +13,7 @@ from lora_search.memory.split import Split, split_base
 from lora_search.memory.values import (
     ALLOCATOR,
     DTYPE_BYTES,
+    EVALUATED_TOGETHER,
     EVALUATION_TOKENS,
     KEPT_DENSE_BYTES,
     LOGIT_BYTES,
@@ -206,12 +207,16 @@ class BaseMemory:
 
     def _evaluation(self, shapes: Sequence[TrialShape], piece: _Piece) -> int:
         length = max((shape.length for shape in shapes), default=1)
-        tokens = max(EVALUATION_TOKENS[self.setup.device], len(shapes) * length)
+        most = EVALUATED_TOGETHER[self.setup.device]
+        together = max(1, min(most, len(shapes)))
+        of_one = max(EVALUATION_TOKENS[self.setup.device] // most, length)
         lanes = self.setup.lanes
         if self.setup.validation_tokens is not None:
-            tokens = min(tokens, -(-len(shapes) * self.setup.validation_tokens // lanes))
+            of_one = min(of_one, self.setup.validation_tokens)
+            lanes = max(1, min(lanes, -(-len(shapes) // together) * -(-self.setup.validation_tokens // max(1, of_one))))
+        tokens = together * of_one
         passing = self._replay.evaluation(length).peak / length * tokens
-        targets = -(-tokens // max(1, len(shapes))) if self.setup.device == "cpu" else tokens
+        targets = of_one if self.setup.device == "cpu" else tokens
         logits = self._logits(targets) if piece.gpu == 0 else 0
         return math.ceil(lanes * (passing + logits + self._dense))
 

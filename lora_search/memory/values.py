@@ -19,8 +19,11 @@ KEPT_DENSE_BYTES = 32 << 20
 """A base on a CPU whose quantised weights take no more once de-quantised keeps them so beside the quantised ones: to
 de-quantise them for every product would take up to a tenth of a step (analysis/benchmarks/NOTES.md)."""
 
-EVALUATION_TOKENS = {"cpu": 2048, "cuda": 32_768}
+EVALUATION_TOKENS = {"cpu": 4096, "cuda": 32_768}
 """Tokens of a pass without gradients, over all trials in it (engine/measure.py)."""
+
+EVALUATED_TOGETHER = {"cpu": 2, "cuda": 8}
+"""Trials in such a pass, each with its share of the tokens (engine/measure.py)."""
 
 RUNTIME_BYTES = 580 << 20
 """Resident size of a host's process on a CPU without base and trials: Python, torch, transformers, peft, bitsandbytes,
