@@ -564,6 +564,38 @@ def test_sweep_whose_driver_is_killed_goes_on_as_if_nothing_had_been(
     assert compared(run_rows(run))[:TRIALS] == undisturbed
 
 
+@pytest.mark.slow
+def test_sweep_whose_driver_is_killed_goes_on_to_more_steps(tiny: Path, tmp_path: Path) -> None:
+    """What had ended stays as it is; what had not goes on from its last report."""
+    short, long = (
+        sequential(
+            tiny,
+            "longer",
+            tmp_path,
+            search={"trials": 3, "scheduler": {"name": "none"}},
+            training={"steps": steps, "eval_every": 200},
+        )
+        for steps in (400, 420)
+    )
+    run = RunDirectory(tmp_path / "longer")
+    process = subprocess.Popen(command(short), stderr=subprocess.PIPE, text=True)
+    wait_until(lambda: reported(run, 1), process)  # it is half way
+    process.kill()
+    process.communicate(timeout=PATIENCE)
+    ended = {row["trial"] for row in run_rows(run) if row["state"] == "completed"}
+    assert 0 in ended
+    assert len(ended) < 3
+    last = subprocess.run(command(long, "--resume"), capture_output=True, text=True, timeout=PATIENCE)
+    assert last.returncode == 0, last.stderr
+    require_whole(run, 3)
+    assert {row["trial"]: row["steps"] for row in run_rows(run)} == {
+        trial: 400 if trial in ended else 420 for trial in range(3)
+    }
+    resumed = [event["step"] for event in read_events(run.trials) if event["event"] == "resume"]
+    assert len(resumed) <= 1  # of one trial at a time
+    assert all(step >= 200 for step in resumed)
+
+
 def test_fewer_steps_are_no_budget_to_resume_with(tiny: Path, tmp_path: Path) -> None:
     spec = sequential(tiny, "shorter", tmp_path)
     run = create_run(tmp_path, spec.name, exact=True)

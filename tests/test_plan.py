@@ -235,8 +235,9 @@ def test_plan_refuses_what_run_refuses(tiny: Path, monkeypatch: pytest.MonkeyPat
     spec = make_spec(
         tiny, search={"space": {"rank": 4}}, training={"batch_size": 1}, hosts={"count": 1, "gpus_per_host": 0}
     )
-    monkeypatch.setattr("lora_search.memory.estimate.KEPT_DENSE_BYTES", 0)  # where lanes make a difference,
-    monkeypatch.setattr("lora_search.memory.estimate.EVALUATION_TOKENS", {"cpu": 64})  # and have a pass each
+    # Where lanes make a difference, and have a pass each.
+    monkeypatch.setattr("lora_search.memory.estimate.KEPT_DENSE_BYTES", 0)
+    monkeypatch.setattr("lora_search.memory.estimate.EVALUATION_TOKENS", {"cpu": 160, "cuda": 32_768})
     place = HostPlace("host-0", "here", cpus=2, gpus=0)
     _, data = prepare(spec, place)
     alone, beside = (capacity.memory_of(spec, place, lanes, data) for lanes in (1, 2))
