@@ -31,7 +31,7 @@ from test_faults import SEARCH, TRIALS, Strikes, compared, require_whole
 
 from lora_search.cli.results import sweep_status
 from lora_search.doctor import Check, _hosts
-from lora_search.errors import InputError
+from lora_search.errors import HostGone, InputError
 from lora_search.results import read_events, run_rows
 from lora_search.rundir import RunDirectory, create_run
 from lora_search.seat import SEAT_BYTES
@@ -209,6 +209,83 @@ def test_sweep_that_loses_a_node_for_good_goes_on_with_the_other_and_is_resumed_
     assert len(events("resume")) > first
     (host,) = json.loads(run.provenance.read_text())["hosts"]
     assert host["node"] != lost["node"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unverified_merge")
+def test_slow_node_loses_no_trial_and_gets_less_work(nodes: Cluster, tiny: Path, tmp_path: Path) -> None:
+    """Its raylet, its host and the seats on it stand still nine tenths of the time."""
+    over = threading.Event()
+    held_up: Counter[str] = Counter()
+
+    class Slow(Observer):
+        def trial_started(self, trial: int, parameters: Mapping[str, Any]) -> None:
+            if trial == 0:
+                thread.start()
+
+        def concluded(self, *everything: Any) -> None:
+            over.set()
+
+    def hold_up() -> None:
+        facts = json.loads(run.provenance.read_text())
+        (host,) = (host["pid"] for host in facts["hosts"] if host["name"] == "host-1")
+        raylet = next(parent for parent in psutil.Process(host).parents() if "raylet" in parent.name())
+        while not over.is_set():
+            node = [raylet, *raylet.children(recursive=True)]
+            for number, wait_s in ((signal.SIGSTOP, 0.45), (signal.SIGCONT, 0.05)):
+                for process in node:
+                    with suppress(psutil.NoSuchProcess):
+                        process.send_signal(number)
+                time.sleep(wait_s)
+            held_up.update("host" if process.pid == host else "other" for process in node)
+
+    thread = threading.Thread(target=hold_up, daemon=True)
+    training, search = {"steps": 4 * EVERY, "eval_every": 2 * EVERY}, {"trials": 10, "scheduler": {"name": "none"}}
+    spec = make_spec(
+        tiny, name="slow", hosts={"trials_per_host": 1}, training=training, search=search, output=str(tmp_path)
+    )
+    run = create_run(tmp_path, spec.name, exact=True)
+    said: list[str] = []
+    outcome = run_sweep(spec, run, [Slow()], address=nodes.address, say=said.append)
+    require_whole(run, 10)
+    assert held_up["host"] > 5
+    assert held_up["other"] > held_up["host"]
+    assert not [line for line in said if "was lost" in line or "starts on node" in line], said
+    assert not [event for event in read_events(run.trials) if event["event"] == "resume"]
+    assert {row["state"] for row in outcome.rows} == {"completed"}
+    work = Counter(row["host"] for row in outcome.rows)
+    assert 0 < work["host-1"] < work["host-0"], work
+
+
+@pytest.mark.slow
+def test_answer_that_went_with_its_node_is_a_lost_host(nodes: Cluster, tiny: Path, tmp_path: Path) -> None:
+    """A snapshot lies in the memory of the node that made it until the seat has it."""
+    import ray
+
+    from lora_search.seat import Seat
+    from lora_search.sweep.cluster import on_node
+
+    ray.init(address=nodes.address, logging_level="ERROR")
+    victim = next(iter(nodes.worker_nodes))
+    large = ray.remote(num_cpus=0, max_retries=0)(lambda: bytes(64 << 20))
+    answer = large.options(scheduling_strategy=on_node(victim.node_id)).remote()
+    ray.wait([answer], fetch_local=False)
+    nodes.remove_node(victim, allow_graceful=False)
+    report = ray.put({"step": 1})
+    host = SimpleNamespace(
+        advance=SimpleNamespace(remote=lambda *given: report), snapshot=SimpleNamespace(remote=lambda *given: answer)
+    )
+    spec = make_spec(tiny, name="gone", output=str(tmp_path))
+    first = {"trial": 0, "params": {"rank": 4, "learning_rate": 1e-3}, "attempt": 0, "again": False, "alone": False}
+    run = create_run(tmp_path, "gone", exact=True)
+    run.spec.touch()
+    seat = Seat(first, spec, run.folder, "lora-search-gone-")
+    seat._host = host  # type: ignore[assignment]
+    try:
+        with pytest.raises(HostGone, match="its node is gone"):
+            seat.train()
+    finally:
+        ray.shutdown()
 
 
 @pytest.mark.slow
