@@ -140,6 +140,10 @@ class Host:
         """Is answered by how many trials it holds, as soon as those are fewer: memory may tell it so at any time."""
         return await self._places.fewer(than)
 
+    async def busy_s(self) -> float:
+        """Seconds for which it has been at one step, or whatever else it does; 0 while there is nothing to do."""
+        return self._thread.busy_s
+
     async def describe(self) -> str:
         """What it does at present, for people."""
         trials = ", ".join(sorted(self._residents, key=lambda trial: (len(trial), trial))) or "none"

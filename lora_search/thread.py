@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -35,12 +36,19 @@ class TrainingThread:
         self._goals: dict[str, Goal] = {}
         self._asked: list[Callable[[], None]] = []
         self._wake = threading.Condition()
+        self._since: float | None = None
         threading.Thread(target=self._train_for_ever, name="training", daemon=True).start()
 
     @property
     def busy_with(self) -> int:
         """How many trials have a goal."""
         return len(self._goals)
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds for which it has been at one step, with the reports after it, or one thing that it was asked for."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
 
     def has_goal(self, trial: str) -> bool:
         return trial in self._goals
@@ -91,14 +99,17 @@ class TrainingThread:
 
     def _train_for_ever(self) -> None:
         while True:
+            self._since = None
             with self._wake:
                 self._wake.wait_for(lambda: self._asked or self._goals)
                 asked, self._asked = self._asked, []
                 goals = dict(self._goals)
             for work in asked:
+                self._since = time.monotonic()
                 work()
             if asked:
                 continue
+            self._since = time.monotonic()
             try:
                 self._train(goals)
             except Exception as error:  # a trial's own failure is a value

@@ -528,6 +528,27 @@ def test_goal_of_a_trial_that_is_just_leaving_costs_no_other_its_host(attempt: i
     assert asyncio.run(story()) == ["trial a is not on host-0", 3]
 
 
+def test_host_says_for_how_long_it_has_been_at_a_step() -> None:
+    engine = Held()
+
+    async def story() -> list[float]:
+        host = await make_host(engine)
+        said = [await host.busy_s()]
+        assert await host.admit("a", CONFIG)
+        training = asyncio.ensure_future(host.advance("a", 1))
+        await asyncio.to_thread(engine.entered.wait)
+        await asyncio.sleep(0.1)
+        said.append(await host.busy_s())
+        engine.go.set()
+        await training
+        await asyncio.sleep(0.1)  # until it waits again
+        return [*said, await host.busy_s()]
+
+    before, within, after = asyncio.run(story())
+    assert before == after == 0
+    assert 0.1 <= within < PATIENCE
+
+
 def test_goal_of_a_seat_that_was_lost_costs_nothing_though_the_trial_has_come_again() -> None:
     """The host is busy for so long that it comes to the goal when the trial's next seat has its place already."""
     engine = CountingEngine()

@@ -445,6 +445,56 @@ def build_first_is_slow(spec: SweepSpec, place: HostPlace, capacity: int, data: 
     return IdleEngine()
 
 
+class HangingEngine(CountingEngine):
+    """Hangs in its first step, until it is ended."""
+
+    def step(self, trials: Sequence[str]) -> dict[str, Any]:
+        time.sleep(PATIENCE)
+        return {}
+
+
+def build_hanging(spec: SweepSpec, place: HostPlace, capacity: int, data: Any) -> CountingEngine:
+    return HangingEngine()
+
+
+def test_host_that_hangs_is_told_of_once(
+    started: Hosts, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lora_search.sweep.hosts import Hosts as SweepHosts
+
+    monkeypatch.setattr("lora_search.sweep.running.STUCK_S", 2.0)
+    monkeypatch.setattr("lora_search.sweep.running.ASK_S", 0.2)
+    monkeypatch.setattr("lora_search.sweep.hosts.LOOK_EVERY_S", 0.1)
+    said: list[str] = []
+    hosts = SweepHosts(
+        make_spec(tiny, name="hangs", hosts={"count": 1}, output=str(tmp_path)), build_hanging, said.append
+    )
+
+    def is_told() -> bool:
+        hosts.look()
+        return bool(said)
+
+    try:
+        hosts.load()
+        (host,) = hosts.actors
+        assert started.ray.get(host.admit.remote("a", CONFIG))
+        time.sleep(2.5)  # it waits for something to do, which is no hanging
+        assert not is_told()
+        training = host.advance.remote("a", 1)
+        wait_until(is_told)
+        for _ in range(10):
+            time.sleep(0.1)
+            hosts.look()
+        (line,) = said
+        pid = hosts.facts[0]["pid"]
+        assert line.startswith("WARNING: host-0 on node ")
+        assert " has been at one thing for 0 min: its device, its disk or its network may hang." in line
+        assert f"end its process ({pid}): its trials go on elsewhere" in line
+        del training
+    finally:
+        hosts.end()
+
+
 class SmallEngine(CountingEngine):
     """Has memory for three trials, it thinks, and finds out that it is for two."""
 

@@ -98,6 +98,8 @@ class Hosts(Beginning):
             SweepError: it is lost, or of no use; the message says why.
         """
         host.require_alive(there)
+        if is_done(host.started) and (stuck := host.gets_stuck()) is not None:
+            self._say(stuck)
         if host.place.node in going:
             if (kept := host.leave(self._run)) is not None:
                 self._excused.update(kept)

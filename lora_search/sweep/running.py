@@ -27,6 +27,12 @@ HOST_NAMES = "lora-search-"
 """What the names of all hosts begin with, as actors."""
 
 
+STUCK_S = 1800.0
+"""A host that is at one step, or evaluation, or loads the base, for so long may hang."""
+
+ASK_S = 60.0
+"""Between two questions to a host how long it has been at what it does."""
+
 LOAD_S = 300.0
 """A host that loads the base for so much longer than another is not waited for: its network or its disk is slow."""
 
@@ -71,6 +77,14 @@ class RunningHost:
     """It did not start while others did, and nobody waits for it."""
     fewer: Any = None
     """A call that is answered when it holds fewer trials than it has said; None before it is asked."""
+    busy: Any = None
+    """A call that is answered by how long it has been at what it does; None before it is asked again."""
+    busy_s: float = 0.0
+    """What it has answered last."""
+    asked: float = 0.0
+    """When it was asked, by this process's monotonic clock."""
+    stuck: bool = False
+    """Whether it has been at one thing for too long, and the user has been told."""
     pid: int | None = None
     """Of its process; None before it has loaded the base."""
     trains_since: float | None = None
@@ -97,6 +111,23 @@ class RunningHost:
             self.fewer = self.actor.holds_fewer.remote(self.capacity)
         elif is_done(self.fewer):
             self.capacity, self.fewer = unwrap(self.fewer), None
+
+    def gets_stuck(self) -> str | None:
+        """What there is to say of one that has come to be at one thing, or without an answer, for too long."""
+        now = time.monotonic()
+        if self.busy is not None and is_done(self.busy):
+            self.busy_s, self.busy = unwrap(self.busy), None
+        if self.busy is None and now - self.asked > ASK_S:
+            self.busy, self.asked = self.actor.busy_s.remote(), now
+        seconds = max(self.busy_s, now - self.asked if self.busy is not None else 0.0)
+        was, self.stuck = self.stuck, seconds > STUCK_S
+        if was or not self.stuck:
+            return None
+        return (
+            f"WARNING: {self.place.name} on node {self.place.node[:8]} has been at one thing for {seconds / 60:.0f} "
+            "min: its device, its disk or its network may hang. If so, end its process"
+            f"{f' ({self.pid})' if self.pid else ''}: its trials go on elsewhere from their last checkpoints"
+        )
 
     def shun(self, trial: int) -> None:
         """Have it not take a trial."""
