@@ -27,7 +27,7 @@ import psutil
 import pytest
 import small_hub
 from conftest import PATIENCE, SOON, WORDS, make_spec, processes, two_nodes, wait_until
-from test_faults import SEARCH, TRIALS, Strikes, compared, require_whole
+from test_faults import SEARCH, TRIALS, Meanwhile, Strikes, compared, require_whole
 
 from lora_search.cli.results import sweep_status
 from lora_search.doctor import Check, _hosts
@@ -215,18 +215,9 @@ def test_sweep_that_loses_a_node_for_good_goes_on_with_the_other_and_is_resumed_
 @pytest.mark.usefixtures("unverified_merge")
 def test_slow_node_loses_no_trial_and_gets_less_work(nodes: Cluster, tiny: Path, tmp_path: Path) -> None:
     """Its raylet, its host and the seats on it stand still nine tenths of the time."""
-    over = threading.Event()
     held_up: Counter[str] = Counter()
 
-    class Slow(Observer):
-        def trial_started(self, trial: int, parameters: Mapping[str, Any]) -> None:
-            if trial == 0:
-                thread.start()
-
-        def concluded(self, *everything: Any) -> None:
-            over.set()
-
-    def hold_up() -> None:
+    def hold_up(over: threading.Event) -> None:
         facts = json.loads(run.provenance.read_text())
         (host,) = (host["pid"] for host in facts["hosts"] if host["name"] == "host-1")
         raylet = next(parent for parent in psutil.Process(host).parents() if "raylet" in parent.name())
@@ -239,14 +230,13 @@ def test_slow_node_loses_no_trial_and_gets_less_work(nodes: Cluster, tiny: Path,
                 time.sleep(wait_s)
             held_up.update("host" if process.pid == host else "other" for process in node)
 
-    thread = threading.Thread(target=hold_up, daemon=True)
     training, search = {"steps": 4 * EVERY, "eval_every": 2 * EVERY}, {"trials": 10, "scheduler": {"name": "none"}}
     spec = make_spec(
         tiny, name="slow", hosts={"trials_per_host": 1}, training=training, search=search, output=str(tmp_path)
     )
     run = create_run(tmp_path, spec.name, exact=True)
     said: list[str] = []
-    outcome = run_sweep(spec, run, [Slow()], address=nodes.address, say=said.append)
+    outcome = run_sweep(spec, run, [Meanwhile(hold_up)], address=nodes.address, say=said.append)
     require_whole(run, 10)
     assert held_up["host"] > 5
     assert held_up["other"] > held_up["host"]

@@ -269,20 +269,26 @@ def test_trial_that_loses_every_seat_is_given_up_and_harms_no_other(ray: Any, ti
     assert "given up after 1 retries" in outcome.rows[1]["reason"]
 
 
+class Meanwhile(Observer):
+    """Does something beside the sweep from when its first trial starts until it is concluded."""
+
+    def __init__(self, work: Callable[[threading.Event], None]) -> None:
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=work, args=(self._over,), daemon=True)
+
+    def trial_started(self, trial: int, parameters: Mapping[str, Any]) -> None:
+        if trial == 0:
+            self._thread.start()
+
+    def concluded(self, *everything: Any) -> None:
+        self._over.set()
+
+
 @pytest.mark.slow
 def test_slow_host_loses_no_trial_and_gets_less_work(ray: Any, tiny: Path, tmp_path: Path) -> None:
     """One of two hosts stands still nine tenths of the time."""
-    over = threading.Event()
 
-    class Slow(Observer):
-        def trial_started(self, trial: int, parameters: Mapping[str, Any]) -> None:
-            if trial == 0:
-                thread.start()
-
-        def concluded(self, *everything: Any) -> None:
-            over.set()
-
-    def hold_up() -> None:
+    def hold_up(over: threading.Event) -> None:
         facts = json.loads(run.provenance.read_text())
         (victim,) = (host["pid"] for host in facts["hosts"] if host["name"] == "host-1")
         while not over.is_set():
@@ -294,14 +300,13 @@ def test_slow_host_loses_no_trial_and_gets_less_work(ray: Any, tiny: Path, tmp_p
                 held_up.append(victim)
 
     held_up: list[int] = []
-    thread = threading.Thread(target=hold_up, daemon=True)
     hosts = {"count": 2, "cpus_per_host": 1, "trials_per_host": 1}
     search = {"trials": 10, "scheduler": {"name": "none"}}
     training = {"steps": 100, "eval_every": 50}
     spec = make_spec(tiny, name="slow", hosts=hosts, search=search, training=training, output=str(tmp_path))
     run = create_run(tmp_path, spec.name, exact=True)
     said: list[str] = []
-    outcome = run_sweep(spec, run, [Slow()], say=said.append)
+    outcome = run_sweep(spec, run, [Meanwhile(hold_up)], say=said.append)
     require_whole(run, 10)
     assert len(held_up) > 5
     assert not [line for line in said if "was lost" in line or "starts on node" in line]

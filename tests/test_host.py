@@ -303,25 +303,32 @@ def test_largest_goes_first_though_all_came_to_a_full_host() -> None:
     assert asyncio.run(story()) == [False, False, False, True]
 
 
+class Leaving(CountingEngine):
+    """Is in the middle of letting a trial go until it is told to go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.leaves, self.let_go = threading.Event(), threading.Event()
+
+    def release(self, trial: str) -> None:
+        self.leaves.set()
+        self.let_go.wait(PATIENCE)
+        super().release(trial)
+
+
 def test_trial_that_was_judged_while_another_left_is_let_in() -> None:
     """The host is full when the trial is judged, and has a place when the trial is told that it does not fit."""
-    engine = CountingEngine()
-    let_go, leave = threading.Event(), engine.release
-
-    def slow_release(trial: str) -> None:
-        let_go.wait(5)
-        leave(trial)
+    engine = Leaving()
 
     async def story() -> list[bool | None]:
         host = await make_host(engine, capacity=1)
         await host.admit("first", ranked(10))
         await host.advance("first", 1)
-        engine.release = slow_release  # type: ignore[method-assign]
         leaving = asyncio.ensure_future(host.release("first"))
         await asyncio.sleep(0.05)
         second = asyncio.ensure_future(host.admit("second", ranked(5)))
         await asyncio.sleep(0.05)
-        let_go.set()
+        engine.let_go.set()
         await leaving
         return [await second, await host.admit("second", ranked(5))]
 
@@ -502,25 +509,18 @@ def test_trial_that_is_not_on_a_host_is_not_waited_for_there() -> None:
 @pytest.mark.parametrize("attempt", [0, None])
 def test_goal_of_a_trial_that_is_just_leaving_costs_no_other_its_host(attempt: int | None) -> None:
     """Its seat had asked before it was lost; the trial has gone when the host comes to it."""
-    engine = CountingEngine()
-    let_go, leaves, leave = threading.Event(), threading.Event(), engine.release
-
-    def slow_release(trial: str) -> None:
-        leaves.set()
-        let_go.wait(PATIENCE)
-        leave(trial)
+    engine = Leaving()
 
     async def story() -> list[Any]:
         host = await make_host(engine)
         for trial in "ab":
             assert await host.admit(trial, CONFIG)
             await host.advance(trial, 1)
-        engine.release = slow_release  # type: ignore[method-assign]
         leaving = asyncio.ensure_future(host.release("a", attempt))
-        await asyncio.to_thread(leaves.wait)
+        await asyncio.to_thread(engine.leaves.wait)
         late = [asyncio.ensure_future(host.advance(trial, 3)) for trial in "ab"]
         await asyncio.sleep(0.05)
-        let_go.set()
+        engine.let_go.set()
         await leaving
         gone, there = await asyncio.gather(*late, return_exceptions=True)
         return [str(gone), there["step"]]
@@ -531,46 +531,43 @@ def test_goal_of_a_trial_that_is_just_leaving_costs_no_other_its_host(attempt: i
 def test_host_says_for_how_long_it_has_been_at_a_step() -> None:
     engine = Held()
 
-    async def story() -> list[float]:
+    async def waits(host: Host) -> None:
+        """For something to do, as soon as it has answered whoever asked last."""
+        async with asyncio.timeout(PATIENCE):
+            while await host.busy_s():
+                await asyncio.sleep(0.01)
+
+    async def story() -> float:
         host = await make_host(engine)
-        said = [await host.busy_s()]
+        await waits(host)
         assert await host.admit("a", CONFIG)
         training = asyncio.ensure_future(host.advance("a", 1))
         await asyncio.to_thread(engine.entered.wait)
         await asyncio.sleep(0.1)
-        said.append(await host.busy_s())
+        within = await host.busy_s()
         engine.go.set()
         await training
-        await asyncio.sleep(0.1)  # until it waits again
-        return [*said, await host.busy_s()]
+        await waits(host)
+        return within
 
-    before, within, after = asyncio.run(story())
-    assert before == after == 0
-    assert 0.1 <= within < PATIENCE
+    assert 0.1 <= asyncio.run(story()) < PATIENCE
 
 
 def test_goal_of_a_seat_that_was_lost_costs_nothing_though_the_trial_has_come_again() -> None:
     """The host is busy for so long that it comes to the goal when the trial's next seat has its place already."""
-    engine = CountingEngine()
-    let_go, leaves, leave = threading.Event(), threading.Event(), engine.release
-
-    def slow_release(trial: str) -> None:
-        leaves.set()
-        let_go.wait(PATIENCE)
-        leave(trial)
+    engine = Leaving()
 
     async def story() -> list[Any]:
         host = await make_host(engine)
         assert await host.admit("a", CONFIG)
         await host.advance("a", 1)
-        engine.release = slow_release  # type: ignore[method-assign]
         leaving = asyncio.ensure_future(host.release("a", 0))
-        await asyncio.to_thread(leaves.wait)
+        await asyncio.to_thread(engine.leaves.wait)
         late = asyncio.ensure_future(host.advance("a", 3))
         await asyncio.sleep(0.05)
         busy = [asyncio.ensure_future(host.run(time.sleep, 0.3))]
         await asyncio.sleep(0.05)
-        let_go.set()
+        engine.let_go.set()
         await asyncio.sleep(0.15)
         again = asyncio.ensure_future(host.admit("a", CONFIG, attempt=1))
         await asyncio.sleep(0.05)
