@@ -216,7 +216,8 @@ class Host:
                 return False
             if not self._waiting.may_enter(trial, size, fits=fits, judged=judged, now=time.monotonic()):
                 return False
-            self._residents[trial], self._coming[trial] = parameters, (config, checkpoint)
+            self._coming[trial] = config, checkpoint  # first: the thread takes residents that are not for the engine's
+            self._residents[trial] = parameters
             self._places.came(trial, alone=alone)
             self._bytes_left = left
         return True
@@ -256,7 +257,7 @@ class Host:
         if trial not in self._coming:
             return None
         config, checkpoint = self._coming.pop(trial)
-        beside = len(self._residents) - len(self._coming) - 1
+        beside = len(self._residents.keys() - self._coming.keys()) - 1
         try:
             self._engine.admit(trial, config, checkpoint)
         except Exception as error:
@@ -303,8 +304,8 @@ class Host:
                     logger.warning("trial %s is not kept: %s", trial, error)
                     if isinstance(error, StoreError):  # which has been asked for long
                         break
-                except Exception as error:  # the device's, or a fault of ours: those that are kept are so all the same
-                    self._break_off(error)
+                except Exception:  # the device's, or a fault of ours: those that are kept are so all the same
+                    logger.exception("%s keeps no more of its trials", self.name)
                     break
                 else:
                     kept.append((int(trial), step_of(saved), path))

@@ -615,10 +615,7 @@ def test_device_that_fails_as_all_are_saved_costs_none_that_is_saved_already(tmp
         for trial in "123":
             assert await host.admit(trial, CONFIG)
             await host.advance(trial, 1)
-        kept = await host.save_all(Folder(tmp_path))
-        with pytest.raises(HostFailed, match="illegal memory access"):
-            await host.live()
-        return kept
+        return await host.save_all(Folder(tmp_path))
 
     assert asyncio.run(story()) == [(1, 1, "tune/trial-0001/checkpoint_000001")]
 

@@ -28,7 +28,7 @@ from transformers import (
 from lora_search.engine.layers import LinearSite
 from lora_search.errors import InputError
 from lora_search.memory import BaseMemory, Setup, TrialShape, corners, refuse_what_never_fits, weigh
-from lora_search.memory.corners import Crowd, largest, smallest
+from lora_search.memory.corners import Corner, Crowd, largest, smallest
 from lora_search.memory.familiar import familiar_figures
 from lora_search.memory.gauge import Gauge
 from lora_search.memory.live import LiveBytes
@@ -259,6 +259,18 @@ def saved(config: PreTrainedConfig, folder: Path) -> SweepSpec:
     AutoModelForCausalLM.from_config(config).save_pretrained(str(folder / "model"))
     write_tiny_data(folder / "data.jsonl")
     return make_spec(folder)
+
+
+def test_crowd_of_a_space_with_experts_counts_those_that_share_passes() -> None:
+    """The largest of the space may be one that is trained by itself: many others in one pass take more."""
+    memory = on_shapes(of_family("mixtral"), replace(CPU, validation_tokens=0))
+    shapes = [TrialShape(resolve(memory.tree, target), 4, False, 64, 32) for target in ("attention", "re:.*experts.*")]
+    found = [Corner("", "largest", shape) for shape in shapes]
+    crowd = Crowd.of(found, memory)
+    assert crowd.alone == shapes[1]
+    for count in (1, 2, 8):
+        assert crowd.total(count, memory) >= max(memory.host([shape] * count).total for shape in shapes)
+        assert crowd.total(count + 1, memory) >= memory.host([shapes[0]] * count + [shapes[1]]).total
 
 
 @pytest.mark.parametrize("targets", [("attention", "mlp"), ("attention-qv", "all-linear"), ("attention-qv", "mlp")])

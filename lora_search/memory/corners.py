@@ -63,7 +63,8 @@ def smallest(found: Sequence[Corner], memory: BaseMemory) -> Corner:
 def largest(found: Sequence[Corner], memory: BaseMemory) -> Corner:
     """The corner that takes the most bytes: not always the one with most parameters, for what counts as much is how far
     down a gradient goes."""
-    return max(found, key=lambda corner: memory.host([corner.shape]).total)
+    # Where an evaluation is more than a step of one trial, several take as much, and differ in company.
+    return max(found, key=lambda corner: (memory.host([corner.shape]).total, memory.trial(corner.shape).total))
 
 
 @dataclass(frozen=True)
@@ -73,23 +74,27 @@ class Crowd:
     alone: TrialShape
     resident: TrialShape
     """That with the most state."""
-    passing: TrialShape
-    """What one takes of a pass with trials of all target sets, as if they were its own too."""
+    passing: TrialShape | None
+    """What one takes of a pass with trials of all target sets, as if they were its own too; None where none share."""
 
     @classmethod
     def of(cls, found: Sequence[Corner], memory: BaseMemory) -> Crowd:
-        alone = passing = largest(found, memory).shape
-        if memory.shares_passes(alone):
-            shared = [corner.shape for corner in found if memory.shares_passes(corner.shape)]
-            passing = replace(alone, targets=with_targets_of_all(shared)[0].targets)
+        sharing = [corner for corner in found if memory.shares_passes(corner.shape)]
+        passing = None
+        if sharing:
+            union = with_targets_of_all([corner.shape for corner in sharing])[0].targets
+            passing = replace(largest(sharing, memory).shape, targets=union)
         resident = max((corner.shape for corner in found), key=lambda shape: memory.trial(shape).state)
-        return cls(alone, resident, passing)
+        return cls(largest(found, memory).shape, resident, passing)
 
     def total(self, count: int, memory: BaseMemory) -> int:
         """Bytes of a host with so many."""
-        if count == 1:
-            return memory.host([self.alone]).total
-        return memory.host([self.resident] * count, [self.passing] * count).total
+        if count < 2:
+            return memory.host([self.alone] * count).total
+        passing = [] if self.passing is None else [self.passing] * count
+        if not memory.shares_passes(self.alone):
+            passing.append(self.alone)  # in a pass of its own, which may take more
+        return memory.host([self.resident] * count, passing).total
 
 
 def values(spec: SweepSpec, name: str) -> tuple[Any, ...]:

@@ -106,9 +106,10 @@ class Replay:
         if not targets.parameters:
             return one
         if self.by_rule:
-            made = [weight.numel() * weight.element_size() for weight in map(self._weight, targets.parameters)]
+            here = [name for name in targets.parameters if span is None or _block(self._blocks, name) in span]
+            made = [weight.numel() * weight.element_size() for weight in map(self._weight, here)]
             kept = 0 if self.setup.checkpointing else sum(made)
-            return Held(one.kept, one.peak, kept, kept + 2 * max(made))
+            return Held(one.kept, one.peak, kept, kept + 2 * max(made, default=0))
         two = self._remembered(replace(now, sequences=2), span, backward=True)
         once = 2 * one.kept - two.kept, 2 * one.peak - two.peak
         return Held(two.kept - one.kept, two.peak - one.peak, *once)
@@ -239,7 +240,13 @@ class Replay:
 
     def _peak_with_logits(self, now: Pass, backward: bool) -> int:
         """The most at once where the model's own code makes all logits of a pass, and autograd keeps what it needs."""
-        with run(now), LiveBytes(self._known) as live, Stands(self.setup), torch.set_grad_enabled(backward):
+        with (
+            run(now),
+            self._experts_adapted(now),
+            LiveBytes(self._known) as live,
+            Stands(self.setup),
+            torch.set_grad_enabled(backward),
+        ):
             shape = (1, now.sequences * now.length) if self._flat else (now.sequences, now.length)
             targets_N = torch.empty(now.sequences * now.length, dtype=torch.int64, device="meta")
             losses_N = F.cross_entropy(  # as in the engine, nobody but autograd holds the logits

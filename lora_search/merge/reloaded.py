@@ -50,7 +50,7 @@ def loss_of(model: Any, rows: Sequence[Row], pad: int) -> float:
 def logits_of(model: Any, rows: Sequence[Row]) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Float32 logits for the rows' target tokens, row by row without padding: shape (M, V)."""
     model.eval()
-    found = [torch.zeros(0, model.get_output_embeddings().weight.shape[0])]
+    found = [] if rows else [torch.zeros(0, 1)]
     for tokens, marks in rows:
         logits_TV = model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False).logits[0, :-1]
         found.append(logits_TV[torch.tensor(marks[1:], device=model.device)].float().cpu())
