@@ -220,13 +220,7 @@ class Replay:
             with run(now), Stands(self.setup), torch.no_grad():
                 self._hidden(now)  # in which layers learn with which others they share their input
             self._acquainted |= blocks
-        with (
-            run(now),
-            self._experts_adapted(now),
-            LiveBytes(self._known) as live,
-            Stands(self.setup),
-            torch.set_grad_enabled(backward),
-        ):
+        with self._counted(now, backward) as live:
             hidden = self._hidden(now)
             forward = live.peak
             live.restart()
@@ -238,8 +232,9 @@ class Replay:
             held = Held(at_head, max(forward, live.peak))
         return held if self.in_turns else Held(at_head, max(held.peak, self._peak_with_logits(now, backward)))
 
-    def _peak_with_logits(self, now: Pass, backward: bool) -> int:
-        """The most at once where the model's own code makes all logits of a pass, and autograd keeps what it needs."""
+    @contextmanager
+    def _counted(self, now: Pass, backward: bool) -> Iterator[LiveBytes]:
+        """Run a pass, and count its bytes."""
         with (
             run(now),
             self._experts_adapted(now),
@@ -247,6 +242,11 @@ class Replay:
             Stands(self.setup),
             torch.set_grad_enabled(backward),
         ):
+            yield live
+
+    def _peak_with_logits(self, now: Pass, backward: bool) -> int:
+        """The most at once where the model's own code makes all logits of a pass, and autograd keeps what it needs."""
+        with self._counted(now, backward) as live:
             shape = (1, now.sequences * now.length) if self._flat else (now.sequences, now.length)
             targets_N = torch.empty(now.sequences * now.length, dtype=torch.int64, device="meta")
             losses_N = F.cross_entropy(  # as in the engine, nobody but autograd holds the logits

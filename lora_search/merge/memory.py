@@ -21,13 +21,11 @@ def lack_of_memory(base: Base, device: torch.device) -> str | None:
     Raises:
         InputError: the base has no weights in safetensors.
     """
-    free = free_bytes(device)
-    published = published_weights(base_folder(base))
-    needed = published.bytes if device.type == "cuda" else 4 * published.numbers
-    if free is None or needed + BESIDE <= free:
+    free, needed = free_bytes(device), _needed_bytes(base, device)
+    if free is None or needed <= free:
         return None
     return (
-        f"to verify the merged model it has to be loaded whole, which takes {(needed + BESIDE) / 1e9:.1f} GB of "
+        f"to verify the merged model it has to be loaded whole, which takes {needed / 1e9:.1f} GB of "
         f"{device.type.upper()} memory, and {free / 1e9:.1f} GB are free"
     )
 
@@ -35,7 +33,12 @@ def lack_of_memory(base: Base, device: torch.device) -> str | None:
 def holds_two(base: Base, device: torch.device) -> bool:
     """Whether the model can be loaded twice at once, and something is gained by it: a GPU would compute in turns."""
     free = free_bytes(device) if device.type == "cpu" else None
-    return free is not None and 2 * (4 * published_weights(base_folder(base)).numbers + BESIDE) <= free
+    return free is not None and 2 * _needed_bytes(base, device) <= free
+
+
+def _needed_bytes(base: Base, device: torch.device) -> int:
+    published = published_weights(base_folder(base))
+    return BESIDE + (published.bytes if device.type == "cuda" else 4 * published.numbers)
 
 
 def free_bytes(device: torch.device) -> int | None:
