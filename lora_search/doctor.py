@@ -222,6 +222,8 @@ def _hosts() -> Iterator[Check]:
             yield Check(name, "ok", ray.get(answer, timeout=max(0.0, end - time.monotonic())))
         except ray.exceptions.GetTimeoutError:
             yield Check(name, "note", "does not answer: it waits for cores or GPUs that something else holds, or hangs")
+        except ray.exceptions.ActorDiedError:  # it has ended since it was asked
+            continue
         except ray.exceptions.RayError as error:
             yield Check(name, "wrong", str(error).strip().splitlines()[0])
 

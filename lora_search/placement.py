@@ -27,8 +27,16 @@ class Node:
     """A machine of the cluster, and what Ray says it has."""
 
     id: str
+    """Ray's: another one each time that the machine joins."""
     cpus: int
     gpus: int
+    hostname: str = ""
+    """What no other living node has; empty where one does."""
+
+    @property
+    def machine(self) -> str:
+        """What it is known by, however often it leaves and joins again."""
+        return self.hostname or self.id
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,13 @@ class HostPlace:
     gpus: int
     neighbours: int = 1
     """Hosts on the same node, this one among them."""
+    hostname: str = ""
+    """`Node.hostname` of that node."""
+
+    @property
+    def machine(self) -> str:
+        """`Node.machine` of its node."""
+        return self.hostname or self.node
 
     @property
     def threads(self) -> int:
@@ -67,7 +82,8 @@ def place_hosts(nodes: Sequence[Node], hosts: Hosts) -> tuple[HostPlace, ...]:
             cpus = hosts.cpus_per_host
             count = min(count, node.cpus // cpus) if with_gpus else node.cpus // cpus
         gpus = hosts.gpus_per_host if with_gpus else 0
-        places += [HostPlace(f"host-{len(places) + i}", node.id, cpus, gpus) for i in range(count)]
+        names = [f"host-{len(places) + i}" for i in range(count)]
+        places += [HostPlace(name, node.id, cpus, gpus, hostname=node.hostname) for name in names]
     wanted = len(places) if hosts.count == "auto" else hosts.count
     if not places or wanted > len(places):
         has = f"{sum(node.cpus for node in nodes)} cores and {sum(node.gpus for node in nodes)} GPUs"

@@ -149,6 +149,16 @@ def _is_unused(folder: Folder) -> bool:
     return set(folder.names()) <= {LOCK, LEASE}
 
 
+def refuse_begun(run: RunDirectory) -> None:
+    """As where two processes took the same unused name at once: one has ended since, and left its sweep there.
+
+    Raises:
+        InputError: there is more in it than a lock.
+    """
+    if not _is_unused(run.folder):
+        raise InputError(f"{run.place}: another lora-search run has begun in it meanwhile; choose another name")
+
+
 def discard(run: RunDirectory) -> None:
     """Remove a run directory with all that it holds."""
     run.folder.remove_all()
@@ -265,8 +275,10 @@ def locked(run: RunDirectory) -> Iterator[Callable[[], bool]]:
     """Keep other processes from writing to a run directory; a function that says whether they still are kept.
 
     Raises:
-        InputError: another one does.
+        InputError: another one does; or one that took the same name has removed it.
     """
+    if run.uri is None and not run.path.is_dir():
+        raise InputError(f"{run.path}: another lora-search run has removed it, which found its input wrong")
     if run.uri is not None or not _can_be_locked(run.lock):
         with leased(Folder(run.folder.place, patience_s=0)) as held:
             yield held

@@ -18,6 +18,7 @@ import pytest
 from conftest import PATIENCE, ROOT, make_spec, shared
 
 from lora_search.cli import main
+from lora_search.cli.results import sweep_status
 from lora_search.errors import InputError
 from lora_search.rundir import RunDirectory, create_run, locked, newest_run, write_whole
 from lora_search.spec import dump_spec, parse_spec
@@ -167,8 +168,12 @@ def test_run_is_found_by_its_name(
 def test_status_says_what_runs_where_and_what_failed(
     recorded: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = RunRecord(recorded.trials)
+    clock = iter((1010.0, 1020.0))
+    record = RunRecord(recorded.trials, clock=lambda: next(clock))
     record.trial_resumed(2, {}, 4, [])
+    with locked(recorded):
+        assert sweep_status(recorded)["hosts"] == {}  # where it is again has not been heard
+    record.trial_reported(2, {"step": 7, "tokens": 1640, "tokens_per_second": 300.0, "host": "h", "history": []})
     record.close()
     hosts: list[Any] = [
         {"name": "h", "node": "0123456789ab", "capacity": 4},
@@ -176,11 +181,11 @@ def test_status_says_what_runs_where_and_what_failed(
         {"name": "gone", "node": "ffffffffffff", "capacity": 4, "lost": "its node is gone"},
         {"name": "comes", "node": "ffffffffffff", "capacity": None},
     ]
-    here = "h on node 01234567: trial 2 (at most 4), 99 tokens/s\n"
+    here = "h on node 01234567: trial 2 (at most 4), 50 tokens/s\n"
     here += "  idle on node 01234567: none of its trials has reported yet"
     for facts, shown in (
         (hosts, f"{here}\n  gone on node ffffffff was lost: its node is gone"),
-        ([7, {"name": "h", "capacity": "many"}], "h: trial 2, 99 tokens/s"),  # somebody else's
+        ([7, {"name": "h", "capacity": "many"}], "h: trial 2, 50 tokens/s"),  # somebody else's
     ):
         recorded.provenance.write_text(json.dumps({"hosts": facts, "resumed": [7]}))
         with locked(recorded):

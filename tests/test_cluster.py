@@ -73,6 +73,8 @@ class Weather(Observer):
         self.resumed: list[int] = []
         self.status: dict[str, Any] = {}
         self.hosts: list[Check] = []
+        self.after: tuple[dict[str, Any], list[Check]] | None = None
+        """How the sweep stands, and what doctor says of its hosts, when the first lost trial has gone on."""
 
     def trial_reported(self, trial: int, report: Mapping[str, Any]) -> None:
         self._reports += 1
@@ -92,6 +94,8 @@ class Weather(Observer):
 
     def trial_resumed(self, trial: int, parameters: Mapping[str, Any], step: int, damaged: Any) -> None:
         self.resumed.append(step)
+        if self.after is None:
+            self.after = sweep_status(self._run), list(_hosts())
 
 
 @pytest.mark.usefixtures("unverified_merge")
@@ -131,6 +135,12 @@ def test_nodes_that_leave_lose_no_trial_and_nodes_that_join_get_a_host(
     assert lost["name"] in status["hosts"]
     assert lost["node"] == status["hosts"][lost["name"]]["node"]
     assert lost["why"] in GONE
+    assert weather.after is not None
+    after, alive = weather.after
+    assert (after["phase"], after["lost_hosts"]) == ("running", [lost])
+    assert lost["name"] not in after["hosts"]
+    assert alive, "the other host's at least"
+    assert not [check.what for check in alive if check.state == "wrong" or check.what.endswith(lost["name"])]
     assert {check.state for check in weather.hosts} == {"ok"}
     resident = []
     for name, host in zip(("host-0", "host-1"), sorted(weather.hosts, key=lambda check: check.what), strict=True):

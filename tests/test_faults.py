@@ -550,7 +550,10 @@ def test_trial_that_was_interrupted_half_way_goes_on_to_more_steps(
 def test_sweep_whose_driver_is_killed_goes_on_as_if_nothing_had_been(
     tiny: Path, tmp_path: Path, undisturbed: list[Row]
 ) -> None:
-    """And what it was writing is torn; it is resumed with a trial more."""
+    """And what it was writing is torn; it is resumed with a trial more. The sweep keeps its name, whatever it is found by.
+
+    Of `--resume --name demo-2`, the next `--resume` of demo is to find it.
+    """
     spec = sequential(tiny, "ended", tmp_path)
     more = sequential(tiny, "ended", tmp_path, search={"trials": TRIALS + 1})
     run = RunDirectory(tmp_path / "ended")
@@ -562,8 +565,10 @@ def test_sweep_whose_driver_is_killed_goes_on_as_if_nothing_had_been(
         record.write('{"event": "report", "tri')
         journal.write('{"op_code": 6, "worker')
 
+    run.spec.write_text(dump_spec(recorded_spec(run.spec).model_copy(update={"name": "its-own"})))
     second = subprocess.run(command(more, "--resume"), capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
+    assert recorded_spec(run.spec).name == "its-own"
     assert second.stderr.count("the last line was damaged, and is left out") == 2
     require_whole(run, TRIALS + 1)
     assert compared(run_rows(run))[:TRIALS] == undisturbed
@@ -747,6 +752,37 @@ def test_second_run_on_one_run_directory_is_refused(tiny: Path, tmp_path: Path) 
     with locked(run), pytest.raises(InputError, match="another lora-search run is writing to it"):
         run_sweep(spec, run)
     assert run.path.is_dir()  # it is the other's
+
+
+def test_run_that_was_begun_or_removed_since_its_name_was_taken_is_refused(tiny: Path, tmp_path: Path) -> None:
+    """As where another process took that name at the same moment, and has ended since."""
+    spec = sequential(tiny, "twice", tmp_path)
+    run = create_run(tmp_path, spec.name, exact=True)
+    assert create_run(tmp_path, spec.name, exact=True) == run  # by then there was nothing in it
+    run.spec.write_text(dump_spec(spec))
+    before = contents(run.path)
+    with pytest.raises(InputError, match=r"twice: another lora-search run has begun in it meanwhile; choose another"):
+        run_sweep(spec, run)
+    assert {file: content for file, content in contents(run.path).items() if file != run.lock} == before
+    shutil.rmtree(run.path)
+    with pytest.raises(InputError, match=r"twice: another lora-search run has removed it, which found its input wrong"):
+        run_sweep(spec, run)
+    assert not run.path.exists()
+
+
+@pytest.mark.slow
+def test_of_two_processes_that_take_one_name_at_once_one_is_refused(tiny: Path, tmp_path: Path) -> None:
+    spec = sequential(tiny, "twice", tmp_path)
+    twice = [subprocess.Popen(command(spec), stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = {process.communicate(timeout=PATIENCE)[1]: process.returncode for process in twice}
+    assert sorted(said.values()) == [0, 2], said
+    refusal = next(words for words, status in said.items() if status == 2).splitlines()[-1]
+    run = RunDirectory(tmp_path / "twice")
+    assert refusal in (
+        f"lora-search: {run.path}: another lora-search run is writing to it",
+        f"lora-search: --name twice: {run.path} exists already; choose another name",
+    )
+    require_whole(run, TRIALS)
 
 
 @pytest.mark.parametrize("options", [[], ["--resume"]], ids=["anew", "resumed"])

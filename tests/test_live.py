@@ -128,6 +128,23 @@ def test_expected_end_follows_the_pace_so_far() -> None:
     assert "1:00 passed, 3:00 left" in rendered(shown, 100)[0]  # 6 of 24 in a minute
 
 
+def test_resumed_sweep_is_reckoned_by_what_this_process_does() -> None:
+    console, _ = plain()
+    clock = Clock()
+    shown = view(console, clock)
+    ended = [{"trial": trial, "state": "stopped", "eval_loss": 1.0} for trial in range(20)]
+    shown.past([*ended, {"trial": 20, "state": "running", "eval_loss": 1.0, "tokens": 4500}])
+    shown.trial_resumed(20, {}, 45, [])
+    assert shown._progress.seconds_left(0.0) is None
+    clock.now = 10.0
+    shown.trial_reported(20, report(54, 0.9))
+    assert shown._progress.tokens_per_second(20.0) == 90.0
+    assert shown._progress.seconds_left(10.0) is None
+    shown.trial_reported(20, report(90, 0.8))
+    shown.trial_ended(20, "completed", None)
+    assert shown._progress.seconds_left(10.0) == pytest.approx(10.0 * 3 / 0.5)  # half a trial in ten seconds
+
+
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 30), (50, 12), (30, 5)])
 def test_display_fits_the_terminal(width: int, height: int) -> None:
     file = io.StringIO()

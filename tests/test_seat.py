@@ -381,7 +381,7 @@ def test_host_that_cannot_load_the_base_or_takes_too_long_holds_up_no_other(
             hosts.check = other_weights
             wait_until(refused)
             hosts.check = None
-            hosts._losses.unfit.clear()
+            hosts._losses._unfit.clear()
             wait_until(are_two)
             assert [host.place.name for host in hosts._ready] == ["host-1", "host-3"]
             told = {facts["name"]: (facts.get("lost"), facts["since"] is not None) for facts in hosts.facts}

@@ -7,6 +7,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,9 +17,9 @@ from conftest import make_spec
 from test_seat import IdleEngine, ResumingEngine, fresh_run
 
 from lora_search.checkpoint import Checkpoint
-from lora_search.placement import HostPlace
+from lora_search.placement import HostPlace, Node, place_hosts
 from lora_search.space import TrialConfig
-from lora_search.spec import SweepSpec
+from lora_search.spec import Hosts, SweepSpec
 from lora_search.tracking import Observer
 
 STEPS = 8
@@ -163,6 +164,9 @@ def test_trials_that_end_their_hosts_as_they_are_let_in_are_given_up_and_no_othe
     assert sum("was lost: its process died" in line for line in said) >= 3
 
 
+NODES = [Node("node", 8, 8), Node("another", 8, 8)]
+
+
 @pytest.mark.parametrize("loaded", [False, True], ids=["as they load the base", "as they train"])
 def test_hosts_of_a_node_that_are_lost_together_count_once_and_it_rests_longer_each_time(
     monkeypatch: pytest.MonkeyPatch, loaded: bool
@@ -178,14 +182,14 @@ def test_hosts_of_a_node_that_are_lost_together_count_once_and_it_rests_longer_e
     losses.has_trained = True
     rests = []
     rounds = 0
-    while "node" not in losses.unfit:
+    while not losses.unfit(NODES):
         rounds += 1
         hosts = [RunningHost(eight, 1, None, None, None, None, clock[0], loaded=loaded) for _ in range(8)]  # type: ignore[arg-type]
         clock[0] += 5
         for host in hosts:
             losses.add(host, HostLost("the hub is busy"))
         rests.append(0)
-        while "node" in losses.resting():
+        while losses.resting(NODES):
             clock[0] += 1
             rests[-1] += 1
     assert rounds == module.LOSSES_PER_NODE + 8 + 1
@@ -214,14 +218,14 @@ def test_node_on_which_trials_come_further_between_two_losses_is_not_given_up(mo
         clock[0] += 1000
         losses.trained(begun())
         losses.trained(old)  # which says nothing of what has come since
-        assert not losses.resting()
+        assert not losses.resting(NODES)
     for _ in range(module.LOSSES_PER_NODE + 2):
-        assert "node" not in losses.unfit
+        assert not losses.unfit(NODES)
         host = begun()
         clock[0] += 5
         losses.add(host, HostLost("its process died"))
         losses.trained(old)
-    assert "node" in losses.unfit
+    assert losses.unfit(NODES) == {"node"}
 
 
 def test_node_whose_hosts_are_lost_shortly_one_after_the_other_rests_though_trials_come_further_between(
@@ -243,11 +247,48 @@ def test_node_whose_hosts_are_lost_shortly_one_after_the_other_rests_though_tria
         losses.trained(host)
         losses.add(host, HostLost("its process died"))
         began = clock[0]
-        while "node" in losses.resting():
+        while losses.resting(NODES):
             clock[0] += 1
         rests.append(clock[0] - began)
     assert rests == [0, 20, 40, 80, 160, 320, 600, 0, 20]
-    assert "node" not in losses.unfit
+    assert not losses.unfit(NODES)
+
+
+def test_machine_that_leaves_and_joins_again_is_the_same_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray calls it another node each time; where two living nodes have one name, Ray's is all there is."""
+    from lora_search.sweep import cluster, shunned
+    from lora_search.sweep import losses as module
+    from lora_search.sweep.answers import HostLost
+    from lora_search.sweep.running import RunningHost
+
+    known: list[dict[str, Any]] = []
+    monkeypatch.setattr(cluster, "ray", SimpleNamespace(nodes=lambda: known))
+
+    def joins(node: str, name: str) -> None:
+        for other in known:
+            other["Alive"] &= other["NodeManagerHostname"] != name
+        known.append({"NodeID": node, "Alive": True, "Resources": {"CPU": 1.0}, "NodeManagerHostname": name})
+
+    said: list[str] = []
+    losses, kept_off = module.Losses(said.append), shunned.Shunned()
+    losses.has_trained = True
+    joins("sound", "beside")
+    for number in range(module.LOSSES_PER_NODE + 2):
+        assert not losses.unfit(cluster.nodes())
+        joins(f"flaps-{number}", "flaps")
+        (place,) = (it for it in place_hosts(cluster.nodes(), Hosts()) if it.node == f"flaps-{number}")
+        told = Told()
+        host = RunningHost(replace(place, name=f"h{number}"), 1, told, None, None, None, module.time.monotonic())  # type: ignore[arg-type]
+        kept_off.begun(host)
+        assert told.out == ({"7"} if number else set())
+        kept_off.lost(7, f"h{number}", [])
+        losses.add(host, HostLost("its node is gone"))
+        assert losses.resting(cluster.nodes()) == ({f"flaps-{number}"} if number else set())
+    joins("flaps-again", "flaps")
+    assert losses.unfit(cluster.nodes()) == {"flaps-again"}
+    assert said[-1] == "WARNING: node flaps-6 (flaps) gets no more hosts: it has lost 7"
+    known.append({"NodeID": "two", "Alive": True, "Resources": {}, "NodeManagerHostname": "flaps"})
+    assert losses.unfit(cluster.nodes()) == set()
 
 
 class Told:

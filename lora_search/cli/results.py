@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from lora_search.results import (
     run_rows,
     trial_rows,
 )
-from lora_search.results.hosts import RunHost
+from lora_search.results.hosts import host_packs
 from lora_search.rundir import RunDirectory, find_run, is_locked
 from lora_search.space import planned_trials
 from lora_search.spec import SweepSpec, recorded_spec
@@ -128,15 +128,13 @@ def _ago(seconds: float) -> str:
 def sweep_status(directory: RunDirectory) -> dict[str, Any]:
     """Where a sweep stands, from its run directory alone."""
     spec = recorded_spec(directory.spec)
-    events = list(read_events(directory.trials))
+    events = list(read_events(directory.trials, without="checkpoint"))
     rows = trial_rows(events)
     states = ("running", "completed", "stopped", "failed")
     counts = {state: sum(row["state"] == state for row in rows) for state in states}
     run = Run(directory)
     finished = "conclusion" in run.provenance
     phase = "running" if is_locked(directory) else "finished" if finished else "interrupted"
-    since = run.resumed or 0.0
-    heard = {event["trial"] for event in events if event["event"] == "report" and event["time"] >= since}
     return {
         "name": directory.name,
         "path": directory.place,
@@ -144,7 +142,7 @@ def sweep_status(directory: RunDirectory) -> dict[str, Any]:
         "metric": spec.search.metric,
         "planned": planned_trials(spec),
         "trials": counts,
-        "hosts": _packs(run.hosts, [row for row in rows if row["trial"] in heard]) if phase == "running" else {},
+        "hosts": host_packs(run.hosts, events, run.resumed or 0.0) if phase == "running" else {},
         "lost_hosts": [
             {"name": host.name, "node": host.node, "why": host.lost} for host in run.hosts if host.lost is not None
         ],
@@ -154,27 +152,6 @@ def sweep_status(directory: RunDirectory) -> dict[str, Any]:
         "ahead": ahead_row(rows, spec.search.metric, spec.search.mode),
         "last_event_seconds_ago": round(time.time() - events[-1]["time"], 1) if events else None,
     }
-
-
-def _packs(hosts: Sequence[RunHost], rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """By host that has loaded the base, or reported a trial: its node, its places, and the trials that it has.
-
-    Args:
-        rows: of trials that have reported since the sweep's process began: hosts of the one before had the same names.
-    """
-    here = {host.name: host for host in hosts if host.lost is None and host.capacity is not None}
-    running = [row for row in rows if row["state"] == "running" and row.get("host") is not None]
-    gone = {host.name for host in hosts if host.lost is not None}
-    packs = {}
-    for name in sorted({*here, *(row["host"] for row in running)} - gone, key=lambda name: (len(name), name)):
-        host, pack = here.get(name, RunHost(name)), [row for row in running if row["host"] == name]
-        packs[name] = {
-            "node": host.node,
-            "capacity": host.capacity,
-            "trials": [row["trial"] for row in pack],
-            "tokens_per_second": sum(row["tokens_per_second"] or 0.0 for row in pack),
-        }
-    return packs
 
 
 def _print_table(spec: SweepSpec, rows: list[Row], file: Path | None) -> None:

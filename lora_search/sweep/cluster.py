@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -175,10 +176,16 @@ def _private_token() -> Iterator[None]:
 
 def nodes() -> tuple[Node, ...]:
     """The living nodes of the cluster."""
+    there = [node for node in ray.nodes() if node["Alive"]]
+    called = Counter(node["NodeManagerHostname"] for node in there)
     return tuple(
-        Node(node["NodeID"], int(node["Resources"].get("CPU", 0)), int(node["Resources"].get("GPU", 0)))
-        for node in ray.nodes()
-        if node["Alive"]
+        Node(
+            node["NodeID"],
+            int(node["Resources"].get("CPU", 0)),
+            int(node["Resources"].get("GPU", 0)),
+            hostname=name if called[name := node["NodeManagerHostname"]] == 1 else "",
+        )
+        for node in there
     )
 
 

@@ -81,7 +81,7 @@ class Hosts(Beginning):
         self._shunned.look(self._running.values())
         doubted = self._soundness.doubted if self._running else ()
         self._fill([node for node in there if node.id not in going and node.id not in doubted])
-        self._soundness.look(there, self.places, going, self._losses.unfit)
+        self._soundness.look(there, self.places, going, self._losses.unfit(there))
         late = [host for host in self._begun if now - host.since > beginning.START_S and not is_done(host.started)]
         for host in late:
             host.late = True

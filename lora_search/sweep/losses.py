@@ -1,11 +1,16 @@
-"""What the nodes of a sweep have lost, and which of them get no hosts any more."""
+"""What the nodes of a sweep have lost, and which of them get no hosts any more.
+
+A machine that leaves and joins again is another node to Ray, and the same one here, where its name tells it.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 
 from lora_search.errors import SweepError
+from lora_search.placement import Node
 from lora_search.sweep.answers import HostLost, NodeUnfit
 from lora_search.sweep.cluster import Say
 from lora_search.sweep.running import RunningHost
@@ -27,7 +32,7 @@ LASTING_S = 3600.0
 
 
 class Losses:
-    """The hosts that were lost, by node."""
+    """The hosts that were lost, by machine."""
 
     def __init__(self, say: Say) -> None:
         """
@@ -36,15 +41,15 @@ class Losses:
         """
         self._say = say
         self._counted: Counter[str] = Counter()
-        """By node, those that speak against it."""
+        """By machine, those that speak against it."""
         self._again: Counter[str] = Counter()
-        """By node, those that were lost shortly one after the other, whatever came between."""
+        """By machine, those that were lost shortly one after the other, whatever came between."""
         self._last: dict[str, float] = {}
-        """By node, when one was counted."""
+        """By machine, when one was counted."""
         self.has_trained = False
         """Whether any host has ever loaded the base."""
-        self.unfit: set[str] = set()
-        """Nodes that get no hosts any more."""
+        self._unfit: set[str] = set()
+        """Nodes and machines that get no hosts any more."""
         self._none_since: float | None = None
         """When the last host was lost, while there is none."""
 
@@ -64,8 +69,8 @@ class Losses:
 
     def _refuse(self, node: str, why: str) -> None:
         """A node gets no hosts any more, since none would be of use there."""
-        if node not in self.unfit:
-            self.unfit.add(node)
+        if node not in self._unfit:
+            self._unfit.add(node)
             self._say(f"WARNING: node {node[:8]} is of no use: {why}")
 
     def _count(self, host: RunningHost) -> None:
@@ -75,18 +80,19 @@ class Losses:
         say no more than the first: only one that has come since does. Where none has ever loaded the base, each counts:
         the user is to hear of it soon.
         """
-        now, node = time.monotonic(), host.place.node
+        now, machine = time.monotonic(), host.place.machine
         if host.loaded and now - host.since > LASTING_S:
-            self._counted[node] = self._again[node] = 0
+            self._counted[machine] = self._again[machine] = 0
             return
-        if (host.loaded or self.has_trained) and host.since < self._last.get(node, host.since):
+        if (host.loaded or self.has_trained) and host.since < self._last.get(machine, host.since):
             return
-        self._counted[node] += 1
-        self._again[node] = 1 + self._again[node] * (now - self._last.get(node, now) < QUIET_S)
-        self._last[node] = now
-        if self._counted[node] > LOSSES_PER_NODE + host.place.neighbours and node not in self.unfit:
-            self.unfit.add(node)
-            self._say(f"WARNING: node {node[:8]} gets no more hosts: it has lost {self._counted[node]}")
+        self._counted[machine] += 1
+        self._again[machine] = 1 + self._again[machine] * (now - self._last.get(machine, now) < QUIET_S)
+        self._last[machine] = now
+        if self._counted[machine] > LOSSES_PER_NODE + host.place.neighbours and machine not in self._unfit:
+            self._unfit.add(machine)
+            node = f"node {host.place.node[:8]}{f' ({host.place.hostname})' if host.place.hostname else ''}"
+            self._say(f"WARNING: {node} gets no more hosts: it has lost {self._counted[machine]}")
 
     def trained(self, host: RunningHost) -> None:
         """A trial has come further on a host for the first time: where that has come since its node lost one, one less.
@@ -94,15 +100,19 @@ class Losses:
         Trials that end their hosts, one after the other, are not to cost a node that others are trained on. It rests
         as long: a GPU that fails every few minutes would have the same trials lost until they are given up.
         """
-        node = host.place.node
-        if self._counted[node] and host.since >= self._last[node]:
-            self._counted[node] -= 1
+        machine = host.place.machine
+        if self._counted[machine] and host.since >= self._last[machine]:
+            self._counted[machine] -= 1
 
-    def resting(self) -> set[str]:
-        """Nodes that get no host just now, since what there was on them was lost again and again."""
+    def unfit(self, there: Sequence[Node]) -> set[str]:
+        """Nodes that get no hosts any more."""
+        return {node.id for node in there if not self._unfit.isdisjoint((node.id, node.machine))}
+
+    def resting(self, there: Sequence[Node]) -> set[str]:
+        """Nodes that get no host just now, since what there was on their machines was lost again and again."""
         now = time.monotonic()
-        again = {node: min(MOST_REST_S, REST_S * 2 ** (count - 2)) for node, count in self._again.items() if count > 1}
-        return {node for node, rest in again.items() if now - self._last[node] < rest}
+        rests = {it: min(MOST_REST_S, REST_S * 2 ** (count - 2)) for it, count in self._again.items() if count > 1}
+        return {node.id for node in there if now - self._last.get(node.machine, now) < rests.get(node.machine, 0.0)}
 
     def bear_none(self, none: bool, wait_s: float) -> None:
         """Bear for some time that there is no host, if there is none.

@@ -20,18 +20,21 @@ KINDS = {"id": str, "started": str, "resumed": list, "data": dict, "base": dict,
 """What is read again when a sweep is resumed."""
 
 
-def provenance(spec: SweepSpec, before: Mapping[str, Any]) -> dict[str, Any]:
+def provenance(spec: SweepSpec, before: Mapping[str, Any], recorded: float = 0.0) -> dict[str, Any]:
     """Versions, commit, seeds and machine, as known when a sweep starts; of the environment, the scheduler's job alone.
 
     Args:
         before: what was written when the sweep was started, where it is resumed; kept are the sweep's id and the
             starts of all its processes.
+        recorded: the last time in its record, in seconds since 1970, than which no clock of a machine that goes on
+            with it is earlier.
     """
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+    now = datetime.now(UTC)
+    resumed = max(now, datetime.fromtimestamp(recorded, UTC)).isoformat()
     return {
         "id": before.get("id") or uuid.uuid4().hex[:12],
-        "started": before.get("started", now),
-        "resumed": [*before.get("resumed", ()), *([now] if before else [])],
+        "started": before.get("started", now.isoformat(timespec="seconds")),
+        "resumed": [*before.get("resumed", ()), *([resumed] if before else [])],
         "job": scheduled_job(),
         "git_commit": _git_commit(),
         "platform": platform.platform(),

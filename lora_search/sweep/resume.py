@@ -140,7 +140,7 @@ def reconcile(spec: SweepSpec, run: RunDirectory, study: optuna.Study, record: R
 
 
 def _tell_values(study: optuna.Study, events: Sequence[Row], metric: str) -> None:
-    """Report to the study what only the record has of trials that run there: a report is recorded before it is told."""
+    """Report to the study what only the record has of trials that run there."""
     running = {trial.number: trial for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING])}
     for event in events:
         trial = running.get(event["trial"])

@@ -131,7 +131,7 @@ class Roster:
         Raises:
             SweepError: no host is left, and none can be started.
         """
-        out = self._losses.unfit.union(self._losses.resting() if self._running else ())
+        out = self._losses.unfit(there).union(self._losses.resting(there) if self._running else ())
         sound = [node for node in there if node.id not in out]
         missing = missing_hosts(sound, self._spec.hosts, self.places)
         started = [self._start(place) for place in missing if place.gpus or not self._on_gpus]

@@ -18,10 +18,10 @@ from lora_search.errors import InputError, SweepError
 from lora_search.imports import import_libraries
 from lora_search.journal import JOURNAL, JOURNAL_LOCK
 from lora_search.report import document, page
-from lora_search.results import Row, Run, best_row, ended_count, run_rows
-from lora_search.rundir import RunDirectory, discard, locked, write_whole
+from lora_search.results import Row, Run, best_row, ended_count, read_events, run_rows, trial_rows
+from lora_search.rundir import RunDirectory, discard, locked, refuse_begun, write_whole
 from lora_search.space import planned_trials
-from lora_search.spec import SweepSpec, dump_spec
+from lora_search.spec import SweepSpec, dump_spec, recorded_spec
 from lora_search.storage import StoreError
 from lora_search.sweep.ahead import MergeAhead
 from lora_search.sweep.answers import HostLost
@@ -100,7 +100,7 @@ def run_sweep(
         SweepError: no trial came to a result, all hosts were lost, or the run directory cannot be written to.
     """
     try:
-        unused = nullcontext() if resume else _discarded_unused(run)
+        unused = nullcontext() if resume else _begun_here(run)
         with sigterm_interrupts(run.place), locked(run) as held, unused, kept_uploaded(run, held):
             return _run(spec, run, [*observers, Held(run, held)], held, address, resume, say)
     except OSError as error:
@@ -119,8 +119,9 @@ def run_sweep(
 
 
 @contextmanager
-def _discarded_unused(run: RunDirectory) -> Iterator[None]:
-    """Remove a run directory where the input is found wrong before any trial: mended, it begins anew by that name."""
+def _begun_here(run: RunDirectory) -> Iterator[None]:
+    """Where the input is found wrong before any trial, the run directory is removed: mended, it begins by that name."""
+    refuse_begun(run)
     try:
         yield
     except InputError:
@@ -174,11 +175,12 @@ def _run(
             if (mended := mend_last_line(file)) is not None:
                 say(mended)
         refuse_fewer_trials(spec, run)
-    facts = provenance(spec, before)
+    past = tuple(read_events(run.trials)) if resume else ()
+    facts = provenance(spec, before, max((event["time"] for event in past), default=0.0))
     if not run.spec.exists():
         write_whole(run.spec, dump_spec(spec))
         write_provenance(run.provenance, facts)
-    left = planned_trials(spec) - ended_count(run_rows(run)) if resume else planned_trials(spec)
+    left = planned_trials(spec) - ended_count(trial_rows(past))
     grown = asked_of_autoscaler(spec.hosts, max(1, left)) if address else nullcontext(None)
     with _taken_up(run, before, facts), cluster(address, say), ended_without_head(run.place), grown as ask_again:
         say("preparing the data and the hosts")
@@ -203,7 +205,8 @@ def _run(
             base = base or before.get("base", {}).get("fingerprint")
             hosts.check = partial(require_base, spec, base)
             require_held(run, held)
-            write_whole(run.spec, dump_spec(spec))  # only now: what is resumed stays as it was until this one can be
+            named = spec.model_copy(update={"name": recorded_spec(run.spec).name})  # not what --name found it by
+            write_whole(run.spec, dump_spec(named))  # only now: what is resumed stays as it was until this one can be
             write_provenance(
                 run.provenance, facts | {"data": asdict(summary), "base": {"fingerprint": base}, "hosts": hosts.facts}
             )

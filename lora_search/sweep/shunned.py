@@ -19,19 +19,19 @@ class Shunned:
 
     def __init__(self) -> None:
         self._order: dict[str, str] = {}
-        """By name, the nodes of all hosts that there have been, in the order in which they began."""
+        """By name, the machines of all hosts that there have been, in the order in which they began."""
         self._gone: dict[str, int] = {}
         """By name of one that is no more, how many there had been until then."""
-        self._nodes: dict[int, set[str]] = {}
-        """By trial, the nodes on which it was lost."""
+        self._machines: dict[int, set[str]] = {}
+        """By trial, the machines on which it was lost."""
         self._since: dict[int, float] = {}
         """By trial, when it was lost last, by the monotonic clock."""
 
     def begun(self, host: RunningHost) -> None:
         """A host begins, maybe in place of another."""
-        self._order[host.place.name] = host.place.node
-        for trial, nodes in self._nodes.items():
-            if host.place.node in nodes:
+        self._order[host.place.name] = host.place.machine
+        for trial, machines in self._machines.items():
+            if host.place.machine in machines:
                 host.shun(trial)
 
     def gone(self, name: str) -> None:
@@ -47,17 +47,17 @@ class Shunned:
             hosts: all that there are.
         """
         self.gone(name)
-        node, since = self._order[name], {*list(self._order)[self._gone[name] :]}
-        self._nodes.setdefault(trial, set()).add(node)
+        machine, since = self._order[name], {*list(self._order)[self._gone[name] :]}
+        self._machines.setdefault(trial, set()).add(machine)
         self._since[trial] = time.monotonic()
         for host in hosts:
-            if host.place.node == node and host.place.name in since:
+            if host.place.machine == machine and host.place.name in since:
                 host.shun(trial)
 
     def reported(self, trial: int, name: str, hosts: Collection[RunningHost]) -> None:
         """A trial has come further on the host of that name: that one is sound, and so is the trial."""
         self.ended(trial, hosts)
-        for host in hosts if self._nodes else ():
+        for host in hosts if self._machines else ():
             if host.place.name == name:
                 for other in list(host.shunned):
                     host.welcome(other)
@@ -65,7 +65,7 @@ class Shunned:
     def ended(self, trial: int, hosts: Collection[RunningHost]) -> None:
         """A trial may be anywhere, from now on."""
         self._since.pop(trial, None)
-        if self._nodes.pop(trial, None) is not None:
+        if self._machines.pop(trial, None) is not None:
             for host in hosts:
                 host.welcome(trial)
 

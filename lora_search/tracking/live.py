@@ -49,6 +49,12 @@ class _Progress:
     ended: dict[str, int] = field(default_factory=lambda: {"completed": 0, "stopped": 0, "failed": 0})
     best: tuple[float, int, Mapping[str, Any]] | None = None
     tokens: deque[tuple[float, int]] = field(default_factory=deque)
+    past_ended: int = 0
+    """Of those that have ended, in earlier processes."""
+    past_done: float = 0.0
+    """In trials, what they have done of the sweep."""
+    past_tokens: dict[int, int] = field(default_factory=dict)
+    """By trial that had not, its tokens as it was reported last."""
 
     @property
     def ended_count(self) -> int:
@@ -61,10 +67,11 @@ class _Progress:
         return min(1.0, (self.ended_count + under_way) / self.planned)
 
     def seconds_left(self, elapsed: float) -> float | None:
-        """By the pace of the trials so far, early stopping included; unknown until one has ended."""
-        if not self.ended_count or not self.fraction:
+        """By the pace of this process's trials so far, early stopping included; unknown until one has ended."""
+        done = self.fraction - self.past_done / self.planned
+        if self.ended_count == self.past_ended or done <= 0:
             return None
-        return elapsed * (1 - self.fraction) / self.fraction
+        return elapsed * (1 - self.fraction) / done
 
     def tokens_per_second(self, now: float) -> float:
         while self.tokens and self.tokens[0][0] < now - SPEED_WINDOW_S:
@@ -130,19 +137,28 @@ class LiveView(Observer):
 
     def past(self, rows: Sequence[Mapping[str, Any]]) -> None:
         for row in rows:
-            if row["state"] != "running":
+            if row["state"] == "running":
+                self._progress.past_tokens[row["trial"]] = row["tokens"] or 0
+            else:
                 self._progress.ended[row["state"]] += 1
+                self._progress.past_ended += 1
+                self._progress.past_done += 1
                 self._compare(row[self._metric], row["trial"], row)
 
     def trial_started(self, trial: int, parameters: Mapping[str, Any]) -> None:
-        self._progress.running[trial] = _Running(parameters)
+        self._begun(trial, parameters)
 
     def trial_resumed(self, trial: int, parameters: Mapping[str, Any], step: int, damaged: Sequence[str]) -> None:
-        running = self._progress.running.setdefault(trial, _Running(parameters))
-        running.step = step
+        if trial not in self._progress.running:
+            self._begun(trial, parameters)
+            self._progress.past_done += step / self._progress.max_steps
+        self._progress.running[trial].step = step
         for what in damaged:
             self.say(what)
         self.say(f"trial {trial} goes on from step {step}")
+
+    def _begun(self, trial: int, parameters: Mapping[str, Any]) -> None:
+        self._progress.running[trial] = _Running(parameters, tokens=self._progress.past_tokens.get(trial, 0))
 
     def trial_reported(self, trial: int, report: Mapping[str, Any]) -> None:
         progress = self._progress
