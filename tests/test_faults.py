@@ -550,7 +550,7 @@ def test_trial_that_was_interrupted_half_way_goes_on_to_more_steps(
 def test_sweep_whose_driver_is_killed_goes_on_as_if_nothing_had_been(
     tiny: Path, tmp_path: Path, undisturbed: list[Row]
 ) -> None:
-    """And what it was writing is torn; it is resumed with a trial more. The sweep keeps its name, whatever it is found by.
+    """And what it was writing is torn; it is resumed with a trial more, and keeps its name, whatever it is found by.
 
     Of `--resume --name demo-2`, the next `--resume` of demo is to find it.
     """

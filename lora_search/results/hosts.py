@@ -83,7 +83,7 @@ def host_packs(hosts: Sequence[RunHost], events: Iterable[Event], since: float) 
                 )
                 stretches.setdefault(host, []).append(stretch)
             tokens[trial] = done
-        else:
+        elif event["event"] in ("resume", "end"):
             at.pop(trial, None)
         before[trial] = event
     here = {host.name: host for host in hosts if host.lost is None and host.capacity is not None}
