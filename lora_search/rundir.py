@@ -150,10 +150,9 @@ def _is_unused(folder: Folder) -> bool:
 
 
 def refuse_begun(run: RunDirectory) -> None:
-    """As where two processes took the same unused name at once: one has ended since, and left its sweep there.
-
+    """
     Raises:
-        InputError: there is more in it than a lock.
+        InputError: two processes took the same unused name at once, and one has ended since, and left its sweep there.
     """
     if not _is_unused(run.folder):
         raise InputError(f"{run.place}: another lora-search run has begun in it meanwhile; choose another name")

@@ -245,11 +245,13 @@ def test_sweep_that_a_machine_with_a_clock_behind_goes_on_with_keeps_its_times_i
     (tmp_path / "sweep.yaml").write_text(dump_spec(spec))
     began = time.time()
     run_sweep(spec, run := create_run(tmp_path, spec.name, exact=True))
+    ended = max(event["time"] for event in read_events(run.trials))
     more = ["run", str(tmp_path / "sweep.yaml"), "--resume", "--set", "search.trials=4"]
     resumed = answer(-OFF_S, "-m", "lora_search", *more)
     assert resumed.returncode == 0, resumed.stderr
     require_whole(run, 4)
     require_times_in_order(run, began, time.time())
+    assert open_run(run.path).resumed == pytest.approx(ended, abs=1e-3)  # else old hosts would be taken for new ones
 
 
 def test_record_goes_on_from_its_last_line_where_the_clock_is_put_back(tmp_path: Path) -> None:

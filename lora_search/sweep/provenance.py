@@ -26,8 +26,8 @@ def provenance(spec: SweepSpec, before: Mapping[str, Any], recorded: float = 0.0
     Args:
         before: what was written when the sweep was started, where it is resumed; kept are the sweep's id and the
             starts of all its processes.
-        recorded: the last time in its record, in seconds since 1970, than which no clock of a machine that goes on
-            with it is earlier.
+        recorded: the last time in its record, in seconds since 1970; it is not resumed before that, whatever the clock
+            of this machine says.
     """
     now = datetime.now(UTC)
     resumed = max(now, datetime.fromtimestamp(recorded, UTC)).isoformat()
