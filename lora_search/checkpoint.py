@@ -5,6 +5,7 @@ A checkpoint travels between seat and host as a mapping of file names to bytes, 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -193,10 +194,13 @@ class Shelf:
     def newest(self) -> Saved | None:
         """The newest checkpoint that is whole; None where there never was one.
 
+        One of which the disk cannot read a part (EIO) is passed over where it can read all of another.
+
         Raises:
             OSError: they cannot be read now, which says nothing of them.
         """
         damaged: list[str] = []
+        unreadable: OSError | None = None
         self._damaged.clear()
         for name in reversed(self._names()):
             try:
@@ -204,6 +208,14 @@ class Shelf:
             except DAMAGED as error:
                 damaged.append(str(error))
                 self._damaged.add(name)
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                damaged.append(f"{self._folder.below(name).place}: the checkpoint cannot be read: {error}")
+                self._damaged.add(name)
+                unreadable = unreadable or error
+        if unreadable is not None:
+            raise unreadable
         return Saved(None, None, (), tuple(damaged)) if damaged else None
 
     def _saved(self, name: str) -> Saved:

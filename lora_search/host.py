@@ -242,6 +242,9 @@ class Host:
             if trial not in self._residents:
                 raise self._is_not_here(trial)
             return await asyncio.wrap_future(self._thread.aim(trial, until))
+        except HostFailed:
+            self._waiting.changed()  # it was sent away, and its place is free
+            raise
         finally:
             self._is_new_no_more(trial)
 
@@ -334,9 +337,11 @@ class Host:
     def _let_go(self, trial: str) -> int:
         self._thread.let_go(trial)
         if trial in self._residents:  # whoever else let it go may have been first
-            if self._coming.pop(trial, None) is None:
-                self._engine.release(trial)
-            del self._residents[trial]  # here, not on the loop: what is asked next may be to save them all
+            try:
+                if self._coming.pop(trial, None) is None:
+                    self._engine.release(trial)
+            finally:
+                del self._residents[trial]  # here, not on the loop: what is asked next may be to save them all
         return self._room()
 
     def _break_off(self, error: Exception) -> None:

@@ -85,6 +85,8 @@ class TrainingThread:
         answer: Future[T] = Future()
 
         def answered() -> None:
+            if not answer.set_running_or_notify_cancel():  # from here on it can be cancelled no more
+                return
             try:
                 answer.set_result(work())
             except BaseException as error:  # it belongs to whoever asked; the thread goes on

@@ -159,6 +159,43 @@ def test_trial_joins_while_others_train() -> None:
     assert (long["step"], late["step"], late["host"]) == (50_000, 5, "host-0")
 
 
+def test_call_that_is_cancelled_ends_no_training() -> None:
+    engine = Held()
+
+    async def story() -> list[Any]:
+        host = await make_host(engine)
+        for trial in "ab":
+            assert await host.admit(trial, CONFIG)
+        training = asyncio.ensure_future(host.advance("a", 1))
+        await asyncio.to_thread(engine.entered.wait)
+        asked = asyncio.ensure_future(host.snapshot("a"))
+        await asyncio.sleep(0.05)  # it waits for the step's end
+        asked.cancel()
+        engine.go.set()
+        return [(await training)["step"], (await asyncio.wait_for(host.advance("b", 1), PATIENCE))["step"]]
+
+    assert asyncio.run(story()) == [1, 1]
+
+
+def test_trial_that_the_engine_cannot_let_go_is_resident_no_more() -> None:
+    class Clinging(CountingEngine):
+        def release(self, trial: str) -> None:
+            super().release(trial)
+            raise RuntimeError("CUDA error: out of order")
+
+    async def story() -> tuple[str, int]:
+        host = await make_host(Clinging())
+        for trial in "ab":
+            assert await host.admit(trial, CONFIG)
+            await host.advance(trial, 1)
+        with pytest.raises(RuntimeError, match="out of order"):
+            await host.release("a")
+        assert (await host.advance("b", 2))["step"] == 2
+        return await host.describe(), (await host.room())[0]
+
+    assert asyncio.run(story()) == ("host-0 trains trials b of at most 4, 0 of them in the pass", 3)
+
+
 def test_trial_that_leaves_while_all_are_saved_costs_no_other_its_checkpoint(tmp_path: Path) -> None:
     engine = Held()
 

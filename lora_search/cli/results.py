@@ -128,7 +128,7 @@ def _ago(seconds: float) -> str:
 def sweep_status(directory: RunDirectory) -> dict[str, Any]:
     """Where a sweep stands, from its run directory alone."""
     spec = recorded_spec(directory.spec)
-    events = list(read_events(directory.trials, without="checkpoint"))
+    events = list(read_events(directory.trials))
     rows = trial_rows(events)
     states = ("running", "completed", "stopped", "failed")
     counts = {state: sum(row["state"] == state for row in rows) for state in states}

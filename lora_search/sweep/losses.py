@@ -91,8 +91,7 @@ class Losses:
         self._last[machine] = now
         if self._counted[machine] > LOSSES_PER_NODE + host.place.neighbours and machine not in self._unfit:
             self._unfit.add(machine)
-            node = f"node {host.place.node[:8]}{f' ({host.place.hostname})' if host.place.hostname else ''}"
-            self._say(f"WARNING: {node} gets no more hosts: it has lost {self._counted[machine]}")
+            self._say(f"WARNING: node {host.place.node[:8]} gets no more hosts: it has lost {self._counted[machine]}")
 
     def trained(self, host: RunningHost) -> None:
         """A trial has come further on a host for the first time: where that has come since its node lost one, one less.
