@@ -168,19 +168,22 @@ def test_run_is_found_by_its_name(
 def test_status_says_what_runs_where_and_what_failed(
     recorded: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock = iter((1010.0, 1020.0))
-    record = RunRecord(recorded.trials, clock=lambda: next(clock))
-    record.trial_resumed(2, {}, 4, [])
-    with locked(recorded):
-        assert sweep_status(recorded)["hosts"] == {}  # where it is again has not been heard
-    record.trial_reported(2, {"step": 7, "tokens": 1640, "tokens_per_second": 300.0, "host": "h", "history": []})
-    record.close()
     hosts: list[Any] = [
         {"name": "h", "node": "0123456789ab", "capacity": 4},
         {"name": "idle", "node": "0123456789ab", "capacity": 4},
         {"name": "gone", "node": "ffffffffffff", "capacity": 4, "lost": "its node is gone"},
         {"name": "comes", "node": "ffffffffffff", "capacity": None},
     ]
+    clock = iter((1010.0, 1020.0))
+    record = RunRecord(recorded.trials, clock=lambda: next(clock))
+    record.trial_resumed(2, {}, 4, [])
+    with locked(recorded):
+        assert sweep_status(recorded)["hosts"] == {}  # where it is again has not been heard
+        recorded.provenance.write_text(json.dumps({"hosts": hosts[:1]}))
+        assert main(["status", str(recorded.path)]) == 0
+        assert "h on node 01234567: none of its trials has reported yet, 99 tokens/s\n" in capsys.readouterr().out
+    record.trial_reported(2, {"step": 7, "tokens": 1640, "tokens_per_second": 300.0, "host": "h", "history": []})
+    record.close()
     here = "h on node 01234567: trial 2 (at most 4), 50 tokens/s\n"
     here += "  idle on node 01234567: none of its trials has reported yet"
     for facts, shown in (

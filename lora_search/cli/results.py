@@ -106,12 +106,11 @@ def _place(host: str, node: str | None) -> str:
 
 
 def _pack(pack: Mapping[str, Any]) -> str:
-    trials, places = pack["trials"], pack["capacity"]
-    if not trials:
-        return "none of its trials has reported yet"
+    trials, places, speed = pack["trials"], pack["capacity"], pack["tokens_per_second"]
     of = "" if places is None else f" (at most {places})"
     noun = "trial" if len(trials) == 1 else "trials"
-    return f"{noun} {', '.join(map(str, trials))}{of}, {pack['tokens_per_second']:,.0f} tokens/s"
+    what = f"{noun} {', '.join(map(str, trials))}{of}" if trials else "none of its trials has reported yet"
+    return f"{what}, {speed:,.0f} tokens/s" if speed else what
 
 
 def _times(count: int) -> str:
