@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from conftest import SHARED, make_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pretend_devices import Devices, MixedDevices, pretend
+from test_faults import COMPARED
 
 from lora_search.engine import Engine, StepMetrics
 from lora_search.errors import InputError
@@ -27,6 +30,7 @@ from lora_search.targets import resolve, skeleton
 
 if TYPE_CHECKING:
     from lora_search.data import TokenizedData
+    from lora_search.placement import HostPlace
     from lora_search.spec import SweepSpec
 
 CONFIGS = sorted(path.name for path in (SHARED / "configs").glob("*")) or ["(no shared data)"]
@@ -244,6 +248,62 @@ def test_checkpoint_goes_from_two_devices_to_one(
     assert isinstance(there, StepMetrics)
     assert (here.step, here.loss) == (there.step, there.loss)
     assert here.grad_norm == pytest.approx(there.grad_norm)  # summed in another order
+
+
+def build_over_two(spec: SweepSpec, place: HostPlace, capacity: int, data: TokenizedData) -> Engine:
+    """The engine of a host with two of Ray's logical GPUs, on as many pretended ones; all of it is on one thread."""
+    assert (place.gpus, place.threads) == (2, 1)
+    torch.set_num_threads(1)
+    base = load_base(spec.base, "cpu")
+    pretending = pretend()
+    devices = pretending.__enter__()
+    engine = Engine(dispatched(base, devices), data)
+    weakref.finalize(engine, pretending.__exit__, None, None, None)  # on the host's thread, before it merges
+    step = engine.step
+
+    def minded(trials: Sequence[str]) -> Any:
+        before = devices.copies
+        outcomes = step(trials)
+        assert devices.copies > before, "nothing has gone from one device to the other"
+        return outcomes
+
+    engine.step = minded  # type: ignore[method-assign]
+    return engine
+
+
+@pytest.mark.slow
+def test_sweep_whose_base_is_over_two_devices_comes_to_what_it_does_on_one(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `gpus_per_host: 2`, from the first trial to the merged model."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from lora_search.results import run_rows
+    from lora_search.rundir import create_run
+    from lora_search.sweep import run as module
+
+    if ray.is_initialized():
+        ray.shutdown()
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    monkeypatch.setenv("PYTHONPATH", path)  # hosts are to find this file
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 2, "include_dashboard": False})
+    rows, merged = [], []
+    try:
+        for name, build in (("one", module.build_engine), ("two", build_over_two)):
+            hosts = {"gpus_per_host": 2 if name == "two" else 0, "cpus_per_host": 1, "trials_per_host": 1}
+            spec = make_spec(tiny, name=name, hosts=hosts, search={"trials": 4}, output=str(tmp_path))
+            monkeypatch.setattr(module, "build_engine", build)
+            run = create_run(tmp_path, name, exact=True)
+            module.run_sweep(spec, run, address=cluster.address)
+            rows.append([{key: row[key] for key in COMPARED} for row in run_rows(run)])
+            merged.append((run.best / "merged" / "model.safetensors").read_bytes())
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 4
+    assert merged[0] == merged[1]
 
 
 @pytest.mark.gpu
