@@ -285,8 +285,7 @@ def test_sweep_whose_base_is_over_two_devices_comes_to_what_it_does_on_one(
 
     if ray.is_initialized():
         ray.shutdown()
-    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
-    monkeypatch.setenv("PYTHONPATH", path)  # hosts are to find this file
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # hosts are to find this file
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 2, "include_dashboard": False})
     rows, merged = [], []
     try:

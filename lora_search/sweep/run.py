@@ -175,13 +175,12 @@ def _run(
             if (mended := mend_last_line(file)) is not None:
                 say(mended)
         refuse_fewer_trials(spec, run)
-    past = tuple(read_events(run.trials)) if resume else ()
-    facts = provenance(spec, before, max((event["time"] for event in past), default=0.0))
+    ended, recorded = _so_far(run)
+    facts = provenance(spec, before, recorded)
     if not run.spec.exists():
         write_whole(run.spec, dump_spec(spec))
         write_provenance(run.provenance, facts)
-    left = planned_trials(spec) - ended_count(trial_rows(past))
-    grown = asked_of_autoscaler(spec.hosts, max(1, left)) if address else nullcontext(None)
+    grown = asked_of_autoscaler(spec.hosts, max(1, planned_trials(spec) - ended)) if address else nullcontext(None)
     with _taken_up(run, before, facts), cluster(address, say), ended_without_head(run.place), grown as ask_again:
         say("preparing the data and the hosts")
         hosts = Hosts(spec, build_engine, say, run.folder)
@@ -228,6 +227,12 @@ def _run(
         observer.concluded(rows, best, run.best / "adapter")
     _report(run, say)
     return Outcome(run, rows, best, found)
+
+
+def _so_far(run: RunDirectory) -> tuple[int, float]:
+    """Trials that have ended, and the last time in the record, in seconds since 1970; its lines are not kept."""
+    events = list(read_events(run.trials))
+    return ended_count(trial_rows(events)), max((event["time"] for event in events), default=0.0)
 
 
 def _report(run: RunDirectory, say: Say) -> None:
