@@ -177,6 +177,7 @@ class Host:
         alone: bool = False,
         anyway: bool = False,
         attempt: int = 0,
+        stays: bool = True,
     ) -> bool | None:
         """Make a trial resident, at its start or where a checkpoint left it; False where it has to wait, and ask again.
 
@@ -193,6 +194,7 @@ class Host:
             anyway: try it, with no other beside it, however large it seems.
             attempt: which of the trial's it is. Once a later one has come, or this one has been released, it is let in
                 no more: its seat may be lost while it waits here.
+            stays: whether it waits in line, where it has to wait: then others may be kept out for it until it asks.
         """
         if not self._loaded or self._places.shuns(trial):
             return False
@@ -214,7 +216,8 @@ class Host:
                     return None
             if not self._loaded or self._attempts.over(trial, attempt):
                 return False
-            if not self._waiting.may_enter(trial, size, fits=fits, judged=judged, now=time.monotonic()):
+            now = time.monotonic()
+            if not self._waiting.may_enter(trial, size, fits=fits, judged=judged, now=now, stays=stays):
                 return False
             self._coming[trial] = config, checkpoint  # first: the thread takes residents that are not for the engine's
             self._residents[trial] = parameters

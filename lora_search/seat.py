@@ -6,7 +6,7 @@ import errno
 import random
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import ray
@@ -32,6 +32,10 @@ ADMISSION_RETRY_S = 0.05
 ASKED_AT_ONCE = 4
 """Hosts. The best of a few drawn at random is nearly as good a choice as the best of all (Mitzenmacher, The Power of
 Two Choices in Randomized Load Balancing, 2001), and costs the same whatever the size of the cluster."""
+
+LINES = 4
+"""Hosts at most at which a trial waits in line. Each may keep its room for it until it asks there again: were it in
+line everywhere, whoever came first would be waited for by all hosts at once, and trials be let in one by one."""
 
 ANSWER_S = 5.0
 """A host that takes longer to say whether it has room is passed over, this time."""
@@ -210,19 +214,26 @@ class Lobby:
         """
         given = None if checkpoint is None else ray.put(checkpoint)
         asked: set[str] = set()
+        lines: set[str] = set()
+        """Hosts at which it waits in line."""
         anyway, large_since = False, time.monotonic()
         while True:
             names = self._names()
+            lines &= names - self._silent.keys()
             too_small: set[str] = set()
-            for name in self._as_asked(names):
+            for name in self._as_asked(names, lines):
                 asked.add(name)
+                stays = name in lines or len(lines) < LINES
                 try:
                     known = self._known[name]
-                    admitted = _get(known.admit.remote(trial, config, given, parameters, alone, anyway, attempt))
+                    admitted = _get(known.admit.remote(trial, config, given, parameters, alone, anyway, attempt, stays))
                 except GONE:
                     continue  # lost meanwhile, or out of reach for a moment; it was nothing that this trial did
                 if admitted is None:
                     too_small.add(name)
+                    lines.discard(name)
+                elif stays:
+                    lines.add(name)
                 if admitted:
                     for other in (names if again else asked) - {name}:  # it waits there, or is resident
                         if (host := self._host(other)) is not None:
@@ -240,10 +251,14 @@ class Lobby:
         self._silent = {name: answer for name, answer in self._silent.items() if name in names}
         return names
 
-    def _as_asked(self, names: set[str]) -> Iterator[str]:
-        """The hosts that answer: a few at a time those with places, most room first; then the full ones, to wait."""
+    def _as_asked(self, names: set[str], lines: Collection[str]) -> Iterator[str]:
+        """The hosts that answer: a few at a time those with places, most room first; then full ones, to wait.
+
+        Args:
+            lines: at which of them the trial waits in line, as it stands.
+        """
         drawn = random.sample(sorted(names), len(names))
-        drawn.sort(key=lambda name: name != self._last)
+        drawn.sort(key=lambda name: name != self._last and name not in lines)
         full = []
         for first in range(0, len(drawn), ASKED_AT_ONCE):
             for (places, _), name in self._rooms(drawn[first : first + ASKED_AT_ONCE]):
@@ -251,7 +266,7 @@ class Lobby:
                     yield name
                 else:
                     full.append(name)
-        yield from full
+        yield from (name for name in full if name in lines or len(lines) < LINES)
 
     def _rooms(self, names: list[str]) -> list[tuple[tuple[int, int], str]]:
         """What room the hosts have that answer, as they say it, and their names; the most first.

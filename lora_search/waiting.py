@@ -45,7 +45,7 @@ class WaitingRoom:
         """Whether a trial waits already, and with it its size is known."""
         return trial in self._waiters
 
-    def may_enter(self, trial: str, size: int, *, fits: bool, judged: int, now: float) -> bool:
+    def may_enter(self, trial: str, size: int, *, fits: bool, judged: int, now: float, stays: bool = True) -> bool:
         """Whether a trial that asks is let in; where it is not, it waits, and asks again.
 
         Args:
@@ -53,12 +53,16 @@ class WaitingRoom:
             fits: whether there is room for it.
             judged: the state in which that was found; room may have been given up since, but not taken.
             now: seconds on any clock.
+            stays: whether it waits in line; if not, nobody is held up for it until it asks again.
         """
+        stays |= self.knows(trial)
         self._waiters = {name: other for name, other in self._waiters.items() if now - other.asked <= FORGOTTEN_S}
         waiter = self._waiters.setdefault(trial, _Waiter(size, now, now))
         waiter.asked = now
         waiter.refused_at = -1 if fits else judged
         if not fits or self._next() != trial:
+            if not stays:
+                self.forget(trial)
             return False
         del self._waiters[trial]
         for other in self._waiters.values():

@@ -23,7 +23,7 @@ from lora_search.errors import HostFailed, HostGone, InputError, SweepError
 from lora_search.host import Host
 from lora_search.placement import HostPlace, Node
 from lora_search.rundir import RunDirectory, create_run
-from lora_search.seat import ASKED_AT_ONCE, Lobby, Seat
+from lora_search.seat import ASKED_AT_ONCE, LINES, Lobby, Seat
 from lora_search.space import TrialConfig
 from lora_search.spec import SweepSpec
 from lora_search.storage import Folder
@@ -54,6 +54,9 @@ class Asked(Host):
     async def residents(self) -> set[str]:
         return set(self._residents)
 
+    async def in_line(self, trial: str) -> bool:
+        return self._waiting.knows(trial)
+
 
 @dataclass
 class Hosts:
@@ -69,6 +72,10 @@ class Hosts:
 
     def asked(self) -> int:
         return sum(self.ray.get([actor.asked.remote() for actor in self.actors]))
+
+    def lines(self, trial: str) -> int:
+        """At how many a trial waits in line."""
+        return sum(self.ray.get([actor.in_line.remote(trial) for actor in self.actors]))
 
     def release(self, trial: str) -> None:
         self.ray.get([actor.release.remote(trial) for actor in self.actors])
@@ -147,6 +154,24 @@ def test_trial_that_waited_everywhere_waits_nowhere_once_it_is_in(hosts: Hosts) 
     late.start()  # where the first one still waited, these would have to
     late.join(10)
     assert not late.is_alive()
+
+
+def test_trial_waits_in_line_at_a_few_hosts_and_is_let_in_at_any(hosts: Hosts) -> None:
+    """In line at all of them, the first of those that wait would be waited for wherever there is room."""
+    trials = filled(hosts, Lobby(PREFIX))
+    waiting = [f"waiting-{next(NUMBERS)}" for _ in trials]
+    threads = [threading.Thread(target=Lobby(PREFIX).admit, args=(trial, CONFIG, None)) for trial in waiting]
+    before = hosts.asked()
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: hosts.asked() - before > 3 * HOSTS * len(waiting))  # each has been refused at each
+    assert {hosts.lines(trial) for trial in waiting} == {LINES}
+    for trial in trials:
+        hosts.release(trial)
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert sorted(place for trial in waiting for place in hosts.of(trial)) == list(range(HOSTS))
+    wait_until(lambda: not any(map(hosts.lines, waiting)))
 
 
 def test_trial_that_lost_its_seat_leaves_the_host_that_it_was_on(hosts: Hosts) -> None:

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from lora_search.waiting import FORGOTTEN_S, PATIENCE, WaitingRoom
 
 
-def ask(room: WaitingRoom, trial: str, size: int, *, fits: bool, now: float) -> bool:
+def ask(room: WaitingRoom, trial: str, size: int, *, fits: bool, now: float, stays: bool = True) -> bool:
     """Ask, and be judged at once."""
-    return room.may_enter(trial, size, fits=fits, judged=room.state, now=now)
+    return room.may_enter(trial, size, fits=fits, judged=room.state, now=now, stays=stays)
 
 
 def test_whoever_fits_first_is_let_in() -> None:
@@ -66,6 +66,26 @@ def test_trial_that_found_room_elsewhere_holds_nobody_up() -> None:
     assert not ask(room, "small", 1, fits=True, now=0.1)
     room.forget("large")
     assert ask(room, "small", 1, fits=True, now=0.2)
+
+
+def test_trial_that_does_not_wait_in_line_holds_nobody_up_and_nobody_that_does_waits_for_it() -> None:
+    room = WaitingRoom()
+    assert not ask(room, "large", 9, fits=False, now=0.0, stays=False)
+    room.changed()
+    assert ask(room, "small", 1, fits=True, now=0.1)
+    assert not ask(room, "in line", 1, fits=False, now=0.2)
+    room.changed()
+    assert not ask(room, "no larger", 1, fits=True, now=0.3, stays=False)
+    assert ask(room, "in line", 1, fits=True, now=0.4)
+    assert ask(room, "large", 9, fits=True, now=0.5, stays=False)
+
+
+def test_trial_that_waits_in_line_stays_there_however_it_asks() -> None:
+    room = WaitingRoom()
+    assert not ask(room, "large", 9, fits=False, now=0.0)
+    assert not ask(room, "large", 9, fits=False, now=0.1, stays=False)
+    room.changed()
+    assert not ask(room, "small", 1, fits=True, now=0.2)
 
 
 def test_trial_whose_seat_was_lost_holds_nobody_up_for_ever() -> None:
