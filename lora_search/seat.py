@@ -27,15 +27,16 @@ PROPOSED = ("trial", "params", "attempt", "again", "alone")
 whether it had any seat before, and whether no other that has not reported may be beside it on a host before it has."""
 
 ADMISSION_RETRY_S = 0.05
-"""Between two rounds over so many hosts as are asked at a time; over more of them it is more."""
+"""For each ASKED_AT_ONCE hosts that a trial has asked before, and asks again."""
 
 ASKED_AT_ONCE = 4
 """Hosts. The best of a few drawn at random is nearly as good a choice as the best of all (Mitzenmacher, The Power of
 Two Choices in Randomized Load Balancing, 2001), and costs the same whatever the size of the cluster."""
 
 LINES = 4
-"""Hosts at most at which a trial waits in line. Each may keep its room for it until it asks there again: were it in
-line everywhere, whoever came first would be waited for by all hosts at once, and trials be let in one by one."""
+"""Hosts at most at which a trial waits in line. Each may keep its room for it until it asks there again, which it does
+whenever it has asked a few others: were it in line everywhere, or did it ask all of them first, hosts that have room
+would wait for trials that are far away, and trials be let in one by one (analysis/benchmarks/NOTES.md)."""
 
 ANSWER_S = 5.0
 """A host that takes longer to say whether it has room is passed over, this time."""
@@ -216,12 +217,12 @@ class Lobby:
         asked: set[str] = set()
         lines: set[str] = set()
         """Hosts at which it waits in line."""
-        anyway, large_since = False, time.monotonic()
+        anyway, rests, large_since = False, False, time.monotonic()
         while True:
             names = self._names()
             lines &= names - self._silent.keys()
             too_small: set[str] = set()
-            for name in self._as_asked(names, lines):
+            for name in self._as_asked(names, lines, rests=rests):
                 asked.add(name)
                 stays = name in lines or len(lines) < LINES
                 try:
@@ -243,7 +244,7 @@ class Lobby:
             if not too_small or names - self._silent.keys() - too_small:
                 large_since = time.monotonic()
             anyway = time.monotonic() - large_since > LARGER_S
-            time.sleep(ADMISSION_RETRY_S * max(1.0, len(names) / ASKED_AT_ONCE))
+            rests = True
 
     def _names(self) -> set[str]:
         names = {name for name in ray.util.list_named_actors() if name.startswith(self._prefix)}
@@ -251,21 +252,26 @@ class Lobby:
         self._silent = {name: answer for name, answer in self._silent.items() if name in names}
         return names
 
-    def _as_asked(self, names: set[str], lines: Collection[str]) -> Iterator[str]:
+    def _as_asked(self, names: Collection[str], lines: Collection[str], *, rests: bool) -> Iterator[str]:
         """The hosts that answer: a few at a time those with places, most room first; then full ones, to wait.
 
         Args:
-            lines: at which of them the trial waits in line, as it stands.
+            lines: at which of them the trial waits in line, as it stands: they are asked again before every few others.
+            rests: whether it has asked all of them before, and takes its time.
         """
-        drawn = random.sample(sorted(names), len(names))
-        drawn.sort(key=lambda name: name != self._last and name not in lines)
-        full = []
-        for first in range(0, len(drawn), ASKED_AT_ONCE):
-            for (places, _), name in self._rooms(drawn[first : first + ASKED_AT_ONCE]):
+        others = [name for name in names if name not in lines]
+        random.shuffle(others)
+        others.sort(key=lambda name: name != self._last)
+        full: dict[str, None] = {}
+        for first in range(0, max(1, len(others)), ASKED_AT_ONCE):
+            asked = [*lines, *others[first : first + ASKED_AT_ONCE]]
+            if rests:
+                time.sleep(ADMISSION_RETRY_S * max(1.0, len(asked) / ASKED_AT_ONCE))
+            for (places, _), name in sorted(self._rooms(asked), key=lambda room: room[1] not in lines):
                 if places > 0:
                     yield name
                 else:
-                    full.append(name)
+                    full[name] = None
         yield from (name for name in full if name in lines or len(lines) < LINES)
 
     def _rooms(self, names: list[str]) -> list[tuple[tuple[int, int], str]]:
