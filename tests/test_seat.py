@@ -71,11 +71,14 @@ class Hosts:
         return [index for index, trials in enumerate(residents) if trial in trials]
 
     def asked(self) -> int:
-        return sum(self.ray.get([actor.asked.remote() for actor in self.actors]))
+        return sum(self.asked_each())
 
-    def lines(self, trial: str) -> int:
-        """At how many a trial waits in line."""
-        return sum(self.ray.get([actor.in_line.remote(trial) for actor in self.actors]))
+    def asked_each(self) -> list[int]:
+        return list(self.ray.get([actor.asked.remote() for actor in self.actors]))
+
+    def lines(self, trial: str) -> list[bool]:
+        """At which a trial waits in line."""
+        return list(self.ray.get([actor.in_line.remote(trial) for actor in self.actors]))
 
     def release(self, trial: str) -> None:
         self.ray.get([actor.release.remote(trial) for actor in self.actors])
@@ -165,13 +168,34 @@ def test_trial_waits_in_line_at_a_few_hosts_and_is_let_in_at_any(hosts: Hosts) -
     for thread in threads:
         thread.start()
     wait_until(lambda: hosts.asked() - before > 3 * HOSTS * len(waiting))  # each has been refused at each
-    assert {hosts.lines(trial) for trial in waiting} == {LINES}
+    assert {sum(hosts.lines(trial)) for trial in waiting} == {LINES}
     for trial in trials:
         hosts.release(trial)
     for thread in threads:
         thread.join(PATIENCE)
     assert sorted(place for trial in waiting for place in hosts.of(trial)) == list(range(HOSTS))
-    wait_until(lambda: not any(map(hosts.lines, waiting)))
+    wait_until(lambda: not any(any(hosts.lines(trial)) for trial in waiting))
+
+
+def test_trial_asks_again_where_it_is_in_line_before_every_few_others(
+    hosts: Hosts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hosts that keep their room for it would wait until it has been everywhere."""
+    monkeypatch.setattr("lora_search.seat.LINES", 2)
+    monkeypatch.setattr("lora_search.seat.ASKED_AT_ONCE", 2)
+    trials = filled(hosts, Lobby(PREFIX))
+    waiting = threading.Thread(target=Lobby(PREFIX).admit, args=("in line", CONFIG, None))
+    waiting.start()
+    wait_until(lambda: sum(hosts.lines("in line")) == 2)
+    before = hosts.asked_each()
+    wait_until(lambda: hosts.asked() - sum(before) > 20 * HOSTS)
+    asked = [after - earlier for after, earlier in zip(hosts.asked_each(), before, strict=True)]
+    lines = hosts.lines("in line")
+    hosts.release(trials[0])
+    waiting.join(PATIENCE)
+    there, elsewhere = ([times for times, line in zip(asked, lines, strict=True) if line is on] for on in (True, False))
+    assert min(there) > 2 * max(elsewhere)  # three times as often: it asks six others, two at a time
+    hosts.release("in line")
 
 
 def test_trial_that_lost_its_seat_leaves_the_host_that_it_was_on(hosts: Hosts) -> None:
