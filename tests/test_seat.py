@@ -164,10 +164,11 @@ def test_trial_waits_in_line_at_a_few_hosts_and_is_let_in_at_any(hosts: Hosts) -
     trials = filled(hosts, Lobby(PREFIX))
     waiting = [f"waiting-{next(NUMBERS)}" for _ in trials]
     threads = [threading.Thread(target=Lobby(PREFIX).admit, args=(trial, CONFIG, None)) for trial in waiting]
-    before = hosts.asked()
     for thread in threads:
         thread.start()
-    wait_until(lambda: hosts.asked() - before > 3 * HOSTS * len(waiting))  # each has been refused at each
+    wait_until(lambda: all(sum(hosts.lines(trial)) >= LINES for trial in waiting))
+    before = hosts.asked()
+    wait_until(lambda: hosts.asked() - before > 2 * HOSTS * len(waiting))  # they ask all others again
     assert {sum(hosts.lines(trial)) for trial in waiting} == {LINES}
     for trial in trials:
         hosts.release(trial)
