@@ -140,7 +140,7 @@ def test_limits_are_the_engines_own() -> None:
 def test_replay_holds_what_the_engine_holds(tiny: Path, target: str, dropout: float, checkpointing: bool) -> None:
     torch.set_num_threads(1)  # one lane: all on this thread
     spec = make_spec(tiny, base={"gradient_checkpointing": checkpointing})
-    measured, predicted = step_bytes(spec, Lora(rank=8, dropout=dropout, target_modules=target), 2, 4, 33)
+    measured, predicted = step_bytes(spec, Lora(rank=8, dropout=dropout, target_modules=target), 2, 4, 32)
     assert predicted == pytest.approx(measured, rel=0.05)
 
 
@@ -148,23 +148,29 @@ def test_replay_recomputes_nothing_below_the_lowest_adapted_layer(tiny: Path) ->
     torch.set_num_threads(1)
     spec = make_spec(tiny, base={"gradient_checkpointing": True})
     lora = Lora(rank=8, dropout=0.0, target_modules=r"re:.*layers\.1\..*")
-    measured, predicted = step_bytes(spec, lora, 3, 4, 33)
+    measured, predicted = step_bytes(spec, lora, 3, 4, 32)
     assert predicted == pytest.approx(measured, rel=0.05)
 
 
 def test_replay_holds_what_the_engine_holds_on_the_demo(tiny: Path) -> None:
     torch.set_num_threads(1)
     spec = make_spec(tiny, base={"model": "builtin:demo"})
-    measured, predicted = step_bytes(spec, Lora(rank=16, dropout=0.05, target_modules="all-linear"), 2, 4, 129)
+    measured, predicted = step_bytes(spec, Lora(rank=16, dropout=0.05, target_modules="all-linear"), 2, 4, 128)
     assert predicted == pytest.approx(measured, rel=0.05)
 
 
-def step_bytes(spec: SweepSpec, lora: Lora, trials: int, batch: int, length: int, *other: Lora) -> tuple[int, int]:
-    """The most that a real step held besides base and trials, and what was predicted.
+@pytest.mark.parametrize(("batch", "length"), [(1, 33), (3, 21), (5, 7)])
+def test_replay_holds_what_tokens_that_a_pack_adds_hold(tmp_path: Path, batch: int, length: int) -> None:
+    """On a CPU a trial has 64 tokens in a pass where it has 33, 63 or 35."""
+    torch.set_num_threads(1)
+    spec = saved(of_family("llama"), tmp_path)
+    lora = Lora(rank=8, dropout=0.0, target_modules="all-linear")
+    measured, predicted = step_bytes(spec, lora, 2, batch, length)
+    assert measured <= predicted <= 1.12 * measured  # attention keeps nothing of them
 
-    The last token of a sequence predicts nothing and is not run: of 33, those are left that need no more rows for
-    oneDNN, whose copy (engine/products.py) is not predicted for itself.
-    """
+
+def step_bytes(spec: SweepSpec, lora: Lora, trials: int, batch: int, length: int, *other: Lora) -> tuple[int, int]:
+    """The most that a real step held besides base and trials, and what was predicted."""
     loras = [lora] * trials + list(other)
     engine = engine_with(spec, trials, lora, batch, length)
     for index, another in enumerate(other, start=trials):
@@ -278,7 +284,7 @@ def test_replay_holds_what_a_pack_of_different_targets_holds(tiny: Path, targets
     """A layer that one trial adapts keeps its input for the rows of all."""
     torch.set_num_threads(1)
     first, second = (Lora(rank=4, dropout=0.0, target_modules=target) for target in targets)
-    measured, predicted = step_bytes(make_spec(tiny), first, 1, 4, 33, second)
+    measured, predicted = step_bytes(make_spec(tiny), first, 1, 4, 32, second)
     assert predicted == pytest.approx(measured, rel=0.05)
 
 
@@ -289,9 +295,9 @@ def test_replay_holds_what_adapted_experts_hold(tmp_path: Path, batch: int, chec
     spec = saved(of_family("mixtral"), tmp_path)
     spec = spec.model_copy(update={"base": spec.base.model_copy(update={"gradient_checkpointing": checkpointing})})
     lora = Lora(rank=4, dropout=0.0, target_modules="re:.*experts.*")
-    measured, predicted = step_bytes(spec, lora, 1, batch, 33)
+    measured, predicted = step_bytes(spec, lora, 1, batch, 32)
     assert predicted == pytest.approx(measured, rel=0.06)
-    two_trials = step_bytes(spec, lora, 2, batch, 33)  # which are trained one by one
+    two_trials = step_bytes(spec, lora, 2, batch, 32)  # which are trained one by one
     assert two_trials == (pytest.approx(measured, rel=0.01), predicted)
 
 
@@ -299,10 +305,10 @@ def test_replay_holds_what_adapted_experts_hold(tmp_path: Path, batch: int, chec
 def test_replay_holds_what_the_engine_holds_of_a_family(tmp_path: Path, family: str) -> None:
     torch.set_num_threads(1)
     spec = saved(of_family(family), tmp_path)
-    measured, predicted = step_bytes(spec, Lora(rank=8, dropout=0.0, target_modules="attention"), 1, 4, 33)
+    measured, predicted = step_bytes(spec, Lora(rank=8, dropout=0.0, target_modules="attention"), 1, 4, 32)
     assert predicted == pytest.approx(measured, rel=0.06)
     if family == "bloom":  # trials that cannot share a pass are trained one by one
-        measured, predicted = step_bytes(spec, Lora(rank=8, dropout=0.0, target_modules="attention"), 3, 4, 33)
+        measured, predicted = step_bytes(spec, Lora(rank=8, dropout=0.0, target_modules="attention"), 3, 4, 32)
         assert predicted == pytest.approx(measured, rel=0.06)
     for setup in (CPU, GPU, replace(GPU, checkpointing=True)):
         memory = on_shapes(of_family(family), setup)
@@ -337,15 +343,15 @@ def test_logits_that_a_model_caps_or_scales_are_held_as_the_engine_holds_them(
     torch.set_num_threads(1)
     spec = saved(of_family(family), tmp_path)
     lora = Lora(rank=8, dropout=0.0, target_modules="attention")
-    measured, predicted = step_bytes(spec, lora, 1, 4, 33)
+    measured, predicted = step_bytes(spec, lora, 1, 4, 32)
     assert predicted == pytest.approx(measured, rel=0.04)
-    engine = engine_with(spec, 1, lora, 4, 33)
-    memory = on_shapes(of_family(family), replace(CPU, validation_tokens=16 * 33))
+    engine = engine_with(spec, 1, lora, 4, 32)
+    memory = on_shapes(of_family(family), replace(CPU, validation_tokens=16 * 32))
     assert memory._replay.in_turns == (engine._packed.bend is not None) == (torch.tanh is not torch.atan)
     model = engine.base.model
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:
         engine.untrained()
-    shape = TrialShape(resolve(memory.tree, "attention"), 8, False, 4, 33)
+    shape = TrialShape(resolve(memory.tree, "attention"), 8, False, 4, 32)
     assert 0.98 * live.peak < memory.host([shape]).evaluation < 1.12 * live.peak  # layers and head are added up
 
 

@@ -6,9 +6,11 @@ import json
 import re
 import shutil
 import statistics
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -312,6 +314,30 @@ def test_norm_of_a_pack_is_the_models_own_with_its_gradient(tiny: Path, tmp_path
         assert torch.equal(ours, own)
         ours.backward(grad)
         torch.testing.assert_close(x.grad, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_rotation_of_a_pack_is_the_models_own_with_its_gradient(tiny: Path) -> None:
+    base = load_base(make_spec(tiny).base, "cpu")
+    rotates = sys.modules[type(base.model).__module__].apply_rotary_pos_emb
+    attach_sites(base, module_tree(base.model))
+    ours = sys.modules[type(base.model).__module__].apply_rotary_pos_emb
+    attach_sites(base, module_tree(base.model))
+    assert sys.modules[type(base.model).__module__].apply_rotary_pos_emb is ours  # once, however many bases there are
+    rows = FlatRows(np.arange(5), np.arange(5), (5,), np.array([0]), np.array([1]))
+    angles = torch.rand(1, 5, 4)
+    tables = [torch.cat([turn(angles), turn(angles)], -1) for turn in (torch.cos, torch.sin)]
+    found = []
+    for rotate, packed in ((rotates, False), (ours, False), (ours, True)):
+        torch.manual_seed(0)
+        q, k = (torch.randn(1, heads, 5, 8, requires_grad=True) for heads in (4, 2))
+        grads = torch.randn_like(q), torch.randn_like(k)
+        with run(build_pack([Share(rows, None)], torch.device("cpu"))) if packed else nullcontext():
+            out = rotate(q, k, *tables)
+        torch.autograd.backward(out, grads)
+        found.append((*out, q.grad, k.grad))
+    own, elsewhere, in_a_pack = found
+    torch.testing.assert_close(in_a_pack, own, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(elsewhere, own, rtol=0, atol=0)
 
 
 def test_dropout_of_attention_reaches_every_head_where_rows_are_padded() -> None:

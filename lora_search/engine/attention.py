@@ -93,23 +93,29 @@ def attend(
     if sliding_window is not None:
         pack.windows[1].add(sliding_window)
     dtype = query.dtype
+    plain = not dropout and softcap is None and s_aux is None
+    shared = plain and query.device.type == "cpu"
     heads, groups = query.shape[1], query.shape[1] // key.shape[1]
     if query.device.type == "cpu" and dtype != torch.float32:
         # Half precision has no fast backward kernel on a CPU: 50 ms against 26 (analysis/benchmarks/NOTES.md).
         query, key, value = query.float(), key.float(), value.float()
-    if groups > 1:
+    if groups > 1 and not shared:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    plain = not dropout and softcap is None and s_aux is None
     keeps = _keeps(pack, module, heads, dropout, query.device) if dropout else None
-    sizes = [count * length for _, count, length in pack.runs]
+    sizes = [max(count, 1) * length for count, length in pack.runs]
     pieces = zip(*(x[0].split(sizes, dim=1) for x in (query, key, value)), strict=True)
     outs = []
-    for (_, count, length), piece in zip(pack.runs, pieces, strict=True):
+    for (count, length), piece in zip(pack.runs, pieces, strict=True):
+        if not count:
+            outs.append(query.new_zeros(length, heads, piece[2].shape[-1]))
+            continue
         q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in piece)
         window = _window(length, sliding_window, query.device)
         if plain:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=window, is_causal=window is None, scale=scale)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=window, is_causal=window is None, scale=scale, enable_gqa=shared and groups > 1
+            )
         else:
             keep = next(keeps).view(count, heads, length, length) if keeps is not None else None
             out = _explicit(q, k, v, scale, window, softcap, s_aux, keep, dropout)
@@ -166,7 +172,9 @@ def _keeps(pack: Pack, module: nn.Module, heads: int, dropout: float, device: to
             drawn = part.share.masks.keep(place, (sum(sizes),), device, dropout)
         sequences += drawn.split(sizes)
     index = 0
-    for _, count, _ in pack.runs:
+    for count, _ in pack.runs:
+        if not count:
+            continue
         yield torch.stack(sequences[index : index + count])
         index += count
 

@@ -19,11 +19,12 @@ from lora_search.data import FlatRows
 from lora_search.engine.adapter import Places
 from lora_search.engine.attention import PackedAttention
 from lora_search.engine.pack import Pack, Share, build_pack, build_padded, run
-from lora_search.engine.products import ROWS, product, working_dtype
+from lora_search.engine.products import product, working_dtype
 from lora_search.engine.random import seeded
 from lora_search.engine.trouble import device_fails_host
 from lora_search.errors import InputError
 from lora_search.logits import Bend, find_bend
+from lora_search.memory.values import ROWS
 from lora_search.model import FrozenBase
 
 PROBE_LENGTHS = (7, 12, 7, 3)
@@ -77,7 +78,7 @@ class PackedBase:
     def pack(self, shares: list[Share]) -> Pack:
         """The shares as this base can run them; of a base that is not flat, one at a time."""
         if self.flat:
-            return build_pack(shares, self.base.device)
+            return build_pack(shares, self.base.device, ROWS if self.base.device.type == "cpu" else 1)
         (share,) = shares
         return build_padded(share, self._pad_token_id, self.base.device)
 

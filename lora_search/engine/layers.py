@@ -22,7 +22,7 @@ from lora_search.engine.adapter import Places
 from lora_search.engine.lora import Adapters, adapters_behind
 from lora_search.engine.masks import survivors_scale
 from lora_search.engine.pack import Pack, running
-from lora_search.engine.products import add_product_of_rows, product_of_rows, working_dtype
+from lora_search.engine.products import product_of_rows, working_dtype
 from lora_search.model import FrozenBase
 
 
@@ -31,7 +31,7 @@ class _Meeting:
     """Where the gradients of the layers behind one entrance meet, on their way back."""
 
     rows: Sequence[slice]
-    """Of which the frozen products are made, one at a time."""
+    """Of which products are made, one at a time."""
     adapters: Adapters
     wants_input: bool
     """Whether anything before the entrance needs a gradient."""
@@ -41,12 +41,12 @@ class _Meeting:
 class Entrance:
     """An input of the pack, on its way into the layers that read it."""
 
-    def __init__(self, pack: Pack, x: torch.Tensor, siblings: Places, dtype: torch.dtype) -> None:
+    def __init__(self, pack: Pack, x: torch.Tensor, siblings: Places, working: torch.dtype) -> None:
         """
         Args:
             x: (..., I); its leading dimensions hold the pack's tokens, or those that a router has picked.
             siblings: the layers that will read it.
-            dtype: of the products.
+            working: dtype of the adapters' products.
         """
         self.input = x
         self.siblings = siblings
@@ -54,12 +54,19 @@ class Entrance:
         whole = tokens == pack.parts[-1].tokens.stop
         by_part = whole and x.device.type == "cpu"
         rows = [part.tokens for part in pack.parts] if by_part else [slice(0, tokens)]
-        self.meeting = _Meeting(rows, adapters_behind(pack, siblings, x.device, dtype, whole=whole), x.requires_grad)
+        self.meeting = _Meeting(rows, adapters_behind(pack, siblings, x.device, working, whole=whole), x.requires_grad)
         self.x_NI: torch.Tensor
         self.downs: list[torch.Tensor]
+        self._frozen_NI: torch.Tensor | None = None
         ends_here = any(map(self.meeting.adapters.adapts, siblings))
-        self.token = _enter(x, pack.anchor if ends_here else None, self, dtype)
+        self.token = _enter(x, pack.anchor if ends_here else None, self, working)
         """What autograd sees of the input from here on: a scalar, by which all its gradients come back."""
+
+    def frozen_NI(self, dtype: torch.dtype) -> torch.Tensor:
+        """The input in the dtype of the frozen products."""
+        if self._frozen_NI is None:
+            self._frozen_NI = self.x_NI.to(dtype)
+        return self._frozen_NI
 
     def token_of(self, place: int) -> torch.Tensor | None:
         """The token, for a layer that a gradient passes through or ends in."""
@@ -132,9 +139,11 @@ class LinearSite:
         )
         return dense
 
-    def product_NO(self, x_NI: torch.Tensor, rows: Sequence[slice]) -> torch.Tensor:
-        """x W^T + b."""
-        y_NO = product_of_rows(x_NI, self.weight_OI(), rows)
+    def product_NO(self, entrance: Entrance) -> torch.Tensor:
+        """x W^T + b, in the dtype of x."""
+        weight_OI = self.weight_OI()
+        y_NO = product_of_rows(entrance.frozen_NI(weight_OI.dtype), weight_OI, entrance.meeting.rows)
+        y_NO = y_NO.to(entrance.x_NI.dtype)
         bias: torch.Tensor | None = self._module.bias  # type: ignore[assignment]
         return y_NO if bias is None else y_NO.add_(bias)
 
@@ -173,7 +182,7 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token: torch.Tensor | None, site: LinearSite, entrance: Entrance) -> torch.Tensor:
         meeting = entrance.meeting
-        y_NO = site.product_NO(entrance.x_NI, meeting.rows)
+        y_NO = site.product_NO(entrance)
         ctx.site, ctx.meeting = site, meeting
         ctx.save_for_backward(*meeting.adapters.add(site.place, y_NO, entrance.downs))
         return y_NO
@@ -185,10 +194,11 @@ class _PackedLinear(torch.autograd.Function):
         meeting: _Meeting = ctx.meeting
         if meeting.wants_input:
             weight_IO = site.weight_OI().t()
+            more_NI = product_of_rows(grad_NO.to(weight_IO.dtype), weight_IO, meeting.rows)
             if meeting.grad_NI is None:
-                meeting.grad_NI = product_of_rows(grad_NO, weight_IO, meeting.rows)
+                meeting.grad_NI = more_NI.to(grad_NO.dtype)
             else:
-                add_product_of_rows(meeting.grad_NI, grad_NO, weight_IO, meeting.rows)
+                meeting.grad_NI.add_(more_NI)
         meeting.adapters.gather(site.place, grad_NO, list(ctx.saved_tensors))
         return None, None, None
 

@@ -12,15 +12,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from lora_search.engine.adapter import Down, FlatAdapter, Places
 from lora_search.engine.fused import fused_behind, fuses
+from lora_search.engine.masks import Masks
 from lora_search.engine.pack import Pack, Part
-from lora_search.engine.products import accumulate, product
+from lora_search.engine.products import accumulate, product, put_product
 
 Keeps = list[torch.Tensor | None]
-"""Dropout masks; None where nothing is dropped."""
+"""What says where inputs are dropped; None where nothing is."""
+
+SPARSE = 1 / 8
+"""Up to which probability a CPU has the positions of what is dropped, 8 bytes each, in place of a mask of all."""
 
 
 class Adapters(Protocol):
@@ -29,7 +34,7 @@ class Adapters(Protocol):
     def adapts(self, place: int) -> bool: ...
 
     def enter(self, x_NI: torch.Tensor) -> tuple[list[torch.Tensor], Keeps]:
-        """drop(x) A^T of all layers, for `add`; the dropout masks, for `leave`."""
+        """drop(x) A^T of all layers, for `add`; what `leave` will need."""
         ...
 
     def add(self, place: int, y_NO: torch.Tensor, downs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -59,13 +64,15 @@ class Adapted:
     def rows(self) -> slice:
         return self.part.tokens
 
-    def keep_nI(self, x_nI: torch.Tensor) -> torch.Tensor | None:
+    @property
+    def place(self) -> int:
+        """By which its dropout is drawn."""
+        first: int = next(iter(self.down.spans))
+        return first
+
+    def keep_nI(self, masks: Masks, x_nI: torch.Tensor) -> torch.Tensor:
         """The dropout mask of this pass, in bytes: to multiply with them is three times as fast as with booleans."""
-        masks, dropout = self.part.share.masks, self.part.share.dropout
-        if masks is None or not dropout:
-            return None
-        place = next(iter(self.down.spans))
-        return masks.keep(place, tuple(x_nI.shape), x_nI.device, dropout).view(torch.uint8)
+        return masks.keep(self.place, tuple(x_nI.shape), x_nI.device, masks.probability).view(torch.uint8)
 
 
 def adapters_behind(pack: Pack, siblings: Places, device: torch.device, dtype: torch.dtype, *, whole: bool) -> Adapters:
@@ -83,27 +90,31 @@ def adapters_behind(pack: Pack, siblings: Places, device: torch.device, dtype: t
         for index, part in enumerate(pack.parts)
         if (adapter := part.share.adapter) is not None and (down := adapter.down(siblings)) is not None
     ]
-    return Apart(adapted)
+    return Apart(adapted, device)
 
 
 class Apart:
     """A product for each trial. On a CPU its last bits depend on its own rows alone."""
 
-    def __init__(self, adapted: Sequence[Adapted]) -> None:
+    def __init__(self, adapted: Sequence[Adapted], device: torch.device) -> None:
         self._adapted = adapted
+        masks = [(one, one.part.share.masks) for one in adapted]
+        dropping = [(one, of_one) for one, of_one in masks if of_one is not None and of_one.probability]
+        self._few = [one for one in dropping if device.type == "cpu" and one[1].probability <= SPARSE]
+        """Of which positions say what is dropped."""
+        self._many = [one for one in dropping if one not in self._few]
+        """Of which masks say it."""
         self._grads_down_nS: dict[int, torch.Tensor] = {}
 
     def adapts(self, place: int) -> bool:
         return any(place in one.down.spans for one in self._adapted)
 
     def enter(self, x_NI: torch.Tensor) -> tuple[list[torch.Tensor], Keeps]:
-        downs: list[torch.Tensor] = []
-        keeps: Keeps = []
-        for one in self._adapted:
-            x_nI = x_NI[one.rows]
-            keeps.append(one.keep_nI(x_nI))
-            downs.append(product(_dropped(x_nI, keeps[-1]), one.down.a_SI))
-        return downs, keeps
+        if not self._adapted:
+            return [], []
+        keeps = [self._positions(x_NI), *(one.keep_nI(masks, x_NI[one.rows]) for one, masks in self._many)]
+        dropped_NI = self._dropped(x_NI, keeps)
+        return [product(dropped_NI[one.rows], one.down.a_SI) for one in self._adapted], keeps
 
     def add(self, place: int, y_NO: torch.Tensor, downs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         saved = []
@@ -127,18 +138,41 @@ class Apart:
             grads_nS[:, one.down.spans[place]].addmm_(grad_nO, up.b_RO.t(), beta=0, alpha=one.part.share.scale)
 
     def leave(self, x_NI: torch.Tensor, keeps: Keeps, grad_NI: torch.Tensor | None) -> None:
-        for one, keep_nI in zip(self._adapted, keeps, strict=True):
-            grad_down_nS = self._grads_down_nS.pop(one.index, None)
-            if grad_down_nS is None:  # what its adapted layers make had no influence
-                continue
-            accumulate(one.down.grad_a_SI, grad_down_nS.t(), _dropped(x_NI[one.rows], keep_nI))
-            if grad_NI is None:
-                continue
-            if keep_nI is None:
+        dropped_NI = self._dropped(x_NI, keeps)
+        # One of which nothing has come back makes layers that had no influence.
+        back = [(one, self._grads_down_nS.pop(one.index)) for one in self._adapted if one.index in self._grads_down_nS]
+        for one, grad_down_nS in back:
+            accumulate(one.down.grad_a_SI, grad_down_nS.t(), dropped_NI[one.rows])
+        if grad_NI is None or not back:
+            return
+        if dropped_NI is x_NI:
+            for one, grad_down_nS in back:
                 grad_NI[one.rows].addmm_(grad_down_nS, one.down.a_SI)
-            else:
-                grad_NI[one.rows].add_(product(grad_down_nS, one.down.a_SI.t()).mul_(keep_nI))
+            return
+        del dropped_NI
+        everywhere = sum(len(grad_down_nS) for _, grad_down_nS in back) == len(grad_NI)
+        through_NI = torch.empty_like(grad_NI) if everywhere else torch.zeros_like(grad_NI)
+        for one, grad_down_nS in back:
+            put_product(through_NI[one.rows], grad_down_nS, one.down.a_SI.t())
+        grad_NI.add_(self._drop_(through_NI, keeps))
 
+    def _positions(self, x_NI: torch.Tensor) -> torch.Tensor | None:
+        """Where numbers of x are dropped, of those trials that have few of them."""
+        features = x_NI.shape[-1]
+        found = [
+            masks.dropped(one.place, x_NI[one.rows].numel(), masks.probability) + one.rows.start * features
+            for one, masks in self._few
+        ]
+        return torch.from_numpy(np.concatenate(found)) if found else None
 
-def _dropped(x: torch.Tensor, keep: torch.Tensor | None) -> torch.Tensor:
-    return x if keep is None else x * keep
+    def _dropped(self, x_NI: torch.Tensor, keeps: Keeps) -> torch.Tensor:
+        return self._drop_(x_NI.clone(), keeps) if self._few or self._many else x_NI
+
+    def _drop_(self, x_NI: torch.Tensor, keeps: Keeps) -> torch.Tensor:
+        positions, *masks = keeps
+        if positions is not None:
+            x_NI.view(-1).index_fill_(0, positions, 0.0)
+        for (one, _), keep_nI in zip(self._many, masks, strict=True):
+            assert keep_nI is not None
+            x_NI[one.rows].mul_(keep_nI)
+        return x_NI

@@ -5,6 +5,7 @@ Legend: T parts, N tokens of all trials, M of them targets; B sequences and T po
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -59,8 +60,8 @@ class Pack:
     """Shares end to end, as tensors on a device."""
 
     parts: tuple[Part, ...]
-    runs: tuple[tuple[int, int, int], ...]
-    """Neighbouring sequences of one length: (first token, sequences, tokens of each)."""
+    runs: tuple[tuple[int, int], ...]
+    """Neighbouring sequences of one length: (sequences, tokens of each); (0, tokens) for some that are none."""
     inputs: Mapping[str, torch.Tensor]
     """What the model is called with: shapes (1, N), or (B, T) where the base needs padding."""
     flat: bool
@@ -83,22 +84,28 @@ class Pack:
         return torch.stack([values_M[part.targets].sum() for part in self.parts]).tolist()
 
 
-def build_pack(shares: Sequence[Share], device: torch.device) -> Pack:
-    """Lay shares end to end."""
+def build_pack(shares: Sequence[Share], device: torch.device, multiple: int = 1) -> Pack:
+    """Lay shares end to end.
+
+    Args:
+        multiple: each share has tokens up to the next multiple of this: what is added belongs to no sequence.
+    """
     parts: list[Part] = []
-    predictors: list[Integers] = []
+    predictors, ids, positions = [], [], []
+    runs: list[tuple[int, int]] = []
     tokens = targets = 0
     for share in shares:
         rows = share.rows
-        ends = (tokens + len(rows.tokens_N), targets + len(rows.targets_M))
+        more = np.zeros(-len(rows.tokens_N) % multiple, np.int64)
+        ends = (tokens + len(rows.tokens_N) + len(more), targets + len(rows.targets_M))
         parts.append(Part(share, slice(tokens, ends[0]), slice(targets, ends[1])))
         predictors.append(rows.predictors_M + tokens)
+        ids += [rows.tokens_N, more]
+        positions += [rows.positions_N, more]
+        runs += [*_runs(rows.lengths), *([(0, len(more))] if len(more) else [])]
         tokens, targets = ends
-    inputs = {
-        "input_ids": np.concatenate([share.rows.tokens_N for share in shares])[None],
-        "position_ids": np.concatenate([share.rows.positions_N for share in shares])[None],
-    }
-    return _pack(parts, inputs, np.concatenate(predictors), device, flat=True)
+    inputs = {"input_ids": np.concatenate(ids)[None], "position_ids": np.concatenate(positions)[None]}
+    return _pack(parts, runs, inputs, np.concatenate(predictors), device, flat=True)
 
 
 def build_padded(share: Share, pad_token_id: int, device: torch.device) -> Pack:
@@ -111,11 +118,17 @@ def build_padded(share: Share, pad_token_id: int, device: torch.device) -> Pack:
     part = Part(share, slice(0, ids_BT.size), slice(0, len(rows.targets_M)))
     predictors = np.flatnonzero(real_BT)[rows.predictors_M]
     inputs = {"input_ids": ids_BT, "attention_mask": real_BT.astype(np.int64)}
-    return _pack([part], inputs, predictors, device, flat=False)
+    return _pack([part], [*_runs(rows.lengths)], inputs, predictors, device, flat=False)
 
 
 def _pack(
-    parts: Sequence[Part], inputs: Mapping[str, Integers], predictors_M: Integers, device: torch.device, *, flat: bool
+    parts: Sequence[Part],
+    runs: Sequence[tuple[int, int]],
+    inputs: Mapping[str, Integers],
+    predictors_M: Integers,
+    device: torch.device,
+    *,
+    flat: bool,
 ) -> Pack:
     def on_device(array: npt.NDArray[Any]) -> torch.Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
@@ -124,7 +137,7 @@ def _pack(
     weights = np.repeat([share.weight for share in shares], [len(share.rows.targets_M) for share in shares])
     return Pack(
         parts=tuple(parts),
-        runs=tuple(_runs([length for share in shares for length in share.rows.lengths])),
+        runs=tuple(runs),
         inputs={name: on_device(array) for name, array in inputs.items()},
         flat=flat,
         predictors_M=on_device(predictors_M),
@@ -134,15 +147,9 @@ def _pack(
     )
 
 
-def _runs(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    start = index = 0
-    while index < len(lengths):
-        count = 1
-        while index + count < len(lengths) and lengths[index + count] == lengths[index]:
-            count += 1
-        yield start, count, lengths[index]
-        start += count * lengths[index]
-        index += count
+def _runs(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
+    for length, some in itertools.groupby(lengths):
+        yield len(list(some)), length
 
 
 class _Running(threading.local):

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
+from lora_search.memory.values import ROWS
 from lora_search.model import FrozenBase
-
-ROWS = 32
-"""To which numbers of rows are rounded up for oneDNN (_product_by_onednn)."""
 
 
 def working_dtype(base: FrozenBase) -> torch.dtype:
@@ -30,56 +29,46 @@ def product(x_NI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     """x W^T, multiplied in the weight's dtype, in the dtype of x.
 
     In float32 on a CPU with AVX-512 through oneDNN, which uses it; MKL, torch's first choice, stops at AVX2 on CPUs of
-    another maker (100 against 230 GFLOP/s a core). Elsewhere MKL is a little faster.
+    another maker than its own (100 against 230 GFLOP/s a core). Elsewhere MKL is faster.
     """
-    if _is_onednns(x_NI, weight_OI):
-        return _product_by_onednn(x_NI, weight_OI).to(x_NI.dtype)
-    if weight_OI.dtype != x_NI.dtype:
-        return F.linear(x_NI.to(weight_OI.dtype), weight_OI).to(x_NI.dtype)
-    return F.linear(x_NI, weight_OI)
+    return _multiplied(x_NI, weight_OI).to(x_NI.dtype)
 
 
 def product_of_rows(x_NI: torch.Tensor, weight_OI: torch.Tensor, rows: Sequence[slice]) -> torch.Tensor:
-    """x W^T, a product for each stretch of rows."""
-    if len(rows) == 1:
-        return product(x_NI, weight_OI)
+    """x W^T, both of one dtype, a product for each stretch of rows."""
     y_NO = x_NI.new_empty(len(x_NI), len(weight_OI))
     for some in rows:
-        if _is_onednns(x_NI, weight_OI):
-            y_NO[some] = _product_by_onednn(x_NI[some], weight_OI)  # from its dtype into that of x
-        else:
-            torch.mm(x_NI[some], weight_OI.t(), out=y_NO[some])
+        put_product(y_NO[some], x_NI[some], weight_OI)
     return y_NO
 
 
-def add_product_of_rows(
-    total_NO: torch.Tensor, x_NI: torch.Tensor, weight_OI: torch.Tensor, rows: Sequence[slice]
-) -> None:
-    """total += x W^T, a product for each stretch of rows."""
-    for some in rows:
-        if _is_onednns(x_NI, weight_OI):
-            total_NO[some] += _product_by_onednn(x_NI[some], weight_OI)
-        else:
-            total_NO[some].addmm_(x_NI[some], weight_OI.t())
+def put_product(y_NO: torch.Tensor, x_NI: torch.Tensor, weight_OI: torch.Tensor) -> None:
+    """y = x W^T, all of one dtype."""
+    if _is_onednns(x_NI, weight_OI) and (x_NI.dtype == torch.float32 or len(x_NI) % ROWS):
+        y_NO.copy_(_multiplied(x_NI, weight_OI))
+    else:
+        torch.mm(x_NI, weight_OI.t(), out=y_NO)
 
 
 def _is_onednns(x_NI: torch.Tensor, weight_OI: torch.Tensor) -> bool:
-    return x_NI.device.type == "cpu" and (_ONEDNN or weight_OI.dtype != x_NI.dtype)
+    return x_NI.device.type == "cpu" and (_ONEDNN or weight_OI.dtype != torch.float32)
 
 
-def _product_by_onednn(x_NI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
-    """x W^T in the dtype of the weight, of x with empty rows up to the next multiple of ROWS.
+def _multiplied(x_NI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    """x W^T in the dtype of the weight; by oneDNN of x with empty rows up to the next multiple of ROWS.
 
     oneDNN makes a kernel for every number of rows and keeps the last 1,024, which is 450 MB in a host of the demo.
     """
+    if not _is_onednns(x_NI, weight_OI):
+        return F.linear(x_NI.to(weight_OI.dtype), weight_OI)
     count = len(x_NI)
     rows = math.ceil(count / ROWS) * ROWS
-    if rows > count or weight_OI.dtype != x_NI.dtype:
+    if rows > count:
         whole_NI = x_NI.new_empty((rows, x_NI.shape[1]), dtype=weight_OI.dtype)
-        whole_NI[:count] = x_NI
-        whole_NI[count:] = 0
+        whole_NI[:count].copy_(x_NI)
+        whole_NI[count:].zero_()
     else:
-        whole_NI = x_NI
+        whole_NI = x_NI.to(weight_OI.dtype)
     if _ONEDNN and whole_NI.dtype == torch.float32:
         y_NO: torch.Tensor = torch.ops.mkldnn._linear_pointwise(whole_NI, weight_OI, None, "none", [], "")
     else:
@@ -87,8 +76,17 @@ def _product_by_onednn(x_NI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Ten
     return y_NO[:count]
 
 
+def _is_intels() -> bool:
+    """Whether MKL, which is Intel's, uses all that the CPU has."""
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
 _ONEDNN = bool(
     torch.cpu.get_capabilities().get("avx512_f")
+    and not _is_intels()
     and torch.backends.mkldnn.is_available()
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )

@@ -18,6 +18,7 @@ from lora_search.memory.values import (
     KEPT_DENSE_BYTES,
     LOGIT_BYTES,
     LOGIT_COPIES,
+    ROWS,
     RUNTIME_BYTES,
     HostBytes,
     Setup,
@@ -164,7 +165,8 @@ class BaseMemory:
         counts = Counter(with_targets_of_all(shapes) if shared else shapes)
         trials = {shape: self._trial(shape, piece) for shape in counts}
         lanes = max(1, min(self.setup.lanes, len(shapes)))
-        tokens = sum(shape.tokens * count for shape, count in counts.items())
+        rows = ROWS if shared and self.setup.device == "cpu" else 1
+        tokens = sum(math.ceil(shape.tokens / rows) * rows * count for shape, count in counts.items())
         kept = tokens * max((trial.activations / shape.tokens for shape, trial in trials.items()), default=0.0)
         passing = tokens * max((trial.passing / shape.tokens for shape, trial in trials.items()), default=0.0)
         alone = self.setup.device == "cpu"  # there a trial's targets go through the output head by themselves

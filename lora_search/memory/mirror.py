@@ -59,8 +59,8 @@ class Pass:
         return dtype
 
     def product(self, x: torch.Tensor, out_features: int) -> torch.Tensor:
-        """x W^T in the compute dtype, in the dtype of x."""
-        return _made(x.to(self.compute), (*x.shape[:-1], out_features)).to(x.dtype)
+        """x W^T in the compute dtype, in the working one."""
+        return _made(x.to(self.compute), (*x.shape[:-1], out_features)).to(self.working)
 
 
 class Meeting:
@@ -81,6 +81,8 @@ class Entrance:
         self.callers: list[Site] = []
         self.meeting = Meeting(x.requires_grad)
         self.x_NI: torch.Tensor
+        self.frozen_NI: torch.Tensor
+        """In the compute dtype."""
         adapted = any(site.name in now.adapted for site in siblings)
         self.token = _enter(x, now.anchor if adapted else None, self, now)
 
@@ -119,6 +121,7 @@ class _Enter(torch.autograd.Function):
             kept = (x_NI, torch.empty_like(x_NI, dtype=torch.uint8)) if masked else (x_NI,)
             dropped_NI = torch.empty_like(x_NI) if masked else x_NI
             del dropped_NI
+        entrance.frozen_NI = x_NI.to(now.compute)
         ctx.save_for_backward(*kept)
         ctx.set_materialize_grads(False)
         return x.new_empty(())
@@ -146,7 +149,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, token: torch.Tensor | None, site: Site, entrance: Entrance, now: Pass) -> torch.Tensor:
-        y_NO = now.product(entrance.x_NI, site.out_features)
+        y_NO = now.product(entrance.frozen_NI, site.out_features)
         ctx.site, ctx.now, ctx.meeting, ctx.features = site, now, entrance.meeting, entrance.x_NI.shape[-1]
         ctx.adapted = site.name in now.adapted
         if ctx.adapted:
@@ -192,15 +195,13 @@ def attend(
     within = torch.float32 if now.setup.device == "cpu" else now.working
     query, key, value = query.to(within), key.to(within), value.to(within)
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:
+    plain = not dropout and softcap is None and s_aux is None
+    if groups > 1 and not (plain and now.setup.device == "cpu"):
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     shape = (now.sequences, now.length)
     q, k, v = (x[0].unflatten(1, shape).transpose(0, 1) for x in (query, key, value))
-    if not dropout and softcap is None and s_aux is None:
-        out_SHLD = sdpa(q, k, v)
-    else:
-        out_SHLD = _explicit(q, k, v, capped=softcap is not None, dropped=dropout > 0)
-    out = torch.cat([out_SHLD.transpose(1, 2).reshape(math.prod(shape), *value.shape[1:2], -1)])[None]
+    out_SHLD = sdpa(q, k, v) if plain else _explicit(q, k, v, capped=softcap is not None, dropped=dropout > 0)
+    out = torch.cat([out_SHLD.transpose(1, 2).reshape(math.prod(shape), *query.shape[1:2], -1)])[None]
     return out.to(dtype) if now.setup.device == "cpu" else out, None
 
 

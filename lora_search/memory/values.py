@@ -30,6 +30,10 @@ RUNTIME_BYTES = 580 << 20
 and what loading a first model leaves behind. A GPU's own context is neither in this nor in
 `torch.cuda.max_memory_allocated`."""
 
+ROWS = 32
+"""On a CPU the tokens of a trial in a pass, and the rows of oneDNN's other products, are rounded up to multiples of
+this: oneDNN makes a kernel for every number of rows (engine/products.py)."""
+
 LOGIT_COPIES = 2
 """Float32 logits at once: themselves, and what logsumexp takes while it runs, or a cap's slope."""
 
