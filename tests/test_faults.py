@@ -51,8 +51,8 @@ if TYPE_CHECKING:
 
 SEQUENTIAL = {"count": 1, "trials_per_host": 1}
 TRIALS = 5
-SEARCH = {"trials": TRIALS, "sampler": {"name": "tpe", "seed": 12}}
-"""By this seed trials end at steps 8, 2, 8, 2 and 4; whichever is the first of a resumed sweep, rung records decide."""
+SEARCH = {"trials": TRIALS, "sampler": {"name": "tpe", "seed": 14}}
+"""By this seed trials end at steps 8, 2, 2, 8 and 4; whichever is the first of a resumed sweep, rung records decide."""
 
 TOLD = {"completed": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "failed": TrialState.FAIL}
 """The study, of a trial's state."""

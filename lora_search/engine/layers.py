@@ -22,7 +22,7 @@ from lora_search.engine.adapter import Places
 from lora_search.engine.lora import Adapters, adapters_behind
 from lora_search.engine.masks import survivors_scale
 from lora_search.engine.pack import Pack, running
-from lora_search.engine.products import product_of_rows, working_dtype
+from lora_search.engine.products import add_product_of_rows, product_of_rows, working_dtype
 from lora_search.model import FrozenBase
 
 
@@ -194,11 +194,11 @@ class _PackedLinear(torch.autograd.Function):
         meeting: _Meeting = ctx.meeting
         if meeting.wants_input:
             weight_IO = site.weight_OI().t()
-            more_NI = product_of_rows(grad_NO.to(weight_IO.dtype), weight_IO, meeting.rows)
             if meeting.grad_NI is None:
-                meeting.grad_NI = more_NI.to(grad_NO.dtype)
+                grad_NI = product_of_rows(grad_NO.to(weight_IO.dtype), weight_IO, meeting.rows)
+                meeting.grad_NI = grad_NI.to(grad_NO.dtype)
             else:
-                meeting.grad_NI.add_(more_NI)
+                add_product_of_rows(meeting.grad_NI, grad_NO, weight_IO, meeting.rows)
         meeting.adapters.gather(site.place, grad_NO, list(ctx.saved_tensors))
         return None, None, None
 

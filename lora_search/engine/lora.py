@@ -163,7 +163,7 @@ class Apart:
             masks.dropped(one.place, x_NI[one.rows].numel(), masks.probability) + one.rows.start * features
             for one, masks in self._few
         ]
-        return torch.from_numpy(np.concatenate(found)) if found else None
+        return torch.from_numpy(np.concatenate(found)).to(x_NI.device) if found else None
 
     def _dropped(self, x_NI: torch.Tensor, keeps: Keeps) -> torch.Tensor:
         return self._drop_(x_NI.clone(), keeps) if self._few or self._many else x_NI

@@ -42,6 +42,17 @@ def product_of_rows(x_NI: torch.Tensor, weight_OI: torch.Tensor, rows: Sequence[
     return y_NO
 
 
+def add_product_of_rows(
+    total_NO: torch.Tensor, x_NI: torch.Tensor, weight_OI: torch.Tensor, rows: Sequence[slice]
+) -> None:
+    """total += x W^T, a product for each stretch of rows, multiplied in the weight's dtype."""
+    if total_NO.dtype == weight_OI.dtype and not _is_onednns(x_NI, weight_OI):
+        for some in rows:
+            total_NO[some].addmm_(x_NI[some], weight_OI.t())
+    else:
+        total_NO.add_(product_of_rows(x_NI.to(weight_OI.dtype), weight_OI, rows))
+
+
 def put_product(y_NO: torch.Tensor, x_NI: torch.Tensor, weight_OI: torch.Tensor) -> None:
     """y = x W^T, all of one dtype."""
     if _is_onednns(x_NI, weight_OI) and (x_NI.dtype == torch.float32 or len(x_NI) % ROWS):
