@@ -39,6 +39,7 @@ from lora_search.engine.layers import DropoutSite, LinearSite
 from lora_search.engine.masks import Masks
 from lora_search.engine.pack import Share, build_pack, build_padded, run
 from lora_search.engine.sites import attach_sites
+from lora_search.engine.source import source_of
 from lora_search.engine.table import tables
 from lora_search.errors import OUT_OF_MEMORY, HostFailed, InputError, TrialFailed
 from lora_search.model import load_base, load_tokenizer
@@ -338,6 +339,16 @@ def test_rotation_of_a_pack_is_the_models_own_with_its_gradient(tiny: Path) -> N
     own, elsewhere, in_a_pack = found
     torch.testing.assert_close(in_a_pack, own, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(elsewhere, own, rtol=0, atol=0)
+
+
+def test_rotation_that_is_no_function_is_left_to_the_model(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where kernels of the hub have taken its place."""
+    base = load_base(make_spec(tiny).base, "cpu")
+    another = nn.Identity()
+    monkeypatch.setattr(sys.modules[type(base.model).__module__], "apply_rotary_pos_emb", another)
+    attach_sites(base, module_tree(base.model))
+    assert sys.modules[type(base.model).__module__].apply_rotary_pos_emb is another
+    assert source_of(another) is None
 
 
 def test_dropout_of_attention_reaches_every_head_where_rows_are_padded() -> None:

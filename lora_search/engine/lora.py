@@ -100,9 +100,10 @@ class Apart:
         self._adapted = adapted
         masks = [(one, one.part.share.masks) for one in adapted]
         dropping = [(one, of_one) for one, of_one in masks if of_one is not None and of_one.probability]
-        self._few = [one for one in dropping if device.type == "cpu" and one[1].probability <= SPARSE]
+        few = SPARSE if device.type == "cpu" else 0.0
+        self._few = [(one, of_one) for one, of_one in dropping if of_one.probability <= few]
         """Of which positions say what is dropped."""
-        self._many = [one for one in dropping if one not in self._few]
+        self._many = [(one, of_one) for one, of_one in dropping if of_one.probability > few]
         """Of which masks say it."""
         self._grads_down_nS: dict[int, torch.Tensor] = {}
 
@@ -138,12 +139,13 @@ class Apart:
             grads_nS[:, one.down.spans[place]].addmm_(grad_nO, up.b_RO.t(), beta=0, alpha=one.part.share.scale)
 
     def leave(self, x_NI: torch.Tensor, keeps: Keeps, grad_NI: torch.Tensor | None) -> None:
-        dropped_NI = self._dropped(x_NI, keeps)
-        # One of which nothing has come back makes layers that had no influence.
         back = [(one, self._grads_down_nS.pop(one.index)) for one in self._adapted if one.index in self._grads_down_nS]
+        if not back:  # what the adapted layers make had no influence
+            return
+        dropped_NI = self._dropped(x_NI, keeps)
         for one, grad_down_nS in back:
             accumulate(one.down.grad_a_SI, grad_down_nS.t(), dropped_NI[one.rows])
-        if grad_NI is None or not back:
+        if grad_NI is None:
             return
         if dropped_NI is x_NI:
             for one, grad_down_nS in back:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lora_search.engine.pack import running
+from lora_search.engine.source import source_of
 
 LLAMAS = inspect.getsource(LlamaRMSNorm.forward)
 """Transformers writes it out anew for every architecture that has it."""
@@ -31,11 +32,7 @@ class NormSite:
         """Whether a module is Llama's RMSNorm, under whatever name, and computes in float32."""
         if "RMSNorm" not in type(module).__name__ or "forward" in vars(module):
             return False
-        try:
-            same = inspect.getsource(type(module).forward) == LLAMAS
-        except (OSError, TypeError):
-            return False
-        return same and module.weight.dtype == torch.float32
+        return source_of(type(module).forward) == LLAMAS and module.weight.dtype == torch.float32
 
     def attach(self) -> None:
         self._module.forward = self.forward

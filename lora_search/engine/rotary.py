@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 from transformers.models.llama import modeling_llama
 
 from lora_search.engine.pack import running
+from lora_search.engine.source import source_of
 
 NAME = "apply_rotary_pos_emb"
 
-LLAMAS = inspect.getsource(modeling_llama.apply_rotary_pos_emb)
+LLAMAS = source_of(modeling_llama.apply_rotary_pos_emb)
 """Transformers writes it out anew for every architecture that has it."""
 
 Rotated = tuple[torch.Tensor, torch.Tensor]
@@ -27,9 +28,9 @@ Rotated = tuple[torch.Tensor, torch.Tensor]
 def attach_rotary(model: PreTrainedModel) -> None:
     """Have packs rotate queries and keys by ours where an architecture's code does it as Llama's; others as before."""
     for name in {type(module).__module__ for module in model.modules()}:
-        code = sys.modules[name]
+        code = sys.modules.get(name)
         function = getattr(code, NAME, None)
-        if inspect.isfunction(function) and inspect.getsource(function) == LLAMAS:
+        if LLAMAS is not None and inspect.isfunction(function) and source_of(function) == LLAMAS:
             setattr(code, NAME, _packed(function))
 
 
