@@ -242,14 +242,16 @@ class Host:
                 failure = await self._thread.ask(lambda: self._let_in(trial))
                 if failure is not None:
                     raise failure
+            else:
+                self._is_new_no_more(trial)  # not before: until its seat has put away what it came to, that can be lost
             if trial not in self._residents:
                 raise self._is_not_here(trial)
             return await asyncio.wrap_future(self._thread.aim(trial, until))
-        except HostFailed:
-            self._waiting.changed()  # it was sent away, and its place is free
-            raise
-        finally:
+        except Exception as error:
             self._is_new_no_more(trial)
+            if isinstance(error, HostFailed):
+                self._waiting.changed()  # it was sent away, and its place is free
+            raise
 
     def _is_not_here(self, trial: str) -> HostFailed:
         return HostFailed(f"trial {trial} is not on {self.name}")
@@ -278,7 +280,7 @@ class Host:
         return None
 
     def _is_new_no_more(self, trial: str) -> None:
-        """It has reported, or is to be here no longer."""
+        """It has reported, and its seat has asked on, or it is to be here no longer."""
         if self._places.is_new_no_more(trial):
             self._waiting.changed()
 

@@ -101,7 +101,7 @@ class Places:
         self._lowering = threading.Lock()
         self._shunned: set[str] = set()
         self._new: set[str] = set()
-        """Residents that have not reported yet, since they came."""
+        """Residents of which no report is known yet, since they came."""
         self._alone: str | None = None
         """One of them beside which no other may come."""
 
@@ -146,7 +146,7 @@ class Places:
         self._alone = trial if alone else None
 
     def is_new_no_more(self, trial: str) -> bool:
-        """A trial has reported, or is to be there no longer; whether that changes who may come."""
+        """A trial's report is known, or it is to be there no longer; whether that changes who may come."""
         if trial not in self._new:
             return False
         self._new.remove(trial)
