@@ -27,6 +27,7 @@ FLOORS = {
     "space": 1,
     "targets": 1,
     "logits": 1,
+    "positions": 1,
     "memory": 1,
     "model": 2,
     "data": 2,

@@ -23,6 +23,7 @@ from transformers import (
     MambaConfig,
     MixtralConfig,
     OPTConfig,
+    Qwen2MoeConfig,
 )
 
 from lora_search.engine.layers import LinearSite
@@ -197,7 +198,7 @@ def step_bytes(spec: SweepSpec, lora: Lora, trials: int, batch: int, length: int
     ]
     host = memory.host(shapes)
     assert memory._kept_dense == sum(dense.numel() * dense.element_size() for dense in kept)
-    assert memory._replay.flat or not engine._packed.flat
+    assert memory._replay.passes(length).shared == engine._packed.flat
     # Inside a kernel nobody sees what logsumexp takes; a cap's damping is seen.
     bend = engine._packed.bend
     copies = 2 if bend is not None and bend.cap is not None else 1
@@ -249,6 +250,13 @@ def of_family(family: str) -> PreTrainedConfig:
             return JambaConfig(**sizes, **mlp, **layers, num_key_value_heads=2, mamba_d_state=8, mamba_dt_rank=8)
         case "opt":
             return OPTConfig(**sizes, ffn_dim=128, word_embed_proj_dim=64)
+        case "a window in masks alone":
+            experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+            windows = {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 16}
+            return Qwen2MoeConfig(**wide, **experts, **windows, shared_expert_intermediate_size=32)
+        case "turned by the longest row":
+            rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
+            return LlamaConfig(**wide, max_position_embeddings=64, rope_parameters=rope)
         case "mamba":
             return MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=100, state_size=8)
     raise ValueError(family)
@@ -314,6 +322,33 @@ def test_replay_holds_what_the_engine_holds_of_a_family(tmp_path: Path, family: 
         memory = on_shapes(of_family(family), setup)
         memory.host([TrialShape(resolve(memory.tree, "attention"), 4, False, 2, 32)])
         assert not memory.by_rule
+
+
+@pytest.mark.parametrize(
+    ("family", "shared", "in_turn"),
+    [
+        ("llama", True, False),
+        ("bloom", False, False),
+        ("jamba", False, False),
+        ("a window in masks alone", False, False),
+        ("turned by the longest row", False, True),
+        ("opt", False, True),
+    ],
+)
+def test_planner_has_trials_in_passes_as_the_engine_has(
+    tmp_path: Path, family: str, shared: bool, in_turn: bool
+) -> None:
+    torch.set_num_threads(1)
+    config = of_family(family)
+    lora = Lora(rank=4, dropout=0.0, target_modules="attention")
+    engine = engine_with(saved(config, tmp_path), 1, lora, 1, 32)
+    engine.step(["0"])
+    assert (engine._packed.flat, engine._lanes.in_turn) == (shared, in_turn)
+    for setup in (CPU, GPU):
+        passes = on_shapes(config, setup)._replay.passes(32)
+        assert (passes.shared, passes.in_turn) == (shared, in_turn)
+    if family in ("a window in masks alone", "turned by the longest row"):
+        assert on_shapes(config, CPU)._replay.passes(16).shared
 
 
 def test_trials_that_are_trained_one_by_one_take_the_largest_ones_work() -> None:

@@ -5,7 +5,7 @@
 Settings:
     demo    the grid of 16 trials below, 60 steps each, on the package's own base and data
     e2e     the same grid on stories260k and the first 1,100 rows of E2E, which lie beside the project
-    asha    sweeps/demo.yaml as it stands: 24 trials, TPE and ASHA
+    asha    sweeps/demo.yaml: 24 trials, TPE and ASHA; each round has another seed, the first the file's
 Ways, alternating, each a command of its own in a process of its own:
     plain fresh    plain_sweep.py: a process for each trial, Ray Tune's default, two at a time on two cores
     plain          the same in processes that Ray Tune uses again for the next trial
@@ -74,6 +74,8 @@ class Round:
     seconds: float
     trials: int
     """That came to a result."""
+    steps: int
+    """That these trials were trained for: under ASHA it is chance, in each way another, how many that are."""
     best_loss: float
     peak_bytes: int
     """Proportional set size of all its processes together."""
@@ -112,7 +114,8 @@ def run_round(way: str, sweep: Path, overrides: Sequence[str], folder: Path) -> 
         rows = json.loads((folder / "trials.json").read_text())["trials"]
     done = [row for row in rows if row["state"] in ("completed", "stopped")]
     losses = {config(row): float(row["eval_loss"]) for row in done}
-    return Round(way, finished.seconds, len(done), min(losses.values()), finished.peak_bytes, losses)
+    steps = sum(row["steps"] for row in done)
+    return Round(way, finished.seconds, len(done), steps, min(losses.values()), finished.peak_bytes, losses)
 
 
 def config(row: Mapping[str, Any]) -> Config:
@@ -132,7 +135,8 @@ def show(title: str, rounds: Sequence[Round]) -> dict[str, Any]:
     peak = {way: max(r.peak_bytes for r in rounds if r.way == way) for way in ways}
     differing = {way: differences(last[ways[-1]].losses, last[way].losses) for way in ways[:-1]}
     table = Table(title=title, title_justify="left")
-    for column in ("way", "seconds", "ratio", "trials", "best loss", "mean difference", "largest", "MiB at most"):
+    columns = ("way", "seconds", "ratio", "trials", "steps", "best loss", "mean difference", "largest", "MiB at most")
+    for column in columns:
         table.add_column(column, justify="left" if column == "way" else "right")
     for way in ways:
         differ = differing.get(way, [])
@@ -141,6 +145,7 @@ def show(title: str, rounds: Sequence[Round]) -> dict[str, Any]:
             f"{seconds[way]:.1f}",
             f"{seconds[way] / seconds[ways[-1]]:.2f}",
             str(last[way].trials),
+            f"{statistics.median(r.steps for r in rounds if r.way == way):,.0f}",
             f"{last[way].best_loss:.4f}",
             *((f"{statistics.mean(differ):.1e}", f"{max(differ):.1e}") if differ else ("", "")),
             f"{peak[way] >> 20:,}",
@@ -182,7 +187,8 @@ def main() -> None:
             for way in arguments.ways:
                 place = Path(folder) / f"{way.replace(' ', '-')}-{number}"
                 place.mkdir()
-                rounds.append(run_round(way, sweep, overrides, place))
+                seed = [f"search.sampler.seed={number}"] * (arguments.setting == "asha")
+                rounds.append(run_round(way, sweep, [*overrides, *seed], place))
     given = {name: value for name, value in vars(arguments).items() if name != "json"}
     found = show(f"{arguments.setting}: a whole sweep, command to end", rounds)
     if arguments.json:

@@ -33,7 +33,8 @@ from lora_search.engine.trouble import Failure, Trouble, device_fails_host, free
 from lora_search.errors import HostFailed, SweepError, TrialFailed
 from lora_search.machine import keep_heaps
 from lora_search.memory.gauge import Gauge
-from lora_search.model import FrozenBase, longest_decides
+from lora_search.model import FrozenBase
+from lora_search.positions import longest_decides
 from lora_search.space import TrialConfig
 from lora_search.targets import module_tree, resolve
 

@@ -149,7 +149,7 @@ class BaseMemory:
         alone = [shape for shape in shapes if not self.shares_passes(shape)]
         if not alone:
             return [shapes]
-        in_turn = any(map(_adapts_experts, shapes))
+        in_turn = any(_adapts_experts(shape) or self._replay.passes(shape.length).in_turn for shape in shapes)
         trials = {shape: self._trial(shape, self._whole) for shape in set(alone)}
         alone.sort(key=lambda shape: trials[shape].activations + trials[shape].passing)
         together = [shape for shape in shapes if self.shares_passes(shape)]
@@ -157,7 +157,7 @@ class BaseMemory:
 
     def shares_passes(self, shape: TrialShape) -> bool:
         """As the engine has it."""
-        return self._replay.flat and not _adapts_experts(shape)
+        return not _adapts_experts(shape) and self._replay.passes(shape.length).shared
 
     def _at_work(self, state: int, shapes: Sequence[TrialShape], piece: _Piece) -> HostBytes:
         """A host whose residents take so much, with these trials in a pass, or each in one of its own."""

@@ -1,4 +1,7 @@
-"""Count the bytes that torch holds while it computes, on any device; on the meta device nothing is computed at all."""
+"""What torch does while it computes, on any device: the bytes that it holds, and whether it draws random numbers.
+
+On the meta device nothing is computed at all.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +69,20 @@ class LiveBytes(TorchDispatchMode):
     def _gone(self, key: int, size: int) -> None:
         self._seen.discard(key)
         self.now -= size
+
+
+class Draws(TorchDispatchMode):
+    """Whether anything in this context draws from torch's generators."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self.seen |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
 
 
 def _unwritten(args: Sequence[Any]) -> torch.Tensor:

@@ -39,6 +39,8 @@ class Pass:
     """Full names of the adapted layers."""
     attended: bool = False
     """Whether the model asked for attention through transformers' interface."""
+    windows: tuple[set[int], set[int]] = field(default_factory=lambda: (set(), set()))
+    """As of the engine's packs: those that the model asked masks for, and those that it told its attention of."""
     anchor: torch.Tensor = field(default_factory=lambda: torch.empty((), device="meta", requires_grad=True))
     entrance: Entrance | None = None
     """The last one."""
@@ -184,6 +186,7 @@ def attend(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
@@ -191,6 +194,8 @@ def attend(
     """Attention within each sequence: (1, H, N, D) to (1, N, H, D)."""
     now = running()
     now.attended = True
+    if sliding_window is not None:
+        now.windows[1].add(sliding_window)
     dtype = query.dtype
     within = torch.float32 if now.setup.device == "cpu" else now.working
     query, key, value = query.to(within), key.to(within), value.to(within)
@@ -357,8 +362,9 @@ def _made(x: torch.Tensor, shape: tuple[int, ...] | torch.Size) -> torch.Tensor:
     return x.new_empty(shape)
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    return None
+def _no_mask(*args: Any, local_size: int | None = None, **kwargs: Any) -> None:
+    if _running is not None and local_size:
+        _running.windows[0].add(local_size)
 
 
 AttentionInterface.register(NAME, attend)

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from lora_search.logits import find_bend
-from lora_search.memory.live import LiveBytes
+from lora_search.memory.live import Draws, LiveBytes
 from lora_search.memory.mirror import Pass, Stands, attach, detach_attention, head, run
 from lora_search.memory.split import decoder_blocks
 from lora_search.memory.values import Setup
+from lora_search.positions import longest_decides
 from lora_search.targets import Targets
 
 if TYPE_CHECKING:
@@ -56,6 +57,16 @@ class Held:
         return kept, max(0, math.ceil(self.peak_once + self.peak * sequences) - kept)
 
 
+@dataclass(frozen=True)
+class Passes:
+    """What a base's own code lets trials do."""
+
+    shared: bool
+    """Whether they share passes, as flat sequences that stay apart; taken for granted where nothing runs here."""
+    in_turn: bool
+    """Whether no pass is beside another, as they share what that code keeps or draws."""
+
+
 class Replay:
     """A model on the meta device that runs the engine's passes."""
 
@@ -81,6 +92,13 @@ class Replay:
         self._blocks = "" if blocks is None else blocks[0]
         self._layers = None if blocks is None else blocks[1]
         self._flat = True
+        self._mixes = any(isinstance(module, nn.Conv1d) for module in self._model.modules())
+        """Whether layers keep a state from one token to the next: those of Mamba and its like begin so."""
+        self._draws = False
+        """Whether the model's own code draws random numbers as it trains."""
+        self._windows: set[int] = set()
+        """Those that the model has in masks alone."""
+        self._passes: dict[int, Passes] = {}
         self._acquainted: set[int] = set()
         """Decoder blocks whose layers know with which others they share their input."""
         self._found: dict[tuple[frozenset[str], int, int, bool, int, range | None, bool], Held] = {}
@@ -118,14 +136,14 @@ class Replay:
         """A forward pass without gradients; layers give what they hold to the next, on whatever GPU."""
         return self._remembered(Pass(self.setup, 1, length, 0, False, frozenset()), None, backward=False)
 
-    @cached_property
-    def flat(self) -> bool:
-        """Whether trials share passes, as flat sequences that stay apart.
-
-        Taken for granted where nothing runs here; nor is it seen on shapes alone that a recurrent state mixes them.
-        """
-        self.evaluation(PROBE)
-        return self._flat or self.by_rule
+    def passes(self, longest: int) -> Passes:
+        """How the engine has trials in passes, where the longest row has so many tokens."""
+        if longest not in self._passes:
+            self.evaluation(PROBE)
+            in_turn = self._draws or longest_decides(self._model, longest)
+            own = in_turn or self._mixes or longest > min(self._windows, default=longest)
+            self._passes[longest] = Passes(self.by_rule or (self._flat and not own), in_turn)
+        return self._passes[longest]
 
     @cached_property
     def in_turns(self) -> bool:
@@ -217,8 +235,11 @@ class Replay:
     def _held(self, now: Pass, *, backward: bool) -> Held:
         blocks = set(map(id, self._layers or ()))
         if not blocks or not blocks <= self._acquainted:
-            with run(now), Stands(self.setup), torch.no_grad():
+            with run(now), Draws() as draws, Stands(self.setup), torch.no_grad():
                 self._hidden(now)  # in which layers learn with which others they share their input
+            asked, told = now.windows
+            self._windows |= asked - told
+            self._draws |= draws.seen
             self._acquainted |= blocks
         with self._counted(now, backward) as live:
             hidden = self._hidden(now)

@@ -2,7 +2,6 @@
 
 from lora_search.model.identity import base_fingerprint
 from lora_search.model.load import FrozenBase, load_base, load_tokenizer, model_path
-from lora_search.model.positions import longest_decides, refuse_long_rows
 from lora_search.model.precision import compute_dtype, round_trip_nf4
 
 __all__ = [
@@ -11,8 +10,6 @@ __all__ = [
     "compute_dtype",
     "load_base",
     "load_tokenizer",
-    "longest_decides",
     "model_path",
-    "refuse_long_rows",
     "round_trip_nf4",
 ]

@@ -28,6 +28,7 @@ from lora_search.plan.rows import RowFacts, row_facts
 from lora_search.plan.schedule import Schedule, schedule
 from lora_search.plan.values import BasePlan, CornerPlan, DevicePlan, Plan, SweepPlan
 from lora_search.plan.work import BaseWork, base_work
+from lora_search.positions import refuse_long_rows
 from lora_search.spec import SweepSpec
 from lora_search.targets import skeleton
 
@@ -86,8 +87,6 @@ def plan_sweep(spec: SweepSpec, gpus: int | None = None) -> Plan:
     Raises:
         InputError: the base, the data or a target set cannot be used.
     """
-    from lora_search.model import refuse_long_rows  # imports torch
-
     model = _skeleton(spec)
     rows = row_facts(spec)
     advice = refuse_long_rows(model, rows.longest_tested) if rows.measured else None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from lora_search.errors import InputError
 from lora_search.imports import import_libraries
 from lora_search.placement import HostPlace
+from lora_search.positions import refuse_long_rows
 from lora_search.spec import SweepSpec
 from lora_search.spec.schema import Lora
 from lora_search.sweep.answers import NodeUnfit
@@ -46,7 +47,7 @@ def prepare(spec: SweepSpec, place: HostPlace) -> tuple[DataSummary, TokenizedDa
     import_libraries()
     from lora_search.data import tokenize_data
     from lora_search.engine.trouble import device_fails_host
-    from lora_search.model import load_tokenizer, refuse_long_rows
+    from lora_search.model import load_tokenizer
     from lora_search.targets import module_tree, resolve, skeleton
 
     model = skeleton(spec.base.model, trust_remote_code=spec.base.trust_remote_code, revision=spec.base.revision)
