@@ -14,12 +14,14 @@ HOSTS_PER_NODE = 4
 of many: OpenMP's threads wait for each other at every product, and where another program takes one of their cores for
 a moment all of them stand still (analysis/benchmarks/NOTES.md)."""
 
-TRIALS_PER_CORE = 2
-"""Trials resident on a host without a GPU for each of its threads, where the sweep file leaves it open: a longer pack
-gains little there (analysis/benchmarks/NOTES.md), and the more trials run at once, the less the search learns."""
-
 TRIALS_PER_GPU = 16
-"""The same for a GPU, where memory does not say less."""
+"""Trials resident on a host for each of its GPUs, where the sweep file leaves it open and memory does not say less."""
+
+TRIALS_PER_CORE, FEW_TRIALS_PER_CORE = 4, 2
+"""The same for each thread of a host without a GPU: as many as the first while that is no more than TRIALS_PER_GPU, but
+never fewer than the second. A pack of four has a tenth more tokens a second than one of two, and the more trials are at
+a rung at once, the better those are told apart that are to go on; the less, though, the search has learnt as it
+proposes them (analysis/benchmarks/NOTES.md)."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,9 @@ def most_trials(place: HostPlace, hosts: Hosts) -> int:
     """Trials resident on a host at once, at most; where the sweep file leaves it open, its memory has a say too."""
     if hosts.trials_per_host != "auto":
         return hosts.trials_per_host
-    return TRIALS_PER_GPU * place.gpus if place.gpus else TRIALS_PER_CORE * place.threads
+    if place.gpus:
+        return TRIALS_PER_GPU * place.gpus
+    return max(FEW_TRIALS_PER_CORE * place.threads, min(TRIALS_PER_CORE * place.threads, TRIALS_PER_GPU))
 
 
 def _group(cores: int, hosts: Hosts, nodes: int) -> int:

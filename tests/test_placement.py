@@ -11,7 +11,7 @@ import pytest
 from conftest import make_spec
 
 from lora_search.errors import InputError, SweepError
-from lora_search.placement import Node, missing_hosts, place_hosts
+from lora_search.placement import HostPlace, Node, missing_hosts, most_trials, place_hosts
 from lora_search.rundir import create_run
 from lora_search.spec import Hosts
 from lora_search.sweep.cluster import asked_of_autoscaler
@@ -74,6 +74,14 @@ def test_node_that_joins_or_leaves_changes_nothing_but_its_own_hosts() -> None:
     assert starts(with_gpus, "abc", [], count=2) == []
     head = Node("head", 0, 0)
     assert starts([head, *with_gpus], "abc", [head]) == starts([head, *with_gpus], "abc", [head], count=2) == []
+
+
+@pytest.mark.parametrize(
+    ("cores", "gpus", "trials"), [(1, 0, 4), (4, 0, 16), (6, 0, 16), (16, 0, 32), (8, 1, 16), (8, 2, 32), (0, 1, 16)]
+)
+def test_host_has_as_many_trials_as_its_threads_or_gpus_train_well(cores: int, gpus: int, trials: int) -> None:
+    assert most_trials(HostPlace("host", "a", cores, gpus), Hosts()) == trials
+    assert most_trials(HostPlace("host", "a", cores, gpus), Hosts(trials_per_host=3)) == 3
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 GAPS = 0.04
 """Share of a GPU that torch's allocator cannot use because free pieces are too small."""
 
-BESIDE_BYTES, SEATS_BYTES = 700 << 20, 160 << 20
-"""Of a machine without GPUs: the sweep's own process with Ray's, and the seats of a host's two trials. In a run of the
+BESIDE_BYTES, SEATS_BYTES = 700 << 20, 320 << 20
+"""Of a machine without GPUs: the sweep's own process with Ray's, and the seats of a host's four trials. In a run of the
 demo the first took at most 505 MB (proportional set size; alone at its most 950 MB while Ray starts, when no host has
 loaded anything); eight seats took 555 MiB (analysis/benchmarks/memory.py)."""
 
