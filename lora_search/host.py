@@ -217,6 +217,7 @@ class Host:
             if not self._loaded or self._attempts.over(trial, attempt):
                 return False
             now = time.monotonic()
+            fits = fits and self._left > 0  # memory may have left fewer places meanwhile
             if not self._waiting.may_enter(trial, size, fits=fits, judged=judged, now=now, stays=stays):
                 return False
             self._coming[trial] = config, checkpoint  # first: the thread takes residents that are not for the engine's
@@ -244,7 +245,7 @@ class Host:
                     raise failure
             else:
                 self._is_new_no_more(trial)  # not before: until its seat has put away what it came to, that can be lost
-            if trial not in self._residents:
+            if trial not in self._residents or not self._loaded:  # all may be saved meanwhile
                 raise self._is_not_here(trial)
             return await asyncio.wrap_future(self._thread.aim(trial, until))
         except Exception as error:

@@ -1,4 +1,4 @@
-"""How long a row may be: a base with a table of positions has none for a token beyond its end."""
+"""How long a row may be, as a base has a table of positions or computes them; and whether rows decide of each other."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lora_search.errors import InputError
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
 TABLE = re.compile(r"wpe|pos")
@@ -66,6 +67,16 @@ def longest_decides(model: PreTrainedModel, longest: int) -> bool:
         if rope.get("rope_type") in ("longrope", "dynamic") and first is not None and longest > first:
             return True
     return False
+
+
+def keeps_state(model: nn.Module) -> bool:
+    """Whether layers hand a state on from one token to the next, and so from one flat sequence to another.
+
+    Mamba's and their like, gated delta rules and short convolutions all begin with a product over neighbouring tokens.
+    """
+    from torch import nn
+
+    return any(isinstance(module, nn.Conv1d) for module in model.modules())
 
 
 def table_length(model: PreTrainedModel) -> int | None:

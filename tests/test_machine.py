@@ -13,10 +13,11 @@ import uuid
 from pathlib import Path
 
 import pytest
+import torch
 
 from lora_search import machine, open_run
 from lora_search.machine import free_memory_bytes, memory_bytes
-from lora_search.memory.gauge import BESIDE_BYTES, SEATS_BYTES
+from lora_search.memory.gauge import BESIDE_BYTES, SEAT_BYTES, usable_bytes
 
 GIB = 1 << 30
 
@@ -42,6 +43,15 @@ def test_least_limit_around_a_process_counts(monkeypatch: pytest.MonkeyPatch, tm
     group(groups / "job_7" / "step_0", memory__max="max", **used)
     assert memory_bytes() == GIB
     assert free_memory_bytes() == GIB * 3 // 4
+
+
+def test_every_seat_that_a_host_may_have_leaves_it_less(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """16 trials of a host of four threads have 16 seats."""
+    groups = pretend(monkeypatch, tmp_path, "0::/job\n")
+    group(groups / "job", memory__max=GIB * 4, memory__current=0, memory__stat="inactive_file 0")
+    cpu = [torch.device("cpu")]
+    assert usable_bytes(cpu, 2, 16) == usable_bytes(cpu, 2, 4) - 12 * SEAT_BYTES
+    assert usable_bytes(cpu, 1, 4) == 4 * GIB - BESIDE_BYTES - 4 * SEAT_BYTES
 
 
 def test_limit_of_the_first_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -166,6 +176,6 @@ def test_sweep_keeps_to_the_limit_of_its_container(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "was lost" not in done.stderr
     run = open_run(tmp_path / "runs" / "limited")
-    usable = (4 * GIB - BESIDE_BYTES) // 2 - SEATS_BYTES
+    usable = (4 * GIB - BESIDE_BYTES) // 2 - 4 * SEAT_BYTES
     assert list(run.trials["state"]) == ["completed"] * 4
     assert run.trials["peak_memory_bytes"].max() < usable < run.trials["peak_memory_bytes"].max() * 1.5

@@ -17,12 +17,17 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     CohereConfig,
+    DeepseekV3Config,
     Gemma2Config,
+    GraniteMoeHybridConfig,
     JambaConfig,
+    Lfm2Config,
+    Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
     MixtralConfig,
     OPTConfig,
+    PhimoeConfig,
     Qwen2MoeConfig,
 )
 
@@ -248,6 +253,22 @@ def of_family(family: str) -> PreTrainedConfig:
         case "jamba":
             layers = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2}
             return JambaConfig(**sizes, **mlp, **layers, num_key_value_heads=2, mamba_d_state=8, mamba_dt_rank=8)
+        case "lfm2":
+            return Lfm2Config(**wide | {"hidden_size": 32}, layer_types=["conv", "full_attention"])
+        case "llama4":
+            experts = {"num_local_experts": 4, "intermediate_size_mlp": 128, "head_dim": 16}
+            return Llama4TextConfig(**wide, **experts, attention_chunk_size=16)
+        case "phimoe":
+            return PhimoeConfig(**wide, num_local_experts=4, num_experts_per_tok=2)
+        case "granite":
+            experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 32}
+            state = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "layer_types": ["mamba", "attention"]}
+            return GraniteMoeHybridConfig(**wide, **experts, **state)
+        case "deepseek":
+            experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1}
+            heads = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8}
+            few = {"num_key_value_heads": 4, "topk_group": 1, "first_k_dense_replace": 1, "v_head_dim": 8}
+            return DeepseekV3Config(**wide | few, **experts, **heads)
         case "opt":
             return OPTConfig(**sizes, ffn_dim=128, word_embed_proj_dim=64)
         case "a window in masks alone":
@@ -309,6 +330,20 @@ def test_replay_holds_what_adapted_experts_hold(tmp_path: Path, batch: int, chec
     assert two_trials == (pytest.approx(measured, rel=0.01), predicted)
 
 
+@pytest.mark.parametrize("family", ["llama4", "phimoe", "granite", "deepseek", "lfm2"])
+@pytest.mark.parametrize("target", ["attention", "all-linear"])
+def test_replay_holds_what_the_engine_holds_of_mixtures_and_states(tmp_path: Path, family: str, target: str) -> None:
+    """Routers that are linear layers in name alone, layers with a state, values narrower than keys."""
+    torch.set_num_threads(1)
+    spec = saved(of_family(family), tmp_path)
+    measured, predicted = step_bytes(spec, Lora(rank=8, dropout=0.0, target_modules=target), 1, 4, 64)
+    assert predicted == pytest.approx(measured, rel=0.08)
+    for setup in (CPU, GPU):
+        memory = on_shapes(of_family(family), setup)
+        memory.host([TrialShape(resolve(memory.tree, target), 4, False, 2, 32)])
+        assert not memory.by_rule
+
+
 @pytest.mark.parametrize("family", ["bloom", "jamba"])
 def test_replay_holds_what_the_engine_holds_of_a_family(tmp_path: Path, family: str) -> None:
     torch.set_num_threads(1)
@@ -330,6 +365,9 @@ def test_replay_holds_what_the_engine_holds_of_a_family(tmp_path: Path, family: 
         ("llama", True, False),
         ("bloom", False, False),
         ("jamba", False, False),
+        ("lfm2", False, False),
+        ("llama4", False, True),
+        ("phimoe", False, True),
         ("a window in masks alone", False, False),
         ("turned by the longest row", False, True),
         ("opt", False, True),

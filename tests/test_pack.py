@@ -240,14 +240,40 @@ def test_window_that_a_base_has_in_its_masks_alone_is_kept(
     engine = Engine(base, tiny_data)
     assert engine._packed.flat == (window == 512)
     assert 13 < max(tiny_data.validation.lengths_N) < 512
-    measured = engine.untrained()
+    require_models_own_loss(engine)
+
+
+def require_models_own_loss(engine: Engine) -> None:
+    """As its own code says of one row after the other."""
+    measured, split = engine.untrained(), engine.data.validation
     loss = 0.0
-    for row in range(len(tiny_data.validation)):
-        flat = flatten(tiny_data.validation, [row])
+    for row in range(len(split)):
+        flat = flatten(split, [row])
         with torch.no_grad():
-            logits = base.model(input_ids=torch.from_numpy(flat.tokens_N)[None]).logits[0, flat.predictors_M]
+            logits = engine.base.model(input_ids=torch.from_numpy(flat.tokens_N)[None]).logits[0, flat.predictors_M]
         loss += cross_entropy(logits, torch.from_numpy(flat.targets_M), reduction="sum").item()
     assert measured.loss == pytest.approx(loss / measured.targets, rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["nanochat", "llama", "qwen3"])
+def test_base_says_in_a_pack_what_its_own_code_says(
+    tiny: Path, tmp_path: Path, tiny_data: TokenizedData, family: str
+) -> None:
+    """NanoChat turns its halves the other way round, by code of which the rest is Llama's."""
+    folder = write_model(MODELS.get(family, Small(family)), tmp_path / "model")
+    base = load_base(make_spec(tiny, base={"model": str(folder), "quantization": "none"}).base, "cpu")
+    engine = Engine(base, tiny_data)
+    assert engine._packed.flat
+    require_models_own_loss(engine)
+
+
+def test_draws_that_seldom_decide_anything_are_found(tiny: Path, tmp_path: Path, tiny_data: TokenizedData) -> None:
+    """PhiMoE's router draws as it trains; which experts it picks is another one's choice but now and then."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 1e-9}
+    folder = write_model(Small("phimoe", experts), tmp_path / "model")
+    base = load_base(make_spec(tiny, base={"model": str(folder), "quantization": "none"}).base, "cpu")
+    engine = Engine(base, tiny_data)
+    assert (engine._packed.flat, engine._packed.draws) == (False, True)
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
@@ -266,14 +292,14 @@ def test_longer_rows_of_others_do_not_turn_a_trials_positions(
     }
     if kind == "longrope":
         rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    else:  # and so does it when it is to turn them anew
+        config["max_position_embeddings"] = int(np.median(lengths))
     (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
     spec = make_spec(tiny, base={"model": str(folder)})
     engine = Engine(load_base(spec.base, "cpu"), tiny_data)
     values = {"rank": 4, "learning_rate": 5e-3, "batch_size": 1, "steps": STEPS}
     guests = [Stay(trial_config(spec, values | {"seed": seed}), 0, STEPS) for seed in range(3)]
-    found = run_pack(engine, guests)
-    if kind == "longrope":  # of the other, a pass leaves behind what the next begins with, alone as well
-        require_as_alone(engine, guests, found)
+    require_as_alone(engine, guests, run_pack(engine, guests))
     assert not engine._packed.flat
 
 

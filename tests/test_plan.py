@@ -176,7 +176,7 @@ def test_trials_of_a_host_are_reckoned_as_they_are_trained(tiny: Path, monkeypat
     _, data = prepare(keeping, place)
     memory = capacity.memory_of(recomputing, place, 2, data)
     usable = memory.host([corners(recomputing, memory.tree, capacity._rows(data))[-1].shape] * 3).total
-    monkeypatch.setattr("lora_search.plan.devices.usable_bytes", lambda device, hosts: usable)
+    monkeypatch.setattr("lora_search.plan.devices.usable_bytes", lambda device, hosts, trials: usable)
     for spec in (keeping, recomputing):
         found = plan_sweep(spec)
         here = found.devices[0]
@@ -246,7 +246,7 @@ def test_plan_refuses_what_run_refuses(tiny: Path, monkeypatch: pytest.MonkeyPat
     assert least < more
     for usable in (least - 1, least, more):
         for room in ("plan.devices", "sweep.capacity"):
-            monkeypatch.setattr(f"lora_search.{room}.usable_bytes", lambda device, hosts, usable=usable: usable)
+            monkeypatch.setattr(f"lora_search.{room}.usable_bytes", lambda device, hosts, trials, usable=usable: usable)
         said = None
         try:
             prepare(spec, place)
@@ -254,7 +254,7 @@ def test_plan_refuses_what_run_refuses(tiny: Path, monkeypatch: pytest.MonkeyPat
             said = str(error)
         assert (said is None) == (usable >= least)
         refused = plan_sweep(spec).refused
-        assert (refused and refused.replace(this_machine("auto", place).name, "a host")) == said
+        assert (refused and refused.replace(this_machine("auto", place, 1).name, "a host")) == said
 
 
 @pytest.mark.parametrize(

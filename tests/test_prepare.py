@@ -28,7 +28,7 @@ def prepare(spec: SweepSpec) -> tuple[DataSummary, TokenizedData]:
 
 
 def test_trial_that_can_never_fit_is_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_search.sweep.capacity.usable_bytes", lambda device, hosts: 640 << 20)
+    monkeypatch.setattr("lora_search.sweep.capacity.usable_bytes", lambda device, hosts, trials: 640 << 20)
     space = {"rank": {"choice": [4, 2048]}}
     with pytest.raises(InputError, match=r"search\.space\.rank: found 2048.*at most \d+ fits"):
         prepare(make_spec(tiny, search={"space": space}))

@@ -21,6 +21,7 @@ from lora_search.targets import (
     ModuleTree,
     Targets,
     available_sets,
+    experts_per_token,
     module_tree,
     resolve,
     skeleton,
@@ -506,3 +507,18 @@ def test_command_fits_80_columns_and_prints_one_document(
     rows = {row["name"]: row for row in json.loads(capfd.readouterr().out)["sets"]}
     assert f"{rows['all-linear']['trainable']['16']:,}" in shown
     assert all(row["unavailable"] or row["suffixes"] for row in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "given"),
+    [
+        ("mixtral", {"num_experts_per_tok": 3}),
+        ("gemma4_text", {"top_k_experts": 3}),
+        ("ernie4_5_moe", {"moe_k": 3}),
+        ("hunyuan_v1_moe", {"moe_topk": [1, 3]}),
+        ("dbrx", {"ffn_config": {"moe_top_k": 3}}),
+    ],
+)
+def test_experts_of_a_token_are_counted_whatever_they_are_called(model_type: str, given: dict[str, Any]) -> None:
+    assert experts_per_token(transformers.CONFIG_MAPPING[model_type](**given)) == 3
+    assert experts_per_token(transformers.LlamaConfig()) == 1

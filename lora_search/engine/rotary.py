@@ -1,4 +1,6 @@
-"""Rotary position embeddings as a pack runs through them on a CPU, in three operations where autograd takes six.
+"""Rotary position embeddings as a pack runs through them: on a CPU in three operations where autograd takes six.
+
+And of no pass do they keep anything for the next, as dynamic NTK does with the longest row so far.
 
 Legend: H heads, N tokens of the pack, D features of a head.
 """
@@ -19,8 +21,8 @@ from lora_search.engine.source import source_of
 
 NAME = "apply_rotary_pos_emb"
 
-LLAMAS = source_of(modeling_llama.apply_rotary_pos_emb)
-"""Transformers writes it out anew for every architecture that has it."""
+LLAMAS = tuple(map(source_of, (modeling_llama.apply_rotary_pos_emb, modeling_llama.rotate_half)))
+"""Transformers writes both out anew for every architecture that has them; NanoChat's and BLT's halves turn back."""
 
 Rotated = tuple[torch.Tensor, torch.Tensor]
 
@@ -30,8 +32,30 @@ def attach_rotary(model: PreTrainedModel) -> None:
     for name in {type(module).__module__ for module in model.modules()}:
         code = sys.modules.get(name)
         function = getattr(code, NAME, None)
-        if LLAMAS is not None and inspect.isfunction(function) and source_of(function) == LLAMAS:
+        written = tuple(map(source_of, (function, getattr(code, "rotate_half", None))))
+        if None not in LLAMAS and inspect.isfunction(function) and written == LLAMAS:
             setattr(code, NAME, _packed(function))
+
+
+def forget_longest(model: PreTrainedModel) -> None:
+    """Have packs find a base's dynamic NTK as it was at first.
+
+    Transformers has it grow with the longest row so far, until a pass is short enough to begin anew
+    (`dynamic_rope_update` in its modeling_rope_utils.py): a trial's positions would be turned by what ran before.
+    """
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        if any("dynamic" in str(kind) for kind in (kinds.values() if isinstance(kinds, dict) else (kinds,))):
+            module.register_forward_pre_hook(_begin_anew)
+
+
+def _begin_anew(module: Any, given: object) -> None:
+    if running() is None:
+        return
+    for name in [name for name, _ in module.named_buffers() if name.endswith("original_inv_freq")]:
+        prefix = name.removesuffix("original_inv_freq")
+        setattr(module, f"{prefix}inv_freq", getattr(module, name))
+        setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 
 
 def _packed(alone: Callable[..., Rotated]) -> Callable[..., Rotated]:

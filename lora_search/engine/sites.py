@@ -9,7 +9,7 @@ from torch import nn
 from lora_search.engine.adapter import Places
 from lora_search.engine.layers import DropoutSite, LinearSite
 from lora_search.engine.norms import NormSite
-from lora_search.engine.rotary import attach_rotary
+from lora_search.engine.rotary import attach_rotary, forget_longest
 from lora_search.memory.values import KEPT_DENSE_BYTES
 from lora_search.model import FrozenBase
 from lora_search.targets import ModuleTree
@@ -29,6 +29,7 @@ def attach_sites(base: FrozenBase, tree: ModuleTree) -> dict[str, LinearSite]:
         for module in filter(NormSite.is_for, base.model.modules()):
             NormSite(module).attach()
         attach_rotary(base.model)
+    forget_longest(base.model)
     dropouts = [module for module in base.model.modules() if isinstance(module, nn.Dropout) and module.p > 0]
     for index, dropout in enumerate(dropouts):
         DropoutSite(len(tree.modules) + index, dropout).attach()

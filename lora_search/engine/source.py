@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 
-def source_of(function: Callable[..., Any]) -> str | None:
+def source_of(function: Any) -> str | None:
     """None where there is none to be had: of code that has no file, or has been put into an object of another kind."""
     try:
         return inspect.getsource(function)

@@ -77,7 +77,7 @@ class BaseMemory:
         self.tree: ModuleTree = module_tree(model)
         self._model = model
         self._set(setup)
-        self._dense, self._kept_dense = _dense(model, setup)
+        self._dense, self._kept_dense = _dense(model, self.tree, setup)
         self._replay = _replay(model, setup)
 
     def _set(self, setup: Setup) -> None:
@@ -234,13 +234,14 @@ def _replay(model: PreTrainedModel, setup: Setup) -> Replay:
     return Replay(model, setup)
 
 
-def _dense(model: PreTrainedModel, setup: Setup) -> tuple[int, int]:
+def _dense(model: PreTrainedModel, tree: ModuleTree, setup: Setup) -> tuple[int, int]:
     """Bytes of quantised weights as products need them: of the largest, with its scales in float32, while a product is
-    made; of all of them, where they are kept."""
+    made; of all that the engine keeps so. Those that PEFT cannot adapt are left to bitsandbytes, which keeps none."""
     if not setup.quantised:
         return 0, 0
-    sizes = [model.get_submodule(name).weight.numel() for name in quantised_names(model)]
-    largest, whole = max(sizes, default=0), sum(sizes) * DTYPE_BYTES[setup.compute]
-    if setup.device == "cpu" and whole <= KEPT_DENSE_BYTES:
-        return 0, whole
-    return largest * DTYPE_BYTES[setup.compute] + 4 * nf4_constants(largest), 0
+    sizes = {name: model.get_submodule(name).weight.numel() for name in quantised_names(model)}
+    sites = {module.name for module in tree.modules}
+    whole = sum(size for name, size in sizes.items() if name in sites) * DTYPE_BYTES[setup.compute]
+    keeps = setup.device == "cpu" and whole <= KEPT_DENSE_BYTES
+    largest = max((size for name, size in sizes.items() if not (keeps and name in sites)), default=0)
+    return largest * DTYPE_BYTES[setup.compute] + 4 * nf4_constants(largest), whole if keeps else 0

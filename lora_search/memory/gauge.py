@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 GAPS = 0.04
 """Share of a GPU that torch's allocator cannot use because free pieces are too small."""
 
-BESIDE_BYTES, SEATS_BYTES = 700 << 20, 320 << 20
-"""Of a machine without GPUs: the sweep's own process with Ray's, and the seats of a host's four trials. In a run of the
-demo the first took at most 505 MB (proportional set size; alone at its most 950 MB while Ray starts, when no host has
-loaded anything); eight seats took 555 MiB (analysis/benchmarks/memory.py)."""
+BESIDE_BYTES, SEAT_BYTES = 700 << 20, 80 << 20
+"""Of a machine without GPUs: the sweep's own process with Ray's, and each of a host's seats. In a run of the demo the
+first took at most 505 MB (proportional set size; alone at its most 950 MB while Ray starts, when no host has loaded
+anything); eight seats took 555 MiB (analysis/benchmarks/memory.py)."""
 
 HOPE = 0.85
 """The least that trials are expected to take, of what is predicted."""
@@ -119,11 +119,15 @@ class Gauge:
         )
 
 
-def usable_bytes(devices: Sequence[torch.device], hosts: int) -> int:
-    """What one of so many hosts on this machine may take: of each of its GPUs, or of what memory the sweep leaves."""
+def usable_bytes(devices: Sequence[torch.device], hosts: int, trials: int) -> int:
+    """What one of so many hosts on this machine may take: of each of its GPUs, or of what memory the sweep leaves.
+
+    Args:
+        trials: of which the host may have seats.
+    """
     if devices[0].type == "cuda":
         import torch
 
         free = [torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) for device in devices]
         return int(min(free) * (1 - GAPS))
-    return max(0, (memory_bytes() - BESIDE_BYTES) // hosts - SEATS_BYTES)
+    return max(0, (memory_bytes() - BESIDE_BYTES) // hosts - trials * SEAT_BYTES)

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from lora_search.memory.values import Setup
+from lora_search.targets import module_tree
 
 NAME = "lora_search_shapes"
 
@@ -200,7 +201,8 @@ def attend(
     within = torch.float32 if now.setup.device == "cpu" else now.working
     query, key, value = query.to(within), key.to(within), value.to(within)
     groups = query.shape[1] // key.shape[1]
-    plain = not dropout and softcap is None and s_aux is None
+    wide = now.setup.device == "cpu" and query.shape[-1] != value.shape[-1]  # no kernel of torch's takes those there
+    plain = not dropout and softcap is None and s_aux is None and not wide
     if groups > 1 and not (plain and now.setup.device == "cpu"):
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     shape = (now.sequences, now.length)
@@ -309,15 +311,14 @@ class Stands(TorchFunctionMode):
 
 
 def attach(model: PreTrainedModel) -> None:
-    """Put the mirror's layers into a model on the meta device, for good."""
-    from transformers.pytorch_utils import Conv1D
-
+    """Put the mirror's layers into a model on the meta device, for good, where the engine puts its own."""
     head_module = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and module is not head_module:
-            out_features = module.out_features if isinstance(module, nn.Linear) else int(module.nf)
-            module.forward = Site(name, out_features).forward  # type: ignore[method-assign]
-        elif isinstance(module, nn.Dropout) and module.p > 0:
+    for layer in module_tree(model).modules:
+        if layer.kind != "experts":
+            site = Site(layer.name, layer.out_features)
+            model.get_submodule(layer.name).forward = site.forward
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
             module.forward = drop  # type: ignore[method-assign, assignment]
     if isinstance(head_module, nn.Linear):
         vocabulary = head_module.out_features

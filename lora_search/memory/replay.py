@@ -19,8 +19,8 @@ from lora_search.memory.live import Draws, LiveBytes
 from lora_search.memory.mirror import Pass, Stands, attach, detach_attention, head, run
 from lora_search.memory.split import decoder_blocks
 from lora_search.memory.values import Setup
-from lora_search.positions import longest_decides
-from lora_search.targets import Targets
+from lora_search.positions import keeps_state, longest_decides
+from lora_search.targets import Targets, experts_per_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,8 +92,7 @@ class Replay:
         self._blocks = "" if blocks is None else blocks[0]
         self._layers = None if blocks is None else blocks[1]
         self._flat = True
-        self._mixes = any(isinstance(module, nn.Conv1d) for module in self._model.modules())
-        """Whether layers keep a state from one token to the next: those of Mamba and its like begin so."""
+        self._keeps_state = keeps_state(self._model)
         self._draws = False
         """Whether the model's own code draws random numbers as it trains."""
         self._windows: set[int] = set()
@@ -141,7 +140,7 @@ class Replay:
         if longest not in self._passes:
             self.evaluation(PROBE)
             in_turn = self._draws or longest_decides(self._model, longest)
-            own = in_turn or self._mixes or longest > min(self._windows, default=longest)
+            own = in_turn or longest > min(self._windows, default=longest)
             self._passes[longest] = Passes(self.by_rule or (self._flat and not own), in_turn)
         return self._passes[longest]
 
@@ -151,6 +150,8 @@ class Replay:
         output_head = self._model.get_output_embeddings()
         if output_head is None:
             return True
+        if self._model.base_model is self._model:  # there are no hidden states to be had, as of Llama 4
+            return False
         now = Pass(replace(self.setup, device="cpu"), 1, PROBE, 0, False, frozenset())  # in float32: casts are nothing
         try:
             with run(now), Stands(now.setup), torch.no_grad():
@@ -307,7 +308,7 @@ class Replay:
             except UNWILLING:
                 self._flat = False
             else:
-                self._flat = now.attended
+                self._flat = now.attended and not self._keeps_state
                 if self._flat:
                     return hidden.flatten(0, 1)
             detach_attention(self._model)
@@ -337,7 +338,7 @@ def _rule_of_thumb(model: PreTrainedModel, now: Pass, *, backward: bool) -> Held
     """Bytes from depth and width alone; each expert that a token is sent to adds half a layer."""
     text = model.config.get_text_config()
     layers, hidden = int(text.num_hidden_layers), int(text.hidden_size)
-    experts = int(getattr(text, "num_experts_per_tok", None) or 1)
+    experts = experts_per_token(text)
     layer = RULE * now.working.itemsize * hidden * now.length * (1 + experts) / 2
     if not backward:
         return Held(0.0, layer)

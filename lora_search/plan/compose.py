@@ -93,7 +93,7 @@ def plan_sweep(spec: SweepSpec, gpus: int | None = None) -> Plan:
     places = place_hosts([Node("here", os.cpu_count() or 1, gpu_count())], spec.hosts)
     hosts = len(places)
     per_host = most_trials(places[0], spec.hosts)
-    here = this_machine(spec.base.compute_dtype, places[0])
+    here = this_machine(spec.base.compute_dtype, places[0], per_host)
     here = replace(here, lanes=min(here.lanes, per_host))
     gpus = max(1, spec.hosts.gpus_per_host if gpus is None else gpus)
     memories = _Memories(spec, rows, gpus)

@@ -72,11 +72,12 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
-def this_machine(compute_dtype: str, place: HostPlace) -> Device:
+def this_machine(compute_dtype: str, place: HostPlace, trials: int) -> Device:
     """What one host of a sweep has on this machine.
 
     Args:
         compute_dtype: of the sweep file.
+        trials: that the host may have at most.
     """
     import torch
 
@@ -90,7 +91,7 @@ def this_machine(compute_dtype: str, place: HostPlace) -> Device:
         return Device(properties.name, "cuda", properties.total_memory, dtype, flops, here=True)
     dtype = _name(chosen(compute_dtype, torch.device("cpu")))
     threads = place.threads
-    memory = usable_bytes([torch.device("cpu")], place.neighbours)
+    memory = usable_bytes([torch.device("cpu")], place.neighbours, trials)
     name = f"a host here ({threads} core{'s' * (threads > 1)})"
     return Device(name, "cpu", memory, dtype, _measured_flops(dtype) * threads, threads, here=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora_search.targets import ModuleTree
+from lora_search.targets import ModuleTree, experts_per_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -44,7 +44,7 @@ class BaseWork:
 
 def base_work(config: PreTrainedConfig, tree: ModuleTree, vocabulary: int) -> BaseWork:
     """Read a base's work off its modules; of a layer's experts, those that a token is sent to."""
-    picked = getattr(config, "num_experts_per_tok", None) or getattr(config, "num_experts_per_token", None) or 1
+    picked = experts_per_token(config)
     numbers = sum(
         module.in_features * module.out_features * (min(picked, module.experts) if module.kind == "experts" else 1)
         for module in (*tree.modules, *tree.refused)

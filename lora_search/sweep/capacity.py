@@ -9,7 +9,7 @@ from lora_search.errors import InputError
 from lora_search.machine import gpus_are_logical, unseen_gpus
 from lora_search.memory import BaseMemory, Setup, corners, refuse_what_never_fits
 from lora_search.memory.gauge import Gauge, usable_bytes
-from lora_search.placement import HostPlace
+from lora_search.placement import HostPlace, most_trials
 from lora_search.spec import SweepSpec
 from lora_search.targets import skeleton
 
@@ -39,7 +39,7 @@ def devices_of(place: HostPlace) -> tuple[torch.device, ...]:
 
 def gauge(spec: SweepSpec, place: HostPlace, memory: BaseMemory, most: int, data: TokenizedData) -> Gauge:
     """How a host tells which trials fit together. Made before the base is loaded."""
-    return Gauge(spec, memory, usable_bytes(devices_of(place), place.neighbours), _rows(data), most)
+    return Gauge(spec, memory, _usable_bytes(spec, place), _rows(data), most)
 
 
 def refuse_too_large(spec: SweepSpec, place: HostPlace, data: TokenizedData) -> None:
@@ -52,7 +52,7 @@ def refuse_too_large(spec: SweepSpec, place: HostPlace, data: TokenizedData) -> 
     devices = devices_of(place)
     largest = {corner.target: corner for corner in corners(spec, memory.tree, _rows(data))}  # the last of each set
     name = "a host" if devices[0].type != "cuda" else "the GPU" if len(devices) == 1 else f"each of {len(devices)} GPUs"
-    refuse_what_never_fits(spec, memory, tuple(largest.values()), usable_bytes(devices, place.neighbours), name)
+    refuse_what_never_fits(spec, memory, tuple(largest.values()), _usable_bytes(spec, place), name)
 
 
 def memory_of(spec: SweepSpec, place: HostPlace, lanes: int, data: TokenizedData) -> BaseMemory:
@@ -77,9 +77,13 @@ def memory_of(spec: SweepSpec, place: HostPlace, lanes: int, data: TokenizedData
         validation_tokens=len(data.validation.tokens_S),
         kernels=all(fuses(device, working) for device in devices),
         gpus=len(devices),
-        gpu_bytes=usable_bytes(devices, place.neighbours),
+        gpu_bytes=_usable_bytes(spec, place),
     )
     return BaseMemory(skeleton(base.model, trust_remote_code=base.trust_remote_code, revision=base.revision), setup)
+
+
+def _usable_bytes(spec: SweepSpec, place: HostPlace) -> int:
+    return usable_bytes(devices_of(place), place.neighbours, most_trials(place, spec.hosts))
 
 
 def _rows(data: TokenizedData) -> int:

@@ -5,7 +5,7 @@ from lora_search.targets.resolve import Targets, resolve, trainable_parameters
 from lora_search.targets.sets import available_sets
 from lora_search.targets.skeleton import skeleton
 from lora_search.targets.table import RANKS, SetRow, SuffixRow, TargetTable, target_table
-from lora_search.targets.tree import LinearModule, ModuleTree, module_tree
+from lora_search.targets.tree import LinearModule, ModuleTree, experts_per_token, module_tree
 
 __all__ = [
     "RANKS",
@@ -17,6 +17,7 @@ __all__ = [
     "TargetTable",
     "Targets",
     "available_sets",
+    "experts_per_token",
     "module_tree",
     "resolve",
     "skeleton",

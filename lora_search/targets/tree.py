@@ -13,7 +13,11 @@ from lora_search.targets.role import Role, is_router, role_of
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+PICKED = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k")
+"""What configurations call the number of experts that a token is sent to: Mixtral and most; JetMoe, Gemma 4, Hunyuan,
+Ernie 4.5, DBRX."""
 
 Kind = Literal["linear", "conv1d", "experts"]
 
@@ -92,6 +96,17 @@ def module_tree(model: PreTrainedModel) -> ModuleTree:
         refused=tuple(module for module in found if module.kind != "experts" and module.last in refused),
         total_parameters=sum(_numel(parameter) for parameter in model.parameters()),
     )
+
+
+def experts_per_token(config: PreTrainedConfig) -> int:
+    """How many of a layer's experts a token is sent to; 1 where there are none. Where layers differ, the most."""
+    text = config.get_text_config()
+    for holder in (text, getattr(text, "ffn_config", None)):
+        for name in PICKED:
+            found = getattr(holder, name, None)
+            if found:
+                return max(found) if isinstance(found, list | tuple) else int(found)
+    return 1
 
 
 def _children(model: nn.Module) -> Mapping[str, AbstractSet[str]]:
