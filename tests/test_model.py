@@ -12,7 +12,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from conftest import ROOT, flip_bit, make_spec
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GptOssConfig
 
 from lora_search.errors import InputError
 from lora_search.model import base_fingerprint, compute_dtype, load_base, load_tokenizer, round_trip_nf4
@@ -134,6 +134,26 @@ def test_base_that_is_published_in_8_bits_is_refused_and_in_4_taken(
     with pytest.raises(InputError, match=r"8 is published quantised, .*_proj in int8; allowed: full-precision"):
         load_base(Base(model=str(tmp_path / "8"), quantization=quantization), "cpu")
     load_base(Base(model=str(tmp_path / "4"), quantization=quantization), "cpu")
+
+
+def test_experts_that_are_published_in_mxfp4_are_made_plain_numbers(tmp_path: Path) -> None:
+    """As GPT-OSS's are; and what 4 bits would be made of is said to be none."""
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_local_experts": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_experts_per_tok": 2}
+    model = AutoModelForCausalLM.from_config(GptOssConfig(**shape, **heads, vocab_size=2000)).to(torch.bfloat16)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, features, out_features = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, out_features, features // 32, 16), dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": torch.full(blocks.shape[:3], 120, dtype=torch.uint8)}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    published = {"quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}}
+    (tmp_path / "config.json").write_text(json.dumps(model.config.to_dict() | published))
+    with pytest.raises(InputError, match=r"base\.quantization: found nf4; .* in MXFP4, .* allowed: none"):
+        load_base(Base(model=str(tmp_path)), CPU)
+    base = load_base(Base(model=str(tmp_path), quantization="none"), CPU)
+    assert {parameter.dtype for parameter in base.model.parameters()} <= {torch.bfloat16, torch.float32}
+    assert base.model.model.layers[0].mlp.experts.down_proj.abs().max() > 0
 
 
 def test_code_of_a_model_is_not_run_unasked(tiny: Path, tmp_path: Path) -> None:

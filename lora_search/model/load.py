@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Mxfp4Config
 from transformers.utils import logging as transformers_logging
 
 from lora_search.builtin import model_folder
@@ -142,7 +142,16 @@ def load_weights(
         device: one for all, or one for each part of the model, by name.
     """
     options: dict[str, Any] = {}
-    if (base.quantization == "nf4") if quantize is None else quantize:
+    quantizes = (base.quantization == "nf4") if quantize is None else quantize
+    if _is_mxfp4(base):
+        if quantizes:
+            raise InputError(
+                f"base.quantization: found nf4; {base.model} is published in MXFP4, which is made bfloat16 as it is "
+                "loaded; allowed: none"
+            )
+        # Else, with the package kernels, its experts go through kernels that have no gradient.
+        options["quantization_config"] = Mxfp4Config(dequantize=True)
+    elif quantizes:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -160,6 +169,16 @@ def load_weights(
             **options,
         )
     return model
+
+
+def _is_mxfp4(base: Base) -> bool:
+    """Whether its experts are published in MXFP4, as GPT-OSS's are."""
+    with _input_errors(base, "model"), quiet():
+        config = AutoConfig.from_pretrained(
+            model_path(base.model), revision=base.revision, trust_remote_code=base.trust_remote_code
+        )
+    published = getattr(config, "quantization_config", None)
+    return isinstance(published, dict) and published.get("quant_method") == "mxfp4"
 
 
 def _own_borders(model: PreTrainedModel, devices: Mapping[str, torch.device]) -> None:
