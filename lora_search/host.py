@@ -245,7 +245,7 @@ class Host:
                     raise failure
             else:
                 self._is_new_no_more(trial)  # not before: until its seat has put away what it came to, that can be lost
-            if trial not in self._residents or not self._loaded:  # all may be saved meanwhile
+            if trial not in self._residents:
                 raise self._is_not_here(trial)
             return await asyncio.wrap_future(self._thread.aim(trial, until))
         except Exception as error:
