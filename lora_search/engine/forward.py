@@ -210,7 +210,8 @@ class PackedBase:
         native = self._natively(padded)
         flat = build_pack([Share(rows, None)], self.base.device)
         bend = self._find_bend(padded)
-        for found in () if keeps_state(self.base.model) else (bend, None):
+        ways = () if keeps_state(self.base.model) else (bend, None)
+        for found in ways:
             if self._agrees(native, self._probe(flat, found)) and not self._finds_draws(flat, found):
                 self.flat, self.bend = True, found
                 return

@@ -78,7 +78,7 @@ class BaseMemory:
         self._model = model
         self._set(setup)
         self._dense, self._kept_dense = _dense(model, self.tree, setup)
-        self._replay = _replay(model, setup)
+        self._replay = _replay(model, self.tree, setup)
 
     def _set(self, setup: Setup) -> None:
         self.setup = setup
@@ -228,10 +228,10 @@ def _adapts_experts(shape: TrialShape) -> bool:
     return any(".experts" in name for name in (*shape.targets.modules, *shape.targets.parameters))
 
 
-def _replay(model: PreTrainedModel, setup: Setup) -> Replay:
+def _replay(model: PreTrainedModel, tree: ModuleTree, setup: Setup) -> Replay:
     from lora_search.memory.replay import Replay
 
-    return Replay(model, setup)
+    return Replay(model, tree, setup)
 
 
 def _dense(model: PreTrainedModel, tree: ModuleTree, setup: Setup) -> tuple[int, int]:

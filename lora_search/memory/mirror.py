@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from lora_search.memory.values import Setup
-from lora_search.targets import module_tree
+from lora_search.targets import ModuleTree
 
 NAME = "lora_search_shapes"
 
@@ -310,10 +310,10 @@ class Stands(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def attach(model: PreTrainedModel) -> None:
+def attach(model: PreTrainedModel, tree: ModuleTree) -> None:
     """Put the mirror's layers into a model on the meta device, for good, where the engine puts its own."""
     head_module = model.get_output_embeddings()
-    for layer in module_tree(model).modules:
+    for layer in tree.modules:
         if layer.kind != "experts":
             site = Site(layer.name, layer.out_features)
             model.get_submodule(layer.name).forward = site.forward

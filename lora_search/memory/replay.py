@@ -20,7 +20,7 @@ from lora_search.memory.mirror import Pass, Stands, attach, detach_attention, he
 from lora_search.memory.split import decoder_blocks
 from lora_search.memory.values import Setup
 from lora_search.positions import keeps_state, longest_decides
-from lora_search.targets import Targets, experts_per_token
+from lora_search.targets import ModuleTree, Targets, experts_per_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,16 +70,17 @@ class Passes:
 class Replay:
     """A model on the meta device that runs the engine's passes."""
 
-    def __init__(self, model: PreTrainedModel, setup: Setup) -> None:
+    def __init__(self, model: PreTrainedModel, tree: ModuleTree, setup: Setup) -> None:
         """
         Args:
             model: a skeleton; it is changed for good.
+            tree: the model's.
         """
         self.setup = setup
         self._model = model.float() if setup.quantised else model.to(getattr(torch, setup.compute))
         self._model.requires_grad_(False).train()
         self._model.config.use_cache = False
-        attach(self._model)
+        attach(self._model, tree)
         self._known = [*self._model.parameters(), *self._model.buffers()]
         blocks = decoder_blocks(self._model)
         self._fused = {
