@@ -20,7 +20,7 @@ from lora_search.model.precision import compute_dtype
 from lora_search.spec import Base
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of weights that are what they seem."""
@@ -141,12 +141,9 @@ def load_weights(
     Args:
         device: one for all, or one for each part of the model, by name.
     """
-    source: dict[str, Any] = {"revision": base.revision, "trust_remote_code": base.trust_remote_code}
-    with _input_errors(base, "model"), quiet():
-        config = AutoConfig.from_pretrained(model_path(base.model), **source)
     options: dict[str, Any] = {}
     quantizes = (base.quantization == "nf4") if quantize is None else quantize
-    if _is_mxfp4(config):
+    if _is_mxfp4(base):
         if quantizes:
             raise InputError(
                 f"base.quantization: found nf4; {base.model} is published in MXFP4, which is made bfloat16 as it is "
@@ -164,18 +161,22 @@ def load_weights(
     with _input_errors(base, "model"), quiet():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             model_path(base.model),
-            config=config,
+            revision=base.revision,
+            trust_remote_code=base.trust_remote_code,
             use_safetensors=True,
             dtype=dtype,
             device_map={"": device} if isinstance(device, torch.device) else dict(device),
-            **source,
             **options,
         )
     return model
 
 
-def _is_mxfp4(config: PreTrainedConfig) -> bool:
-    """Whether experts are published in MXFP4, as GPT-OSS's are."""
+def _is_mxfp4(base: Base) -> bool:
+    """Whether its experts are published in MXFP4, as GPT-OSS's are."""
+    with _input_errors(base, "model"), quiet():
+        config = AutoConfig.from_pretrained(
+            model_path(base.model), revision=base.revision, trust_remote_code=base.trust_remote_code
+        )
     published = getattr(config, "quantization_config", None)
     return isinstance(published, dict) and published.get("quant_method") == "mxfp4"
 
