@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -33,6 +34,8 @@ from lora_search.engine import Engine, Evaluation, StepMetrics, evaluate
 from lora_search.engine import finish as finish_module
 from lora_search.engine import forward as forward_module
 from lora_search.engine import fused as fused_module
+from lora_search.engine import gated as gated_module
+from lora_search.engine import products as products_module
 from lora_search.engine.adamw import step_together
 from lora_search.engine.attention import PackedAttention
 from lora_search.engine.layers import DropoutSite, LinearSite
@@ -343,6 +346,38 @@ def test_norm_of_a_pack_is_the_models_own_with_its_gradient(tiny: Path, tmp_path
         torch.testing.assert_close(x.grad, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("small", "base"),
+    [
+        (MODELS["llama"], {"quantization": "nf4", "compute_dtype": "bfloat16"}),
+        (Small("llama", {"mlp_bias": True}), {"quantization": "none", "compute_dtype": "float32"}),
+        (MODELS["gemma2"], {"quantization": "none", "compute_dtype": "float32"}),
+    ],
+    ids=["bfloat16", "bias", "gelu"],
+)
+def test_gated_mlp_of_an_evaluation_is_the_models_own(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: Small, base: dict[str, str]
+) -> None:
+    spec = make_spec(tiny, base=base | {"model": str(write_model(small, tmp_path / "model"))})
+    data = tokenize_data(spec.data, load_tokenizer(spec.base))
+    monkeypatch.setattr(products_module, "PIECE_BYTES", 1)
+    engine = Engine(load_base(spec.base, "cpu"), data)
+    for name, targets in enumerate(("mlp", "attention-qv", "re:.*up_proj", "re:.*1.*down_proj")):
+        engine.admit(str(name), trial_config(spec, {"target_modules": targets, "rank": 4, "learning_rate": 1e-2}))
+    for _ in range(3):
+        losses_of(engine.step(engine.residents))
+    pieces = Mock(wraps=gated_module.pieces)
+    monkeypatch.setattr(gated_module, "pieces", pieces)
+    ours = [engine.untrained(), *engine.evaluate(engine.residents).values()]
+    assert pieces.call_count == 2 * len(ours)  # in each of two layers
+    for module in engine.base.model.modules():
+        if hasattr(module, "gate_proj"):
+            del module.forward
+    own = [engine._measure.split([None], "validation", False)[0], *engine.evaluate(engine.residents).values()]
+    assert len({evaluation.loss for evaluation in own}) == len(own)
+    assert [evaluation.loss for evaluation in ours] == pytest.approx([evaluation.loss for evaluation in own], rel=1e-6)
+
+
 def test_rotation_of_a_pack_is_the_models_own_with_its_gradient(tiny: Path) -> None:
     base = load_base(make_spec(tiny).base, "cpu")
     rotates = sys.modules[type(base.model).__module__].apply_rotary_pos_emb
@@ -472,15 +507,15 @@ def test_logits_of_one_turn_are_there_at_once(
     """On a GPU they are half a gigabyte; what the planner says of its memory counts on it."""
     packed = one_lane._packed
     made: list[weakref.ref[torch.UntypedStorage]] = []
-    head_logits = packed.head_logits
+    multiplied = forward_module.multiplied
 
-    def noted(*args: Any) -> torch.Tensor:
+    def noted(*args: torch.Tensor) -> torch.Tensor:
         assert all(storage() is None for storage in made)
-        logits = head_logits(*args)
-        made.append(weakref.ref(logits.untyped_storage()))
-        return logits
+        product = multiplied(*args)
+        made.append(weakref.ref(product.untyped_storage()))
+        return product
 
-    monkeypatch.setattr(packed, "head_logits", noted)
+    monkeypatch.setattr(forward_module, "multiplied", noted)
     monkeypatch.setattr(forward_module, "LOGIT_BYTES", {"cpu": 16 * packed._head.weight.shape[0]})
     one_lane.admit("0", trial_config(spec, {"batch_size": 2}))
     losses_of(one_lane.step(["0"]))

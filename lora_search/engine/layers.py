@@ -81,7 +81,7 @@ class LinearSite:
         self.siblings: Places = (place,)
         """The layers that read the same input one after the other; an entrance is made for all of them by the first."""
         self._module = module
-        self._dtype = base.compute_dtype
+        self.dtype = base.compute_dtype
         self._working = working_dtype(base)
         self._alone: Callable[[torch.Tensor], torch.Tensor] = module.forward
         self.keeps_dense = False
@@ -95,7 +95,7 @@ class LinearSite:
     def dense_bytes(self) -> int:
         """Of the weight, once de-quantised; 0 where it is not quantised."""
         state = getattr(self._module.weight, "quant_state", None)
-        return 0 if state is None else state.shape.numel() * self._dtype.itemsize
+        return 0 if state is None else state.shape.numel() * self.dtype.itemsize
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         pack = running()
@@ -128,22 +128,24 @@ class LinearSite:
         weight: torch.Tensor = self._module.weight  # type: ignore[assignment]
         state = getattr(weight, "quant_state", None)
         if state is None:
-            return (weight.t() if _stands_transposed(self._module) else weight).to(self._dtype)
+            return (weight.t() if _stands_transposed(self._module) else weight).to(self.dtype)
         from bitsandbytes import functional
 
         absmax = state.absmax
         if state.nested:
             absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
         dense: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-            weight.data, absmax, state.blocksize, state.quant_type, state.shape, self._dtype
+            weight.data, absmax, state.blocksize, state.quant_type, state.shape, self.dtype
         )
         return dense
 
-    def product_NO(self, entrance: Entrance) -> torch.Tensor:
-        """x W^T + b, in the dtype of x."""
-        weight_OI = self.weight_OI()
-        y_NO = product_of_rows(entrance.frozen_NI(weight_OI.dtype), weight_OI, entrance.meeting.rows)
-        y_NO = y_NO.to(entrance.x_NI.dtype)
+    def product_NO(self, x_NI: torch.Tensor, rows: Sequence[slice]) -> torch.Tensor:
+        """x W^T of each stretch of rows, x in the dtype of the products."""
+        return product_of_rows(x_NI, self.weight_OI(), rows)
+
+    def whole_NO(self, y_NO: torch.Tensor) -> torch.Tensor:
+        """Such a product, or some of its rows, in the dtype of the adapters' and with the bias."""
+        y_NO = y_NO.to(self._working)
         bias: torch.Tensor | None = self._module.bias  # type: ignore[assignment]
         return y_NO if bias is None else y_NO.add_(bias)
 
@@ -182,7 +184,7 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, token: torch.Tensor | None, site: LinearSite, entrance: Entrance) -> torch.Tensor:
         meeting = entrance.meeting
-        y_NO = site.product_NO(entrance)
+        y_NO = site.whole_NO(site.product_NO(entrance.frozen_NI(site.dtype), meeting.rows))
         ctx.site, ctx.meeting = site, meeting
         ctx.save_for_backward(*meeting.adapters.add(site.place, y_NO, entrance.downs))
         return y_NO

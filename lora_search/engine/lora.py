@@ -74,6 +74,22 @@ class Adapted:
         """The dropout mask of this pass, in bytes: to multiply with them is three times as fast as with booleans."""
         return masks.keep(self.place, tuple(x_nI.shape), x_nI.device, masks.probability).view(torch.uint8)
 
+    def add(self, place: int, y_nO: torch.Tensor, down_nS: torch.Tensor) -> list[torch.Tensor]:
+        """y += scale * drop(x) A^T B^T of one layer, of all the trial's rows or some; drop(x) A^T, if it adapts it."""
+        span = self.down.spans.get(place)
+        if span is None:
+            return []
+        down_nR = down_nS[:, span]
+        y_nO.addmm_(down_nR, self.adapter.ups[place].b_RO, alpha=self.part.share.scale)
+        return [down_nR]
+
+
+def adapted_behind(index: int, part: Part, siblings: Places) -> Adapted | None:
+    """What a part's trial has on these layers; None where it has nothing."""
+    adapter = part.share.adapter
+    down = None if adapter is None else adapter.down(siblings)
+    return None if adapter is None or down is None else Adapted(index, part, adapter, down)
+
 
 def adapters_behind(pack: Pack, siblings: Places, device: torch.device, dtype: torch.dtype, *, whole: bool) -> Adapters:
     """The adapters that the pack's trials have on these layers.
@@ -85,12 +101,8 @@ def adapters_behind(pack: Pack, siblings: Places, device: torch.device, dtype: t
     """
     if whole and fuses(device, dtype) and (fused := fused_behind(pack, siblings, device)) is not None:
         return fused
-    adapted = [
-        Adapted(index, part, adapter, down)
-        for index, part in enumerate(pack.parts)
-        if (adapter := part.share.adapter) is not None and (down := adapter.down(siblings)) is not None
-    ]
-    return Apart(adapted, device)
+    adapted = [adapted_behind(index, part, siblings) for index, part in enumerate(pack.parts)]
+    return Apart([one for one in adapted if one is not None], device)
 
 
 class Apart:
@@ -118,12 +130,9 @@ class Apart:
         return [product(dropped_NI[one.rows], one.down.a_SI) for one in self._adapted], keeps
 
     def add(self, place: int, y_NO: torch.Tensor, downs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        saved = []
+        saved: list[torch.Tensor] = []
         for one, down_nS in zip(self._adapted, downs, strict=True):
-            if place in one.down.spans:
-                down_nR = down_nS[:, one.down.spans[place]]
-                y_NO[one.rows].addmm_(down_nR, one.adapter.ups[place].b_RO, alpha=one.part.share.scale)
-                saved.append(down_nR)
+            saved += one.add(place, y_NO[one.rows], down_nS)
         return saved
 
     def gather(self, place: int, grad_NO: torch.Tensor, saved: Sequence[torch.Tensor]) -> None:

@@ -6,13 +6,13 @@ Legend: N rows; I and O in- and out-features.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
-from lora_search.memory.values import ROWS
+from lora_search.memory.values import PIECE_BYTES, ROWS
 from lora_search.model import FrozenBase
 
 
@@ -31,7 +31,7 @@ def product(x_NI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     In float32 on a CPU with AVX-512 through oneDNN, which uses it; MKL, torch's first choice, stops at AVX2 on CPUs of
     another maker than its own (100 against 230 GFLOP/s a core). Elsewhere MKL is faster.
     """
-    return _multiplied(x_NI, weight_OI).to(x_NI.dtype)
+    return multiplied(x_NI, weight_OI).to(x_NI.dtype)
 
 
 def product_of_rows(x_NI: torch.Tensor, weight_OI: torch.Tensor, rows: Sequence[slice]) -> torch.Tensor:
@@ -56,7 +56,7 @@ def add_product_of_rows(
 def put_product(y_NO: torch.Tensor, x_NI: torch.Tensor, weight_OI: torch.Tensor) -> None:
     """y = x W^T, all of one dtype."""
     if _is_onednns(x_NI, weight_OI) and (x_NI.dtype == torch.float32 or len(x_NI) % ROWS):
-        y_NO.copy_(_multiplied(x_NI, weight_OI))
+        y_NO.copy_(multiplied(x_NI, weight_OI))
     else:
         torch.mm(x_NI, weight_OI.t(), out=y_NO)
 
@@ -65,7 +65,7 @@ def _is_onednns(x_NI: torch.Tensor, weight_OI: torch.Tensor) -> bool:
     return x_NI.device.type == "cpu" and (_ONEDNN or weight_OI.dtype != torch.float32)
 
 
-def _multiplied(x_NI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+def multiplied(x_NI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     """x W^T in the dtype of the weight; by oneDNN of x with empty rows up to the next multiple of ROWS.
 
     oneDNN makes a kernel for every number of rows and keeps the last 1,024, which is 450 MB in a host of the demo.
@@ -85,6 +85,13 @@ def _multiplied(x_NI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     else:
         y_NO = F.linear(whole_NI, weight_OI)
     return y_NO[:count]
+
+
+def pieces(rows: slice, features: int) -> Iterator[slice]:
+    """The rows, so many at a time as a core's cache has room for, but no fewer than a product should have."""
+    size = max(ROWS, PIECE_BYTES // (4 * features) // ROWS * ROWS)
+    for start in range(rows.start, rows.stop, size):
+        yield slice(start, min(start + size, rows.stop))
 
 
 def _is_intels() -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from torch import nn
 
 from lora_search.engine.adapter import Places
+from lora_search.engine.gated import attach_gated
 from lora_search.engine.layers import DropoutSite, LinearSite
 from lora_search.engine.norms import NormSite
 from lora_search.engine.rotary import attach_rotary, forget_longest
@@ -29,6 +30,7 @@ def attach_sites(base: FrozenBase, tree: ModuleTree) -> dict[str, LinearSite]:
         for module in filter(NormSite.is_for, base.model.modules()):
             NormSite(module).attach()
         attach_rotary(base.model)
+        attach_gated(base.model, sites)
     forget_longest(base.model)
     dropouts = [module for module in base.model.modules() if isinstance(module, nn.Dropout) and module.p > 0]
     for index, dropout in enumerate(dropouts):

@@ -18,6 +18,7 @@ from lora_search.memory.values import (
     KEPT_DENSE_BYTES,
     LOGIT_BYTES,
     LOGIT_COPIES,
+    PIECE_BYTES,
     ROWS,
     RUNTIME_BYTES,
     HostBytes,
@@ -204,23 +205,35 @@ class BaseMemory:
         """
         if not self._replay.in_turns:
             return self.weights.head_copy
-        at_once = min(LOGIT_BYTES[self.setup.device], 4 * targets * self.weights.vocabulary)
-        return LOGIT_COPIES * at_once + self.weights.head_copy
+        return LOGIT_COPIES * self._logits_at_once(targets) + self.weights.head_copy
+
+    def _logits_at_once(self, targets: int) -> int:
+        return min(LOGIT_BYTES[self.setup.device], 4 * targets * self.weights.vocabulary)
+
+    def _evaluated_logits(self, targets: int) -> int:
+        """The same without a gradient: on a CPU the head's product stays as it is but for some of its rows."""
+        if self.setup.device != "cpu" or not self._replay.in_turns:
+            return self._logits(targets)
+        product = self._logits_at_once(targets) * DTYPE_BYTES[self.setup.compute] // DTYPE_BYTES["float32"]
+        piece = min(self._logits_at_once(targets), max(PIECE_BYTES, 4 * ROWS * self.weights.vocabulary))
+        copies = LOGIT_COPIES - (self.setup.compute == "float32")  # then they are the product's own
+        return product + copies * piece + self.weights.head_copy
 
     def _evaluation(self, shapes: Sequence[TrialShape], piece: _Piece) -> int:
         length = max((shape.length for shape in shapes), default=1)
-        most = EVALUATED_TOGETHER[self.setup.device]
-        together = max(1, min(most, len(shapes)))
-        of_one = max(EVALUATION_TOKENS[self.setup.device] // most, length)
+        in_a_pass = EVALUATED_TOGETHER[self.setup.device]
+        together = max(1, min(in_a_pass, len(shapes)))
+        of_one = max(EVALUATION_TOKENS[self.setup.device] // in_a_pass, length)
         lanes = self.setup.lanes
         if self.setup.validation_tokens is not None:
             of_one = min(of_one, self.setup.validation_tokens)
             lanes = max(1, min(lanes, -(-len(shapes) // together) * -(-self.setup.validation_tokens // max(1, of_one))))
         tokens = together * of_one
-        passing = self._replay.evaluation(length).peak / length * tokens
-        targets = of_one if self.setup.device == "cpu" else tokens
-        logits = self._logits(targets) if piece.gpu == 0 else 0
-        return math.ceil(lanes * (passing + logits + self._dense))
+        held = self._replay.evaluation(length)
+        logits = self._evaluated_logits(of_one if self.setup.device == "cpu" else tokens) if piece.gpu == 0 else 0
+        before_head = held.kept if self._replay.in_turns else held.peak
+        most = max(held.peak * tokens / length, before_head * tokens / length + logits)
+        return math.ceil(lanes * (most + self._dense))
 
 
 def _adapts_experts(shape: TrialShape) -> bool:

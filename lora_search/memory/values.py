@@ -34,6 +34,10 @@ ROWS = 32
 """On a CPU the tokens of a trial in a pass, and the rows of oneDNN's other products, are rounded up to multiples of
 this: oneDNN makes a kernel for every number of rows (engine/products.py)."""
 
+PIECE_BYTES = 512 << 10
+"""Of a float32 tensor, what an evaluation on a CPU has at a time in operations element by element one after the other:
+with two or three more of its kind it stays in a core's own cache, of 1 to 2 MiB (engine/products.py)."""
+
 LOGIT_COPIES = 2
 """Float32 logits at once: themselves, and what logsumexp takes while it runs, or a cap's slope."""
 
