@@ -222,12 +222,16 @@ def _measure(
 ) -> tuple[Onto, Mapping[str, float], float | None, Check, Answers]:
     """The better way, each way's loss, the adapter's, how the better compares with base and adapter, its answers."""
     *others, likely = folders  # those that it was trained on
+
+    def of_folders() -> tuple[Answers, dict[str, float]]:
+        answers = fresh.ask(folders[likely], probe)
+        losses: dict[str, float] = {way: fresh.loss(folders[way], probe) for way in others}
+        return answers, losses | {likely: cast("float", answers.loss)}
+
     with ThreadPoolExecutor(1) as thread:
-        asked = thread.submit(fresh.ask, folders[likely], probe) if holds_two(base, fresh.device) else None
+        asked = thread.submit(of_folders) if holds_two(base, fresh.device) else None
         trained = ask_adapted(base, wants_loss=adapter_loss is None)
-        answers = fresh.ask(folders[likely], probe) if asked is None else asked.result()
-    losses: dict[str, float] = {way: fresh.loss(folders[way], probe) for way in others}
-    losses[likely] = cast("float", answers.loss)
+        answers, losses = of_folders() if asked is None else asked.result()
     onto = min(folders, key=lambda way: losses[way])
     if onto != likely:
         answers = fresh.ask(folders[onto], probe)
