@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from lora_search.errors import InputError
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
 TABLE = re.compile(r"wpe|pos")
@@ -69,14 +68,16 @@ def longest_decides(model: PreTrainedModel, longest: int) -> bool:
     return False
 
 
-def keeps_state(model: nn.Module) -> bool:
+def keeps_state(model: PreTrainedModel) -> bool:
     """Whether layers hand a state on from one token to the next, and so from one flat sequence to another.
 
     Mamba's and their like, gated delta rules and short convolutions all begin with a product over neighbouring tokens.
+    DeepSeek V4's attention has one key for some neighbours together.
     """
     from torch import nn
 
-    return any(isinstance(module, nn.Conv1d) for module in model.modules())
+    compressed = getattr(model.config.get_text_config(), "compress_rates", None)
+    return bool(compressed) or any(isinstance(module, nn.Conv1d) for module in model.modules())
 
 
 def table_length(model: PreTrainedModel) -> int | None:

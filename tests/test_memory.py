@@ -18,6 +18,7 @@ from transformers import (
     BloomConfig,
     CohereConfig,
     DeepseekV3Config,
+    DeepseekV4Config,
     Gemma2Config,
     GraniteMoeHybridConfig,
     JambaConfig,
@@ -29,6 +30,7 @@ from transformers import (
     OPTConfig,
     PhimoeConfig,
     Qwen2MoeConfig,
+    SeedOssConfig,
 )
 
 from lora_search.engine.layers import LinearSite
@@ -269,6 +271,13 @@ def of_family(family: str) -> PreTrainedConfig:
             heads = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8}
             few = {"num_key_value_heads": 4, "topk_group": 1, "first_k_dense_replace": 1, "v_head_dim": 8}
             return DeepseekV3Config(**wide | few, **experts, **heads)
+        case "deepseek_v4":
+            experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+            inner = {"q_lora_rank": 16, "o_lora_rank": 16, "o_groups": 2, "qk_rope_head_dim": 8, "sliding_window": 32}
+            rates = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 16}
+            return DeepseekV4Config(**wide | {"vocab_size": 512}, **experts, **inner, compress_rates=rates)
+        case "seed_oss":
+            return SeedOssConfig(**wide | {"vocab_size": 512}, head_dim=16)
         case "opt":
             return OPTConfig(**sizes, ffn_dim=128, word_embed_proj_dim=64)
         case "a window in masks alone":
@@ -330,10 +339,10 @@ def test_replay_holds_what_adapted_experts_hold(tmp_path: Path, batch: int, chec
     assert two_trials == (pytest.approx(measured, rel=0.01), predicted)
 
 
-@pytest.mark.parametrize("family", ["llama4", "phimoe", "granite", "deepseek", "lfm2"])
+@pytest.mark.parametrize("family", ["llama4", "phimoe", "granite", "deepseek", "lfm2", "seed_oss", "deepseek_v4"])
 @pytest.mark.parametrize("target", ["attention", "all-linear"])
 def test_replay_holds_what_the_engine_holds_of_mixtures_and_states(tmp_path: Path, family: str, target: str) -> None:
-    """Routers that are linear layers in name alone, layers with a state, values narrower than keys."""
+    """Routers that are linear layers in name alone, layers with a state, values narrower than keys, drawn attention."""
     torch.set_num_threads(1)
     spec = saved(of_family(family), tmp_path)
     measured, predicted = step_bytes(spec, Lora(rank=8, dropout=0.0, target_modules=target), 1, 4, 64)
@@ -366,6 +375,7 @@ def test_replay_holds_what_the_engine_holds_of_a_family(tmp_path: Path, family: 
         ("bloom", False, False),
         ("jamba", False, False),
         ("lfm2", False, False),
+        ("deepseek_v4", False, False),
         ("llama4", False, True),
         ("phimoe", False, True),
         ("a window in masks alone", False, False),

@@ -65,6 +65,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "CohereConfig": DENSE,
     "CTRLConfig": GPT | {"dff": 128},
     "DeepseekV3Config": LATENT,
+    "DeepseekV4Config": EXPERTS | {"n_routed_experts": 4, "q_lora_rank": 16, "o_lora_rank": 16, "o_groups": 2},
     "Ernie4_5_MoeConfig": EXPERTS | {"moe_num_experts": 4, "moe_num_shared_experts": 1, "moe_layer_start_index": 1},
     "FalconConfig": DENSE,
     "FalconMambaConfig": HIDDEN,
@@ -112,6 +113,7 @@ QUERY_AND_VALUE = {
     "CodeGenConfig": {"qkv_proj"},
     "CTRLConfig": {"Wq", "Wv"},
     "DeepseekV3Config": {"q_b_proj", "kv_b_proj"},
+    "DeepseekV4Config": {"q_b_proj", "kv_proj"},
     "FalconConfig": {"query_key_value"},
     "GPT2Config": {"c_attn"},
     "GPTBigCodeConfig": {"c_attn"},
@@ -326,6 +328,14 @@ def test_what_peft_does_not_adapt_is_in_no_set() -> None:
     )
     with pytest.raises(InputError, match="'up_proj' is a module that PEFT does not adapt in DeepseekV3ForCausalLM"):
         resolve(tree, ["up_proj"])
+
+
+def test_linear_layers_that_take_their_input_by_groups_are_in_no_set() -> None:
+    tree = module_tree(small("DeepseekV4Config"))
+    assert {module.last for module in tree.refused} >= {"o_a_proj"}
+    assert "o_a_proj" not in {name.rpartition(".")[2] for name in resolve(tree, "attention").modules}
+    falcon = module_tree(small("FalconConfig"))  # whose linear layers are of a class of their own too
+    assert "query_key_value" in {module.last for module in falcon.modules}
 
 
 @pytest.mark.parametrize("name", STATE_SPACE)

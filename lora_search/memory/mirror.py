@@ -38,6 +38,8 @@ class Pass:
     dropout: bool
     adapted: frozenset[str]
     """Full names of the adapted layers."""
+    draws: bool = False
+    """Whether the model's own code draws random numbers: then the engine leaves attention to it."""
     attended: bool = False
     """Whether the model asked for attention through transformers' interface."""
     windows: tuple[set[int], set[int]] = field(default_factory=lambda: (set(), set()))
@@ -207,7 +209,12 @@ def attend(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     shape = (now.sequences, now.length)
     q, k, v = (x[0].unflatten(1, shape).transpose(0, 1) for x in (query, key, value))
-    out_SHLD = sdpa(q, k, v) if plain else _explicit(q, k, v, capped=softcap is not None, dropped=dropout > 0)
+    if plain:
+        out_SHLD = sdpa(q, k, v)
+    elif now.draws and now.setup.device == "cpu":
+        out_SHLD = _drawn(q, k, v)
+    else:
+        out_SHLD = _explicit(q, k, v, capped=softcap is not None, dropped=dropout > 0)
     out = torch.cat([out_SHLD.transpose(1, 2).reshape(math.prod(shape), *query.shape[1:2], -1)])[None]
     return out.to(dtype) if now.setup.device == "cpu" else out, None
 
@@ -221,6 +228,12 @@ def _explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, capped: bool
     if dropped:
         weights = weights * torch.empty_like(weights, dtype=torch.bool) * 1.0
     return weights.to(v.dtype) @ v
+
+
+def _drawn(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Torch's attention with dropout, for which a CPU has no kernel: q and k are scaled, and the mask is of numbers."""
+    weights = torch.softmax((q * 1.0) @ (k * 1.0).transpose(-1, -2), -1)
+    return (weights * torch.empty_like(weights)) @ v
 
 
 class _Sdpa(torch.autograd.Function):

@@ -243,6 +243,7 @@ class Replay:
             self._windows |= asked - told
             self._draws |= draws.seen
             self._acquainted |= blocks
+        now.draws = self._draws
         with self._counted(now, backward) as live:
             hidden = self._hidden(now)
             forward = live.peak

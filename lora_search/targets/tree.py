@@ -64,7 +64,7 @@ class ModuleTree:
     """Name of the output head, which is never adapted."""
     routers: tuple[str, ...]
     refused: tuple[LinearModule, ...]
-    """Linear modules that PEFT does not adapt in this architecture."""
+    """Linear modules that PEFT does not adapt in this architecture, or that are linear in name alone."""
     total_parameters: int
 
 
@@ -76,6 +76,7 @@ def module_tree(model: PreTrainedModel) -> ModuleTree:
     router: str | None = None
     routers: list[str] = []
     found: list[LinearModule] = []
+    apart: list[LinearModule] = []
     for name, module in model.named_modules():
         siblings = children[name.rpartition(".")[0]]
         if head is not None and module is head:
@@ -86,14 +87,14 @@ def module_tree(model: PreTrainedModel) -> ModuleTree:
             router = name
             routers.append(name)
         else:
-            found += _weights(name, module, siblings)
+            (found if _multiplies(module) else apart).extend(_weights(name, module, siblings))
     refused = refused_names(model, {module.last for module in found if module.kind != "experts"})
     return ModuleTree(
         architecture=type(model).__name__,
         modules=tuple(module for module in found if module.kind == "experts" or module.last not in refused),
         head=head_name,
         routers=tuple(routers),
-        refused=tuple(module for module in found if module.kind != "experts" and module.last in refused),
+        refused=(*apart, *(module for module in found if module.kind != "experts" and module.last in refused)),
         total_parameters=sum(_numel(parameter) for parameter in model.parameters()),
     )
 
@@ -128,6 +129,20 @@ def _weights(name: str, module: nn.Module, siblings: AbstractSet[str]) -> list[L
     if isinstance(module, Conv1D):
         return [LinearModule(name, int(module.nx), int(module.nf), "conv1d", role_of(name, siblings))]
     return _experts(name, module)
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a linear layer makes all its out-features of all it is given: not so DeepSeek V4's grouped ones."""
+    from torch import nn
+
+    weight = getattr(module, "weight", None)
+    if type(module).forward is nn.Linear.forward or not isinstance(module, nn.Linear) or hasattr(weight, "quant_state"):
+        return True
+    try:
+        made = module.forward(module.weight.new_zeros(1, 3, module.in_features))
+    except (RuntimeError, ValueError, TypeError):
+        return False
+    return made.shape == (1, 3, module.out_features)
 
 
 def _experts(name: str, module: nn.Module) -> list[LinearModule]:
