@@ -455,6 +455,28 @@ def test_experts_are_evaluated_in_turn_though_there_are_lanes(tiny: Path, tmp_pa
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("target", ["attention", "re:.*experts.*"])
+def test_trial_of_a_mixture_comes_back_though_the_first_one_has_left(
+    tiny: Path, tmp_path: Path, tiny_data: TokenizedData, target: str
+) -> None:
+    """PEFT reads a mixture's checkpoint by the configuration of the adapter that it was made with."""
+    folder = write_model(Small("mixtral", {"num_local_experts": 4}), tmp_path / "model")
+    spec = make_spec(tiny, base={"model": str(folder), "quantization": "none"})
+    engine = Engine(load_base(spec.base, "cpu"), tiny_data)
+    values = {"rank": 4, "dropout": 0.0, "target_modules": target, "learning_rate": 1e-2, "batch_size": 2}
+    for name in ("first", "0", "last"):
+        engine.admit(name, trial_config(spec, values))
+    engine.release("first")
+    engine.release("last")
+    for _ in range(2):
+        losses_of(engine.step(["0"]))
+    kept = engine.snapshot("0")
+    wanted = losses_of(engine.step(["0"]))["0"]
+    engine.release("0")
+    engine.admit("0", trial_config(spec, values), kept)
+    assert losses_of(engine.step(["0"]))["0"] == wanted
+
+
 @property_settings
 @given(drawn=packs, data=st.data())
 def test_order_in_the_pack_changes_no_bit(

@@ -140,6 +140,7 @@ class Engine:
                     self.base.model.disable_input_require_grads()  # PEFT's; see `load_base`
                 else:
                     self._peft.add_adapter(name, adapter)
+                    self._look_at(name)
             for module in self._peft.modules():
                 if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper):
                     AdapterPassage.attach(module)
@@ -164,7 +165,13 @@ class Engine:
         if self._peft is not None:
             self._peft.base_model.set_adapter([])  # deleting an active adapter makes PEFT warn and choose another
             self._peft.peft_config.pop(name, None)
+            self._look_at(next(iter(self._peft.peft_config), name))
         delete_adapter(self.base.model, name, LoraModel.prefix, LoraLayer)
+
+    def _look_at(self, name: str) -> None:
+        """Have PEFT ask this adapter, one that is there, of what kind all are, as it does to restore a mixture's."""
+        assert self._peft is not None
+        self._peft.active_adapter = name
 
     def position(self, trial: str) -> int:
         """Optimiser steps that a resident trial has done."""
