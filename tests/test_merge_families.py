@@ -51,6 +51,9 @@ PER_LAYER_OR_SIZE = ("dtype", "torch_dtype", "architectures", "layer_types", "ma
 
 EXPERTS = {"target_modules": ["q_proj", "v_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 
+LATENT = {"q_lora_rank": 16, "o_lora_rank": 16, "o_groups": 2, "qk_rope_head_dim": 8, "head_dim": 16}
+DEEPSEEK_V4 = LATENT | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
 FAMILIES = {
     "llama": Family("llama", like="llama-3-8b"),
     "llama tied": Family("llama", {"tie_word_embeddings": True}, like="llama-3.2-3b"),
@@ -71,6 +74,7 @@ FAMILIES = {
     "qwen3-moe experts": Family(
         "qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}, EXPERTS
     ),
+    "deepseek-v4 of single numbers": Family("deepseek_v4", DEEPSEEK_V4, {"target_modules": ["q_a_proj", "q_b_proj"]}),
     "gpt-oss experts": Family("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}, EXPERTS),
     "pattern of ranks": Family(
         "llama",

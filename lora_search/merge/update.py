@@ -48,7 +48,7 @@ class Update:
         config = adapter_config(adapter)
         _refuse(config, adapter)
         self.shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters(remove_duplicate=False)}
-        _hollow(skeleton)
+        zeros = _hollow(skeleton)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -71,7 +71,7 @@ class Update:
         self.replaced: Mapping[str, torch.Tensor] = {
             _plain(name): parameter.detach()
             for name, parameter in model.base_model.model.named_parameters()
-            if _is_there(parameter) and "lora_" not in name and _plain(name) in self.shapes
+            if _is_there(parameter, zeros) and "lora_" not in name and _plain(name) in self.shapes
         }
         """Parameters that the adapter trained whole: biases, and modules_to_save."""
 
@@ -149,18 +149,24 @@ def _refuse(config: Mapping[str, Any], adapter: Path) -> None:
             raise NotByShards(f"the adapter has {key}")
 
 
-def _hollow(model: nn.Module) -> None:
-    """Make every parameter one zero, seen at all places: its shape, on the CPU, in no memory."""
+def _hollow(model: nn.Module) -> Mapping[int, torch.Tensor]:
+    """Make every parameter one zero, seen at all places: its shape, on the CPU, in no memory. The zeros, by address."""
     made: dict[int, nn.Parameter] = {}
+    zeros: dict[int, torch.Tensor] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                zero = torch.zeros(()).expand(parameter.shape)
-                module._parameters[name] = made.setdefault(id(parameter), nn.Parameter(zero, requires_grad=False))
+                zero = torch.zeros(())
+                zeros[zero.data_ptr()] = zero
+                hollow = nn.Parameter(zero.expand(parameter.shape), requires_grad=False)
+                module._parameters[name] = made.setdefault(id(parameter), hollow)
+    return zeros
 
 
-def _is_there(parameter: torch.Tensor) -> bool:
-    return parameter.untyped_storage().nbytes() >= parameter.numel() * parameter.element_size()
+def _is_there(parameter: torch.Tensor, zeros: Mapping[int, torch.Tensor]) -> bool:
+    """Whether a parameter has its numbers; one of a single number would have them, were it none of the zeros."""
+    whole = parameter.untyped_storage().nbytes() >= parameter.numel() * parameter.element_size()
+    return whole and parameter.data_ptr() not in zeros
 
 
 def _plain(name: str) -> str:
