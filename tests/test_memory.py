@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHARED, make_spec, shared, write_tiny_data
+from gguf_models import DEEPSEEK_V4
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -272,10 +273,8 @@ def of_family(family: str) -> PreTrainedConfig:
             few = {"num_key_value_heads": 4, "topk_group": 1, "first_k_dense_replace": 1, "v_head_dim": 8}
             return DeepseekV3Config(**wide | few, **experts, **heads)
         case "deepseek_v4":
-            experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
-            inner = {"q_lora_rank": 16, "o_lora_rank": 16, "o_groups": 2, "qk_rope_head_dim": 8, "sliding_window": 32}
             rates = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 16}
-            return DeepseekV4Config(**wide | {"vocab_size": 512}, **experts, **inner, compress_rates=rates)
+            return DeepseekV4Config(**wide | DEEPSEEK_V4 | {"vocab_size": 512}, compress_rates=rates)
         case "seed_oss":
             return SeedOssConfig(**wide | {"vocab_size": 512}, head_dim=16)
         case "opt":

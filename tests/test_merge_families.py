@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from conftest import SHARED, shared
+from gguf_models import DEEPSEEK_V4
 
 from lora_search.builtin import model_folder
 from lora_search.merge.published import published_weights
@@ -50,9 +51,6 @@ PER_LAYER_OR_SIZE = ("dtype", "torch_dtype", "architectures", "layer_types", "ma
 """What a published configuration says of its own size or weights."""
 
 EXPERTS = {"target_modules": ["q_proj", "v_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
-
-LATENT = {"q_lora_rank": 16, "o_lora_rank": 16, "o_groups": 2, "qk_rope_head_dim": 8, "head_dim": 16}
-DEEPSEEK_V4 = LATENT | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 FAMILIES = {
     "llama": Family("llama", like="llama-3-8b"),

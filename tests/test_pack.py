@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_spec
-from gguf_models import MODELS, Small, write_model
+from gguf_models import DEEPSEEK_V4, MODELS, Small, write_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load as load_tensors
@@ -308,10 +308,8 @@ def test_longer_rows_of_others_do_not_turn_a_trials_positions(
 
 def test_keys_of_several_tokens_are_of_one_trial(tiny: Path, tmp_path: Path, tiny_data: TokenizedData) -> None:
     """DeepSeek V4's attention has one for some neighbours, which flat sequences would be to each other."""
-    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
-    inner = {"q_lora_rank": 16, "o_lora_rank": 16, "o_groups": 2, "qk_rope_head_dim": 8, "sliding_window": 32}
     rates = {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4}
-    folder = write_model(Small("deepseek_v4", experts | inner | {"compress_rates": rates}), tmp_path / "model")
+    folder = write_model(Small("deepseek_v4", DEEPSEEK_V4 | {"compress_rates": rates}), tmp_path / "model")
     spec = make_spec(tiny, base={"model": str(folder)})
     engine = Engine(load_base(spec.base, "cpu"), tiny_data)
     values = {"rank": 4, "learning_rate": 5e-3, "batch_size": 2, "steps": STEPS, "target_modules": "attention"}

@@ -34,10 +34,8 @@ def attach_gated(model: nn.Module, sites: Mapping[str, LinearSite]) -> None:
         sites: the model's linear layers, by name.
     """
     for name, module in model.named_modules():
-        if source_of(type(module).forward) != LLAMAS or "forward" in vars(module):
-            continue
         layers = [sites[of] for of in (f"{name}.gate_proj", f"{name}.up_proj", f"{name}.down_proj") if of in sites]
-        if len(layers) == 3:
+        if len(layers) == 3 and "forward" not in vars(module) and source_of(type(module).forward) == LLAMAS:
             module.forward = GatedSite(module, *layers).forward
 
 
